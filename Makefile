@@ -1,0 +1,39 @@
+# Everything from a fresh checkout: `make demo` shows what Espalier does, `make test` passes the tests.
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: setup demo test test-slow lint types docs seedling clean
+
+setup: $(STAMP)
+
+# torch first and pinned, so that nothing else chooses a build of it
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -e ".[test,bench]"
+	touch $(STAMP)
+
+demo: $(STAMP)
+	@$(BIN)/python examples/demo.py
+
+test: $(STAMP) lint types
+	$(BIN)/python -m pytest --cov=espalier --cov-report=term:skip-covered --durations=10
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python docs/build.py
+
+seedling: $(STAMP)
+	$(BIN)/python seedling/build.py
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build demo-out

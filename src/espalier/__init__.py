@@ -1,0 +1,42 @@
+"""Espalier: change large open-weight models within the memory, disk, bandwidth and time you have.
+
+Every change to a model is a delta. The verbs are functions of this package (``espalier.tune(...)``);
+``attach``, ``detach``, ``save`` and ``load`` serve one's own training loop. Importing the package loads no
+torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "apply": "espalier.verbs.apply",
+    "convert": "espalier.verbs.convert",
+    "eval": "espalier.verbs.eval",
+    "generate": "espalier.verbs.generate",
+    "info": "espalier.verbs.info",
+    "methods": "espalier.verbs.methods",
+    "pretrain": "espalier.verbs.pretrain",
+    "tune": "espalier.verbs.tune",
+    "attach": "espalier.attach.attachment",
+    "detach": "espalier.attach.attachment",
+    "load": "espalier.attach.load",
+    "save": "espalier.exchange.save",
+    "EspalierError": "espalier.errors",
+}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'espalier' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})

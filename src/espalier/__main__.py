@@ -1,0 +1,5 @@
+"""``python -m espalier``."""
+
+from espalier.cli.main import main
+
+main()

@@ -1,0 +1,1 @@
+"""Adaptation methods: a file each, found by the registry, imported by nothing."""

@@ -1,0 +1,168 @@
+"""Every parameter of a transformers model with its role, block, logical shape and route; and choosing among them.
+
+Roles come from the module tree (classes, and where a module sits); the tables below hold the names that
+the families of transformers use. A parameter that no rule knows has the role ``other``: it can still be
+reached by name, and by ``all``.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from espalier.anatomy.target import Target
+from espalier.errors import EspalierError, suggestion
+
+if TYPE_CHECKING:
+    from torch import nn
+
+BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.(.+)$")
+"""Finds a block's number, and the rest of the name, in the name of a parameter."""
+
+_ATTENTION = r"(?:self_attn|attn|attention|self_attention)\.(?:self\.)?"
+_IN_BLOCK: tuple[tuple[str, str], ...] = (
+    (_ATTENTION + r"(?:q_proj|query|q)", "attention.q"),
+    (_ATTENTION + r"(?:k_proj|key|k)", "attention.k"),
+    (_ATTENTION + r"(?:v_proj|value|v)", "attention.v"),
+    (_ATTENTION + r"(?:c_attn|query_key_value|qkv_proj|qkv|Wqkv)", "attention.qkv"),
+    (_ATTENTION + r"(?:o_proj|out_proj|c_proj|dense|output\.dense|o)", "attention.o"),
+    (r"(?:.*\.)?experts\.gate_up_proj", "experts.gate_up"),
+    (r"(?:.*\.)?experts\.(?:up_proj)", "experts.up"),
+    (r"(?:.*\.)?experts\.down_proj", "experts.down"),
+    (_ATTENTION + r"sinks", "sinks"),
+    (r"(?:.*\.)?shared_expert_gate", "router.shared"),
+    (r"(?:.*\.)?(?:router|mlp\.gate|block_sparse_moe\.gate)(?:\..*)?", "router"),
+    (r"(?:.*\.)?gate_up_proj", "mlp.gate_up"),
+    (r"(?:.*\.)?gate_proj", "mlp.gate"),
+    (r"(?:.*\.)?(?:up_proj|c_fc|fc1|dense_h_to_4h|intermediate\.dense)", "mlp.up"),
+    (r"(?:.*\.)?(?:down_proj|mlp\.c_proj|fc2|dense_4h_to_h|output\.dense)", "mlp.down"),
+)
+_OUTSIDE: tuple[tuple[str, str], ...] = (
+    (r"(?:.*\.)?(?:wpe|embed_positions|position_embeddings)", "embedding.position"),
+    (r"(?:.*\.)?token_type_embeddings", "embedding.type"),
+    (r"(?:.*\.)?project_(?:in|out)", "projection"),
+    (r"cls\.predictions\.transform\.dense", "head.transform"),
+    (r"cls\.predictions", "head"),  # BERT keeps the head's bias beside the head, and ties it
+    (r"(?:score|classifier)(?:\..*)?", "head.classifier"),
+)
+_SITES = {
+    "attention.q": "attention", "attention.k": "attention", "attention.v": "attention",
+    "mlp.gate": "mlp", "mlp.up": "mlp",
+}  # fmt: skip
+
+LINEAR = ("attention", "mlp", "experts")
+"""What the keyword ``linear`` stands for: every matrix of the blocks but routers."""
+
+
+def _role(path: str, owner: nn.Module, local: str, model: nn.Module) -> str:
+    bias = ".bias" if local == "bias" or local.endswith("_bias") else ""
+    if "norm" in type(owner).__name__.lower():
+        return "norm" + bias
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    if owner is embeddings:
+        return "embedding"
+    if head is not None and owner is head:
+        return "head" + bias
+    inside = BLOCK.search(path + ".")
+    where = inside.group(2).rstrip(".") if inside else path
+    if local not in ("weight", "bias"):
+        where = f"{where}.{local.removesuffix('_bias')}" if where else local
+    for pattern, role in _IN_BLOCK if inside else _OUTSIDE:
+        if re.fullmatch(pattern, where):
+            return role + bias
+    return "other" + bias
+
+
+def _is_experts(owner: nn.Module) -> bool:
+    return hasattr(owner, "_apply_gate") and hasattr(owner, "is_transposed")
+
+
+def _route(owner: nn.Module, local: str, ndim: int) -> tuple[str, bool]:
+    """(route, transposed) of a parameter; only modules whose forward is known take an accelerated route."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    # the class that a module had before it took updates: a second delta sees the same targets as the first
+    forward = owner.__dict__.get("_espalier_class", type(owner)).forward
+    if local == "weight":
+        if isinstance(owner, nn.Linear) and forward is nn.Linear.forward:
+            return "linear", False
+        if isinstance(owner, Conv1D) and forward is Conv1D.forward:
+            return "linear", True
+        scaled = type(owner).__name__.endswith("ScaledWordEmbedding")  # its forward scales what super() looks up
+        if isinstance(owner, nn.Embedding) and (forward is nn.Embedding.forward or scaled) and owner.max_norm is None:
+            return "lookup", False
+    if _is_experts(owner) and ndim == 3:
+        return "experts", bool(owner.is_transposed)
+    return "weight", False
+
+
+def parameters(model: nn.Module) -> list[Target]:
+    """All parameters of a transformers model, in the order of ``named_parameters``, tied ones once."""
+    modules = dict(model.named_modules(remove_duplicate=False))  # a module in two places has two names
+    names: dict[int, list[str]] = {}
+    tensors = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if ".espalier" in f".{name}":
+            continue
+        names.setdefault(id(parameter), []).append(name)
+        tensors[id(parameter)] = parameter
+    found = []
+    for key, aliases in names.items():
+        shape = tuple(tensors[key].shape)
+        places = [(path, modules[path], local) for path, _, local in (alias.rpartition(".") for alias in aliases)]
+        roles = tuple(_role(path, owner, local, model) for path, owner, local in places)
+        routes = [_route(owner, local, len(shape)) for _, owner, local in places]
+        transposed = routes[0][1]
+        if transposed:
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        inside = BLOCK.search(aliases[0])
+        block = int(inside.group(1)) if inside else None
+        site = f"{block}.{_SITES[roles[0]]}" if roles[0] in _SITES else aliases[0]
+        interleaved = not getattr(places[0][1], "is_concatenated", True)
+        gate_up = ("interleaved" if interleaved else "concatenated") if roles[0].endswith(".gate_up") else ""
+        ways = tuple(route for route, _ in routes)
+        found.append(Target(aliases[0], tuple(aliases), roles, block, shape, transposed, ways, gate_up, site))
+    return found
+
+
+def _matches(target: Target, pattern: str) -> bool:
+    if pattern == "all":
+        return True
+    if pattern == "linear":
+        return any(_matches(target, part) for part in LINEAR)
+    for role in target.roles:
+        wants_bias = pattern.endswith("bias")
+        if role == pattern or (role.startswith(pattern + ".") and role.endswith(".bias") == wants_bias):
+            return True
+        if pattern == "bias" and role.endswith(".bias"):
+            return True
+    return any(fnmatch.fnmatchcase(name, pattern) for name in target.names)
+
+
+def select(targets: Iterable[Target], patterns: Sequence[str]) -> list[Target]:
+    """The targets that any of the patterns names.
+
+    A pattern is a role (``mlp``, ``attention.q``, ``embedding``, ``norm``, ``attention.q.bias``), one of the
+    keywords ``linear`` (attention, mlp and experts), ``bias`` and ``all``, or a glob over parameter names.
+
+    Raises:
+        EspalierError: when a pattern matches nothing, naming the roles that the model has.
+    """
+    targets = list(targets)
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matched = [target.name for target in targets if _matches(target, pattern)]
+        if not matched:
+            roles = sorted({role for target in targets for role in target.roles})
+            heads = sorted({role.split(".")[0] for role in roles} | set(roles))
+            hint = suggestion(pattern, [*heads, "linear", "all", "bias"])
+            if pattern in ("attention.q", "attention.k", "attention.v") and "attention.qkv" in roles:
+                hint = "; this model keeps q, k and v in one matrix: use attention.qkv"
+            raise EspalierError(f"--targets {pattern!r} matches no parameter of this model{hint} (roles: {', '.join(roles)})")
+        chosen.update(matched)
+    if not patterns:
+        raise EspalierError("--targets is empty; name roles such as attention,mlp or globs of parameter names")
+    return [target for target in targets if target.name in chosen]

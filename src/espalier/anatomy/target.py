@@ -1,0 +1,66 @@
+"""One parameter of a model, as methods see it: its name, its place and its logical shape."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parameter that an update can be for.
+
+    Args:
+        name: the canonical name, as in ``model.named_parameters()``.
+        names: every name of the same (tied) parameter, the canonical one first.
+        roles: what it does, one role per name: ``attention.q``, ``mlp.down``, ``experts.gate_up``,
+            ``embedding``, ``head``, ``norm``, ... with ``.bias`` appended for biases.
+        block: index of its transformer block, or ``None``.
+        shape: logical shape; for matrices ``(..., out, in)`` with leading dimensions for fused experts.
+        transposed: whether the model stores it as (..., in, out).
+        routes: how products reach it, one per name: ``linear``, ``lookup``, ``experts`` or ``weight``.
+        gate_up: how a matrix that fuses gate and up lays out its rows: ``concatenated``, ``interleaved``, or "".
+        site: the input that it reads; siblings (q, k and v; gate and up) share one, for shared choices.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    roles: tuple[str, ...]
+    block: int | None
+    shape: tuple[int, ...]
+    transposed: bool
+    routes: tuple[str, ...]
+    gate_up: str
+    site: str
+
+    @property
+    def role(self) -> str:
+        """The role of the canonical name."""
+        return self.roles[0]
+
+    @property
+    def route(self) -> str:
+        """The route of the canonical name."""
+        return self.routes[0]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether a product reads it by rows and columns (not a norm, a bias or a convolution)."""
+        return self.route != "weight" or (len(self.shape) == 2 and not self.role.endswith(".bias"))
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Leading dimensions before (out, in): ``(experts,)`` or ``()``."""
+        return self.shape[:-2]
+
+    @property
+    def outputs(self) -> int:
+        return self.shape[-2]
+
+    @property
+    def inputs(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)

@@ -1,0 +1,307 @@
+"""Attaching updates to a model and taking them off again: for ``tune``, and for one's own training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from espalier import registry
+from espalier.anatomy.parameters import parameters, select
+from espalier.anatomy.target import Target
+from espalier.attach.method import Adapter
+from espalier.attach.routes import rebuild
+from espalier.attach.slot import Pool, Slot, Whole
+from espalier.delta.forms import Update
+from espalier.errors import EspalierError
+from espalier.kernels.philox import Stream
+
+
+@dataclass
+class Attachment:
+    """One named delta on a live model: the method that makes it and its slots, by parameter name."""
+
+    name: str
+    method: Adapter
+    slots: dict[str, Slot]
+    pool: Pool | None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def targets(self) -> list[Target]:
+        return [slot.target for slot in self.slots.values()]
+
+    def updates(self) -> dict[str, Update]:
+        """The update of every parameter in the form in which it is stored, gathered whole where it is sharded."""
+        pool = Whole(self.pool) if self.pool is not None else None
+        with torch.no_grad():
+            return {name: self.method.export(Whole(slot), pool) for name, slot in self.slots.items()}
+
+    def trainable(self) -> int:
+        """How many numbers are trained."""
+        modules = [*self.slots.values(), *([self.pool] if self.pool is not None else [])]
+        return sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad)
+
+
+def attachments(model: nn.Module) -> dict[str, Attachment]:
+    """The deltas on a model, by name, innermost first."""
+    return model.__dict__.setdefault("_espalier_attachments", {})
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name to parameter, of all that require gradients."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, local = name.rpartition(".")
+    return model.get_submodule(path), local
+
+
+def stored(model: nn.Module, name: str) -> torch.Tensor:
+    """The base parameter of that name, whether or not reading it gives an updated one."""
+    owner, local = _owner(model, name)
+    return owner._parameters[local]  # type: ignore[return-value]
+
+
+def _logical(model: nn.Module, target: Target) -> torch.Tensor:
+    """The weight that a new update of ``target`` stands on, in logical orientation."""
+    owner, local = _owner(model, target.name)
+    weight = stored(model, target.name)
+    if local in owner.__dict__.get("_espalier", {}):
+        with torch.no_grad():
+            weight = owner._updated(local)  # type: ignore[operator]
+    return weight.detach().transpose(-1, -2) if target.transposed else weight.detach()
+
+
+def _install(model: nn.Module, attachment: Attachment) -> None:
+    for target_name, slot in attachment.slots.items():
+        owner, local = _owner(model, target_name)
+        if "espalier" not in owner._modules:
+            owner.add_module("espalier", nn.ModuleDict())
+        holder: nn.ModuleDict = owner._modules["espalier"]  # type: ignore[assignment]
+        key = f"{local}:{attachment.name}"
+        holder[key] = slot
+        for alias, route in zip(slot.target.names, slot.target.routes, strict=True):
+            module, alias_local = _owner(model, alias)
+            module.__dict__.setdefault("_espalier", {}).setdefault(alias_local, []).append(slot)
+            module.__dict__.setdefault("_espalier_routes", {})[alias_local] = route
+            rebuild(module)
+    if attachment.pool is not None:
+        if "espalier_pools" not in model._modules:
+            model.add_module("espalier_pools", nn.ModuleDict())
+        pools: Any = model._modules["espalier_pools"]
+        pools[attachment.name] = attachment.pool
+    if attachment.pool is not None and "_espalier_hook" not in model.__dict__:
+        model.__dict__["_espalier_hook"] = model.register_forward_pre_hook(_prepare)
+    attachments(model)[attachment.name] = attachment
+
+
+def _prepare(model: nn.Module, inputs: Any) -> None:
+    pools: Any = model._modules["espalier_pools"]
+    for pool in pools.values():
+        pool.prepare()
+
+
+def attach(
+    model: nn.Module,
+    method: str | Adapter = "lora",
+    *,
+    targets: str | Sequence[str] | None = None,
+    name: str | None = None,
+    seed: int = 0,
+    dropout: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    streams: Callable[[int, str], Stream] = Stream,
+    **hyperparameters: Any,
+) -> nn.Module:
+    """Put a method's updates on a transformers model, in place; only their tensors then require gradients.
+
+    Args:
+        model: any transformers model.
+        method: name of a registered adaptation method, or one made by ``registry.make``.
+        targets: roles or name patterns (see ``anatomy.parameters.select``); default: the method's own.
+        name: of the delta on this model; default: the method's name.
+        seed: of the starting values.
+        dropout: probability of dropping entries of the updates' inputs in training, in [0, 1).
+        dtype: of the trained tensors; products follow the dtype of the activations.
+        streams: makes the source of random numbers from (seed, parameter name).
+        **hyperparameters: the method's.
+
+    Returns:
+        The same model.
+
+    Raises:
+        EspalierError: for unknown methods, options or targets, or targets that the method cannot update.
+    """
+    if isinstance(method, str):
+        made: Adapter = registry.make(method, "adapter", **hyperparameters)
+    elif hyperparameters:
+        raise EspalierError(f"options {sorted(hyperparameters)} go into the method's own constructor")
+    else:
+        made = method
+    if not 0 <= dropout < 1:
+        raise EspalierError(f"dropout is {dropout}; it must be at least 0 and less than 1")
+    patterns = _patterns(targets if targets is not None else made.targets)
+    chosen = select(parameters(model), patterns)
+    if refused := [t.name for t in chosen if not made.accepts(t)]:
+        raise EspalierError(
+            f"{made.name} takes {made.takes}; --targets {','.join(patterns)} also names {refused[0]} "
+            f"({len(refused)} such of {len(chosen)})"
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    name = _fresh_name(model, name or made.name)
+
+    def ready(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+        return {
+            key: nn.Parameter(t.detach().to(device, dtype)) if isinstance(t, nn.Parameter) else t.to(device)
+            for key, t in tensors.items()
+        }
+
+    device = next(model.parameters()).device
+    shared = made.start_shared(chosen, seed)
+    pool = Pool(made, chosen, ready(shared, device)) if shared else None
+    slots: dict[str, Slot] = {}
+    for target in chosen:
+        weight = _logical(model, target)
+        tensors = made.start(target, weight, streams(seed, target.name))
+        slots[target.name] = Slot(made, target, ready(tensors, weight.device), pool, dropout, weight)
+    settings = {"targets": patterns, "seed": seed, "dropout": dropout}
+    attachment = Attachment(name, made, slots, pool, settings)
+    if dropout:
+        _refuse_dropout_on_base_dependent(attachment)
+    _install(model, attachment)
+    model.train(model.training)
+    return model
+
+
+def _patterns(targets: str | Sequence[str]) -> list[str]:
+    parts = targets.split(",") if isinstance(targets, str) else list(targets)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _fresh_name(model: nn.Module, name: str) -> str:
+    if name in attachments(model):
+        raise EspalierError(f"the model already carries a delta called {name!r}; pass another name=, or detach it first")
+    if "." in name or ":" in name or not name:
+        raise EspalierError(f"a delta cannot be called {name!r}: no dots, no colons, not empty")
+    return name
+
+
+def _refuse_dropout_on_base_dependent(attachment: Attachment) -> None:
+    if attachment.pool is not None:
+        attachment.pool.prepare()
+    for slot in attachment.slots.values():
+        with torch.no_grad():
+            if slot.update().depends_on_base:
+                raise EspalierError(
+                    f"dropout {slot.dropout} does not go with {attachment.method.name}: its update depends on the base, "
+                    "so the update's input is the base's; set dropout to 0"
+                )
+        if "weight" in slot.target.routes or "lookup" in slot.target.routes:
+            raise EspalierError(
+                f"dropout {slot.dropout} cannot act on {slot.target.name}, which is no plain product; set dropout to 0"
+            )
+        return
+
+
+def release_base(model: nn.Module) -> None:
+    """Free the base values that no forward pass reads because an update replaces them (full tuning).
+
+    Their parameters keep name and shape, on the meta device. For a run whose base is on disk, or is nothing
+    but random numbers; :func:`settle` puts values back.
+    """
+    for attachment in attachments(model).values():
+        for slot in attachment.slots.values():
+            if not (slot.update().exact_at_one and slot.target.names):
+                continue
+            empty = nn.Parameter(torch.empty_like(stored(model, slot.target.name), device="meta"), requires_grad=False)
+            for alias in slot.target.names:
+                owner, local = _owner(model, alias)
+                owner._parameters[local] = empty
+
+
+@torch.no_grad()
+def settle(model: nn.Module) -> nn.Module:
+    """Write every update into the parameters for good and take the updates off: an ordinary model again."""
+    targets = {name: slot.target for a in attachments(model).values() for name, slot in a.slots.items()}
+    if any(attachment.pool is not None for attachment in attachments(model).values()):
+        _prepare(model, None)
+    values = {}
+    for name in targets:
+        owner, local = _owner(model, name)
+        values[name] = nn.Parameter(owner._updated(local).contiguous(), requires_grad=False)  # type: ignore[operator]
+    detach(model)
+    for name, target in targets.items():
+        for alias in target.names:
+            owner, local = _owner(model, alias)
+            owner._parameters[local] = values[name]
+    return model
+
+
+def attach_updates(
+    model: nn.Module, updates: Mapping[str, Update], name: str, scale: float = 1.0, method_name: str = "stored"
+) -> nn.Module:
+    """Put given updates (of a stored delta) on a model, frozen, in place.
+
+    Args:
+        updates: canonical parameter name to update.
+        scale: multiplies every update; 0 restores the base.
+
+    Raises:
+        EspalierError: when the model has no such parameter, or one of another shape.
+    """
+    from espalier.attach.stored import Stored
+
+    by_name = {alias: target for target in parameters(model) for alias in target.names}
+    name = _fresh_name(model, name)
+    slots = {}
+    for updated, update in updates.items():
+        target = by_name.get(updated)
+        if target is None:
+            raise EspalierError(f"the delta updates {updated!r}, which the model does not have")
+        if tuple(update.shape) != target.shape:
+            raise EspalierError(f"the delta's update of {updated!r} is for shape {update.shape}; the model's is {target.shape}")
+        method = Stored(update, scale)
+        weight = stored(model, target.name)
+        tensors = {key.replace(".", "__"): tensor.to(weight.device) for key, tensor in update.tensors().items()}
+        slots[target.name] = Slot(method, target, tensors, None, 0.0, weight)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    made = Stored.of_many(method_name, scale)
+    _install(model, Attachment(name, made, slots, None))
+    return model
+
+
+def detach(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Take a delta (by default all of them) off a model; its base tensors were never touched.
+
+    Raises:
+        EspalierError: when the model carries no delta of that name.
+    """
+    present = attachments(model)
+    if name is not None and name not in present:
+        raise EspalierError(f"the model carries no delta called {name!r} (it carries: {', '.join(present) or 'none'})")
+    for gone in [name] if name is not None else list(present):
+        attachment = present.pop(gone)
+        for target_name, slot in attachment.slots.items():
+            owner, local = _owner(model, target_name)
+            holder: nn.ModuleDict = owner._modules["espalier"]  # type: ignore[assignment]
+            del holder[f"{local}:{gone}"]
+            if not len(holder):
+                del owner._modules["espalier"]
+            for alias in slot.target.names:
+                module, alias_local = _owner(model, alias)
+                module.__dict__["_espalier"][alias_local].remove(slot)
+                rebuild(module)
+        if attachment.pool is not None:
+            pools: nn.ModuleDict = model._modules["espalier_pools"]  # type: ignore[assignment]
+            del pools[gone]
+            if not len(pools):
+                del model._modules["espalier_pools"]
+                model.__dict__.pop("_espalier_hook").remove()
+    return model

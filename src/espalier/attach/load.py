@@ -1,0 +1,146 @@
+"""Loading a model from disk, and a model with deltas on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from espalier.attach.attachment import attach_updates, attachments
+from espalier.checkpoint.directory import ModelDirectory, resolve_model
+from espalier.delta import store
+from espalier.errors import EspalierError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def torch_dtype(dtype: str | torch.dtype | None, directory: ModelDirectory | None) -> torch.dtype:
+    """The dtype to compute in: ``bf16`` or ``fp32``; by default the one that the model is stored in (bf16 without one).
+
+    Raises:
+        EspalierError: for another name. A model stored in float16 computes in bf16 by default.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise EspalierError(f"--dtype is {dtype!r}; it must be one of: {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    if directory is None:
+        return torch.bfloat16
+    stored = {directory.info(name).dtype for name in directory}
+    return torch.float32 if "F32" in stored or "F64" in stored else torch.bfloat16
+
+
+def load_model(model: str | Path, dtype: str | torch.dtype | None = None, device: str | None = None) -> PreTrainedModel:
+    """A causal language model from a directory, ``seedling`` or a hub id, in evaluation mode.
+
+    Raises:
+        EspalierError: when there is no such model, or transformers cannot make one of it.
+    """
+    import transformers
+
+    path = resolve_model(model)
+    directory = ModelDirectory(path)
+    wanted = torch_dtype(dtype, directory)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=wanted, local_files_only=True)
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        raise EspalierError(f"transformers cannot load {path}: {error}") from error
+    return nn.Module.to(loaded, pick_device(device)).eval()
+
+
+def empty_model(path: Path) -> PreTrainedModel:
+    """The model of a directory without its numbers (on the meta device): for names and shapes.
+
+    Raises:
+        EspalierError: when transformers cannot make one of it.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config)
+    except (ValueError, OSError, KeyError) as error:
+        raise EspalierError(f"transformers cannot make a causal language model of {path}: {error}") from error
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The device of that name; by default a CUDA device where there is one.
+
+    Raises:
+        EspalierError: when this machine has no such device.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise EspalierError(f"--device is {device!r}: {str(error).splitlines()[0]}") from error
+
+
+def load_tokenizer(model: str | Path) -> Any:
+    """The tokenizer of a model directory.
+
+    Raises:
+        EspalierError: when the directory has none.
+    """
+    import transformers
+
+    path = resolve_model(model)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise EspalierError(f"no tokenizer could be loaded from {path}: {error}") from error
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
+
+
+def put_on(model: PreTrainedModel, folder: Path, directory: ModelDirectory, *, any_base: bool = False, scale: float = 1.0) -> store.Delta:
+    """Put a stored delta on a live model, above those that it carries; returns the delta.
+
+    Raises:
+        EspalierError: when the delta is damaged, does not fit, or is for another base (unless ``any_base``).
+    """
+    delta = store.load(folder)
+    if not any_base:
+        store.check_base(delta, folder, directory.path, directory.fingerprint())
+    name = f"delta{len(attachments(model))}"
+    attach_updates(model, delta.updates, name, scale, delta.manifest.get("method", "stored"))
+    return delta
+
+
+def load(
+    model: str | Path,
+    deltas: Sequence[str | Path] = (),
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    scale: float = 1.0,
+    any_base: bool = False,
+) -> PreTrainedModel:
+    """A model from disk with deltas on it, in evaluation mode; ``detach`` takes them off again.
+
+    Args:
+        model: directory, ``seedling`` or hub id.
+        deltas: directories, innermost first.
+        dtype: ``bf16`` or ``fp32``; default: as stored.
+        scale: multiplies every delta; 0 gives the base.
+        any_base: accept deltas that were made for another base.
+
+    Raises:
+        EspalierError: when anything is missing, damaged, or does not belong together.
+    """
+    loaded = load_model(model, dtype, device)
+    directory = ModelDirectory(resolve_model(model))
+    for folder in deltas:
+        put_on(loaded, Path(folder), directory, any_base=any_base, scale=scale)
+    return loaded

@@ -1,0 +1,99 @@
+"""The tensors of one update on one parameter, and the shared ones of a method, as modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from espalier.anatomy.target import Target
+from espalier.attach.method import Adapter, Tensors
+from espalier.delta.forms import Update
+
+
+def register(module: nn.Module, tensors: Tensors) -> None:
+    """Give a module its tensors: parameters are trained, the rest become buffers."""
+    for name, tensor in tensors.items():
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(name, tensor)
+        else:
+            module.register_buffer(name, tensor)
+
+
+def versions(tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, int], ...] | None:
+    """What changes when any of the tensors does, or ``None`` where that is not tracked."""
+    try:
+        return tuple((t.data_ptr(), t._version) for t in tensors)
+    except RuntimeError:  # tensors made in inference mode have no version
+        return None
+
+
+class Whole:
+    """A view of a slot or pool whose sharded tensors are gathered when they are read."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+class Pool(nn.Module):
+    """A method's shared tensors, at the root of the model, and the context of the forward pass under way."""
+
+    def __init__(self, method: Adapter, targets: Sequence[Target], tensors: Tensors) -> None:
+        super().__init__()
+        register(self, tensors)
+        self.method = method
+        self.targets = tuple(targets)
+        self.context: Mapping[str, Any] | None = None
+
+    def prepare(self) -> None:
+        """Read the shared tensors once for the forward pass that begins."""
+        self.context = self.method.prepare(self, self.targets)
+
+    def context_of(self, target: Target) -> Any:
+        """The context of one parameter."""
+        if self.context is None:
+            raise RuntimeError(
+                f"{self.method.name} shares tensors that are read at the model's own forward; call the model itself, "
+                "not one of its submodules"
+            )
+        return self.context[target.name]
+
+
+class Slot(nn.Module):
+    """One update on one parameter: its tensors, its gain, and how to make the update of this forward pass.
+
+    In evaluation the update object is cached until one of its tensors changes, so that what a form derives
+    from the base (a norm, say) is computed once.
+    """
+
+    gain: torch.Tensor
+    pool: Pool | None
+
+    def __init__(
+        self, method: Adapter, target: Target, tensors: Tensors, pool: Pool | None, dropout: float, weight: torch.Tensor
+    ) -> None:
+        super().__init__()
+        register(self, tensors)
+        self.base_dtype = weight.dtype
+        self.register_buffer("gain", torch.tensor(method.gain(target), device=weight.device))
+        self.method = method
+        self.target = target
+        self.dropout = dropout
+        self.__dict__["pool"] = pool  # owned by the root: not a child of this module
+        self._cached: tuple[Any, Update] | None = None
+
+    def update(self) -> Update:
+        """The update that the tensors make now."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.pool is not None:
+            self._cached = None
+            return self.method.update(self, self.pool.context_of(self.target) if self.pool is not None else None)
+        key = versions([*self.parameters(), *self.buffers()])
+        if key is None or self._cached is None or self._cached[0] != key:
+            self._cached = (key, self.method.update(self, None))
+        return self._cached[1]

@@ -1,0 +1,66 @@
+"""What a model is, independent of how its files are cut: a hash over its logical tensors.
+
+The fingerprint of a directory is the SHA-256 over the sorted lines ``name dtype shape sha256(bytes)`` of
+its tensors, so re-sharding does not change it. Hashes of tensors are cached per file under
+:func:`cache_directory` by (path, size, modification time, inode).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from espalier.checkpoint.atomic import write_text
+from espalier.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
+
+
+def cache_directory() -> Path:
+    """Where Espalier keeps what it can compute again: ``$ESPALIER_CACHE`` or ``~/.cache/espalier``."""
+    if explicit := os.environ.get("ESPALIER_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "espalier"
+
+
+def file_identity(path: Path) -> str:
+    """A string that changes when a file is replaced or modified: path, size, modification time, inode."""
+    real = path.resolve()
+    status = real.stat()
+    return f"{real}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a whole file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensor_hashes(file: SafetensorsFile) -> dict[str, str]:
+    """SHA-256 of each tensor's bytes, from the cache when the file is the one that was hashed."""
+    identity = file_identity(file.path)
+    cached = cache_directory() / "hashes" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+    try:
+        hashes = json.loads(cached.read_text())
+        if hashes.keys() == file.tensors.keys():
+            return hashes
+    except (OSError, ValueError):
+        pass
+    hashes = {}
+    for name in file.tensors:
+        digest = hashlib.sha256()
+        file.read_bytes(name, digest.update)
+        hashes[name] = digest.hexdigest()
+    write_text(cached, json.dumps(hashes))
+    return hashes
+
+
+def combine(tensors: Mapping[str, TensorInfo], hashes: Mapping[str, str]) -> str:
+    """The fingerprint of a model from its tensors' entries and hashes: ``"sha256:..."``."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        info = tensors[name]
+        shape = "x".join(map(str, info.shape))
+        digest.update(f"{name} {info.dtype} {shape} {hashes[name]}\n".encode())
+    return f"sha256:{digest.hexdigest()}"

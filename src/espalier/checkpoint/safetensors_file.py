@@ -1,0 +1,292 @@
+"""Reading and writing one safetensors file with positioned reads and nothing trusted.
+
+The header is checked in full before a byte of data is allocated: known dtypes, sizes that match shapes,
+offsets inside the file, no overlap, no hole. Reads are ``pread`` into a fresh buffer (never a map), so
+the memory of a process is what it asked for. Format: https://huggingface.co/docs/safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from espalier.errors import EspalierError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES: dict[str, tuple[str, int]] = {
+    "BOOL": ("bool", 1),
+    "U8": ("uint8", 1),
+    "I8": ("int8", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "U16": ("uint16", 2),
+    "I16": ("int16", 2),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "U32": ("uint32", 4),
+    "I32": ("int32", 4),
+    "F32": ("float32", 4),
+    "U64": ("uint64", 8),
+    "I64": ("int64", 8),
+    "F64": ("float64", 8),
+}
+"""Name in the file -> (name in torch, bytes per element)."""
+
+LARGEST_HEADER = 100 * 2**20
+MOST_DIMENSIONS = 64
+CHUNK = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: its dtype (the file's name for it), shape, and byte range in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a file dtype name such as ``"BF16"``."""
+    import torch
+
+    return getattr(torch, DTYPES[name][0])
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The file's name of a torch dtype, such as ``"BF16"``.
+
+    Raises:
+        EspalierError: for a dtype that safetensors files cannot hold.
+    """
+    wanted = str(dtype).removeprefix("torch.")
+    for name, (torch_name, _) in DTYPES.items():
+        if torch_name == wanted:
+            return name
+    raise EspalierError(f"tensors of dtype {wanted} cannot be stored in a safetensors file")
+
+
+class SafetensorsFile:
+    """An open safetensors file: ``tensors`` maps names to :class:`TensorInfo`, ``read`` gives one tensor.
+
+    Raises:
+        EspalierError: naming the file (and tensor) when anything in the header is not as it must be.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        try:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+        except (OSError, ValueError) as error:
+            raise EspalierError(f"{self.path} cannot be read: {getattr(error, 'strerror', error)}") from error
+        try:
+            self.tensors, self.metadata = self._parse_header()
+        except OSError as error:
+            self.close()
+            raise EspalierError(f"{self.path} cannot be read: {error.strerror}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> SafetensorsFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", -1) >= 0:
+            self.close()
+
+    def _refuse(self, why: str) -> EspalierError:
+        return EspalierError(f"{self.path} is not a valid safetensors file: {why}")
+
+    def _parse_header(self) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+        size = os.fstat(self._descriptor).st_size
+        if size < 8:
+            raise self._refuse(f"it has {size} bytes, a header alone needs 8")
+        length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+        if length > min(size - 8, LARGEST_HEADER):
+            raise self._refuse(f"its header claims {length:,} bytes, the file has {size:,}")
+        raw = os.pread(self._descriptor, length, 8)
+
+        def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            if len({key for key, _ in pairs}) != len(pairs):
+                raise self._refuse("its header names something twice")
+            return dict(pairs)
+
+        try:
+            header = json.loads(raw.decode(), object_pairs_hook=refuse_duplicates)
+            if b"\\u" in raw:  # escapes can spell lone surrogates, which no file name or header can repeat
+                json.dumps(header, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
+            raise self._refuse(f"its header is not JSON ({error})") from error
+        if not isinstance(header, dict):
+            raise self._refuse("its header is not a JSON object")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise self._refuse("__metadata__ is not a map of strings")
+        begin = 8 + length
+        tensors = {name: self._check_entry(name, entry, begin, size) for name, entry in header.items()}
+        position = begin
+        for info in sorted(tensors.values(), key=lambda info: (info.start, info.stop)):
+            if info.start != position:
+                raise self._refuse(f"tensor {info.name!r} begins at byte {info.start}, the one before ends at {position}")
+            position = info.stop
+        if position != size:
+            raise self._refuse(f"its tensors end at byte {position}, the file has {size} (truncated or padded?)")
+        return tensors, metadata
+
+    def _check_entry(self, name: str, entry: Any, begin: int, size: int) -> TensorInfo:
+        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
+            raise self._refuse(f"the entry of tensor {name!r} lacks dtype, shape or data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise self._refuse(f"tensor {name!r} has the unknown dtype {dtype!r}")
+
+        def are_counts(values: Any) -> bool:
+            return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**62 for v in values)
+
+        if not are_counts(shape) or len(shape) > MOST_DIMENSIONS or not are_counts(offsets) or len(offsets) != 2:
+            raise self._refuse(f"tensor {name!r} has shape {reprlib.repr(shape)} and data_offsets {reprlib.repr(offsets)}")
+        if math.prod(n for n in shape if n) >= 2**62:
+            raise self._refuse(f"tensor {name!r} has shape {shape!r}, larger than any tensor")
+        expected = math.prod(shape) * DTYPES[dtype][1]
+        if offsets[1] - offsets[0] != expected or begin + offsets[1] > size:
+            raise self._refuse(
+                f"tensor {name!r} of {dtype} {shape} needs {expected:,} bytes; its data_offsets are {offsets}, "
+                f"the file holds {size - begin:,}"
+            )
+        return TensorInfo(name, dtype, tuple(shape), begin + offsets[0], begin + offsets[1])
+
+    def info(self, name: str) -> TensorInfo:
+        """The entry of ``name``.
+
+        Raises:
+            EspalierError: when the file has no such tensor.
+        """
+        if name not in self.tensors:
+            raise EspalierError(f"{self.path} has no tensor {name!r}")
+        return self.tensors[name]
+
+    def read_bytes(self, name: str, consume: Callable[[memoryview], object]) -> None:
+        """Hand the tensor's bytes to ``consume`` in pieces of at most 16 MiB, holding one piece."""
+        info = self.info(name)
+        buffer = memoryview(bytearray(min(CHUNK, info.nbytes)))
+        position = info.start
+        while position < info.stop:
+            piece = buffer[: min(len(buffer), info.stop - position)]
+            self._fill(piece, position, name)
+            consume(piece)
+            position += len(piece)
+
+    def _fill(self, buffer: memoryview, position: int, name: str) -> None:
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._descriptor, [buffer[done:]], position + done)
+            if count == 0:
+                raise self._refuse(f"it ended while tensor {name!r} was read")
+            done += count
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor, in fresh memory, in the file's dtype."""
+        import torch
+
+        info = self.info(name)
+        flat = torch.empty(info.nbytes, dtype=torch.uint8)
+        if info.nbytes:
+            self._fill(flat.numpy().data, info.start, name)
+        return flat.view(torch_dtype(info.dtype)).reshape(info.shape)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The raw little-endian bytes of a tensor (copied when it is not contiguous or not on the CPU)."""
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+class SafetensorsWriter:
+    """Write a file whose tensors' names, dtypes and shapes are known first and whose data come one by one.
+
+    ``layout`` maps each name to (file dtype name, shape). Tensors are written in any order, each exactly
+    once, so a model is streamed with one tensor in memory. The caller makes the file durable.
+    """
+
+    def __init__(
+        self, path: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self.path = path
+        self._spans: dict[str, tuple[int, int]] = {}
+        self._layout = dict(layout)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        position = 0
+        for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (-DTYPES[item[1][0]][1], item[0])):
+            length = math.prod(shape) * DTYPES[dtype][1]
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + length]}
+            self._spans[name] = (position, length)
+            position += length
+        raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        raw += b" " * (-len(raw) % 8)
+        self._begin = 8 + len(raw)
+        self._file: IO[bytes] = path.open("wb")
+        self._file.write(len(raw).to_bytes(8, "little") + raw)
+        self.nbytes = self._begin + position
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor at its place; it must have the declared dtype and shape."""
+        dtype, shape = self._layout[name]
+        if (dtype_name(tensor.dtype), tuple(tensor.shape)) != (dtype, tuple(shape)):
+            raise ValueError(f"{name}: declared {dtype} {shape}, given {tensor.dtype} {tuple(tensor.shape)}")
+        start, length = self._spans.pop(name)
+        content = tensor_bytes(tensor)
+        assert len(content) == length
+        self._file.seek(self._begin + start)
+        self._file.write(content)
+
+    def close(self) -> None:
+        """Finish the file.
+
+        Raises:
+            ValueError: when a declared tensor was not written.
+        """
+        self._file.close()
+        if self._spans:
+            raise ValueError(f"{self.path}: never written: {sorted(self._spans)[:5]}")
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a whole file of tensors that are in memory (not atomic by itself: see ``atomic``)."""
+    layout = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    writer = SafetensorsWriter(path, layout, metadata)
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+    writer.close()
+
+
+def read_safetensors(path: Path, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """All (or the named) tensors of a file, in memory."""
+    with SafetensorsFile(path) as file:
+        return {name: file.read(name) for name in (names if names is not None else file.tensors)}

@@ -1,0 +1,90 @@
+"""``espalier VERB ...``: finds the verb's file, and turns errors into one line and exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+from espalier.errors import EspalierError, suggestion
+
+VERBS = {
+    "tune": "adapt a model to data within a memory budget",
+    "pretrain": "train a model from raw text",
+    "eval": "loss, perplexity and bits per byte, with or without deltas",
+    "generate": "continue a prompt, with or without deltas",
+    "apply": "write the model that a base becomes under a delta",
+    "convert": "import a PEFT LoRA adapter as a delta",
+    "info": "what is in a model, a delta, a run or a data set",
+    "methods": "list every method, its papers and options",
+}
+
+
+class _Group(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            raise EspalierError(f"espalier has no verb {name!r}{suggestion(name, list(VERBS))} (there are: {', '.join(VERBS)})")
+        module = importlib.import_module(f"espalier.cli.{name}")
+        return module.command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["--help", "-h"]})
+@click.version_option(package_name="espalier")
+def espalier() -> None:
+    """Change large open-weight models within the memory, disk, bandwidth and time you have."""
+
+
+def _plugins(arguments: list[str]) -> None:
+    from espalier import registry
+
+    for position, argument in enumerate(arguments):
+        if argument == "--plugin" and position + 1 < len(arguments):
+            registry.add_plugin(Path(arguments[position + 1]))
+        elif argument.startswith("--plugin="):
+            registry.add_plugin(Path(argument.partition("=")[2]))
+
+
+def _show_warning(message: Any, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def main() -> None:
+    """Run the command line; exit code 0, 1 for a bug, 2 for bad input, 130 when interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("always", module="espalier", category=UserWarning)
+    warnings.showwarning = _show_warning
+    try:
+        _plugins(sys.argv[1:])
+        espalier.main(standalone_mode=False)
+    except EspalierError as error:
+        sys.exit(_fail(str(error)))
+    except click.ClickException as error:
+        sys.exit(_fail(error.format_message()))
+    except (click.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        sys.exit(_fail(f"the operating system says: {error.strerror or error}{where}"))
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2

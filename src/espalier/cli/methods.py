@@ -1,0 +1,6 @@
+"""``espalier methods``."""
+
+from espalier.cli import options, show
+from espalier.verbs.methods import methods
+
+command = options.command(methods, show.methods)

@@ -1,0 +1,6 @@
+"""``espalier pretrain``."""
+
+from espalier.cli import options, show
+from espalier.verbs.pretrain import pretrain
+
+command = options.command(pretrain, show.training, roles=("optimizer",), recipe=True)

@@ -1,0 +1,53 @@
+"""Results for people, on standard output."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def facts(result: dict[str, Any]) -> None:
+    """A line per fact; nested ones as JSON."""
+    width = max((len(name) for name in result), default=0)
+    for name, value in result.items():
+        if isinstance(value, float):
+            text = f"{value:.6g}"
+        elif isinstance(value, int) and not isinstance(value, bool):
+            text = f"{value:,}"
+        else:
+            text = value if isinstance(value, str) else json.dumps(value)
+        print(f"{name.replace('_', ' '):<{width}}  {text}")
+
+
+def training(result: dict[str, Any]) -> None:
+    """The end of a run: how the held-out losses moved."""
+    from espalier.memory.meter import format_bytes
+
+    print(f"{result['out']}: {format_bytes(result['bytes'])}, {result['steps']:,} steps, {result['tokens']:,} tokens")
+    for name, scores in result["evaluation"].items():
+        after = scores["after"]
+        line = f"{name}: perplexity {after['perplexity']:.3f}, {after['bits_per_byte']:.4f} bits per byte"
+        if before := scores.get("before"):
+            change = after["bits_per_byte"] / before["bits_per_byte"] - 1
+            line += f" (was {before['perplexity']:.3f}, {before['bits_per_byte']:.4f}: {change:+.1%})"
+        print(line)
+
+
+def text(result: dict[str, Any]) -> None:
+    """Prompt and completion."""
+    print(result["prompt"] + result["completion"])
+
+
+def applied(result: dict[str, Any]) -> None:
+    """Where the new model is."""
+    print(f"{result['out']}: {result['changed']} tensors changed")
+
+
+def methods(result: list[dict[str, Any]]) -> None:
+    """A line per method and one per option."""
+    for method in result:
+        papers = ", ".join(f"#{i}" for i in method["ids"])
+        source = " ".join(part for part in (method["paper"], papers) if part)
+        print(f"{method['kind']}/{method['name']}  {method['summary']}  {source and '(' + source + ')'}")
+        for h in method["hyperparameters"]:
+            print(f"    --{h['name'].replace('_', '-')} {h['type']} = {h['default']}  {h['help']}")

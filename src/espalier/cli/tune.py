@@ -1,0 +1,6 @@
+"""``espalier tune``."""
+
+from espalier.cli import options, show
+from espalier.verbs.tune import tune
+
+command = options.command(tune, show.training, roles=("adapter", "optimizer"), recipe=True)

@@ -1,0 +1,1 @@
+"""From files of text to packed batches: examples, the token store on disk, the order of training, batches."""

@@ -1,0 +1,89 @@
+"""Loss, perplexity and bits per byte of a causal language model on a token store.
+
+Every prediction of every document is scored exactly once, in windows that overlap by half so that it sees
+at least half a window of context where the document has it (``data.batches.scoring_windows``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from espalier.data.batches import IGNORED, Window, assemble, scoring_windows
+from espalier.data.store import TokenStore
+from espalier.memory.language_loss import run_batch
+
+
+@dataclass(frozen=True)
+class Score:
+    """``loss`` in nats per target token; ``bits_per_byte`` over the UTF-8 bytes of the target text."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+    documents: int
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _groups(store: TokenStore, sequence_length: int, micro_tokens: int, padded: bool) -> Iterator[list[tuple[Window, int]]]:
+    """Windows in the store's order, as many at a time as fit."""
+    group: list[tuple[Window, int]] = []
+    longest = 0
+    for window, skip in scoring_windows(store, sequence_length):
+        longest = max(longest, len(window))
+        size = longest * (len(group) + 1) if padded else sum(len(w) for w, _ in group) + len(window)
+        if group and size > micro_tokens:
+            yield group
+            group, longest = [], len(window)
+        group.append((window, skip))
+    if group:
+        yield group
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    store: TokenStore,
+    sequence_length: int,
+    micro_tokens: int,
+    *,
+    padded: bool = False,
+    pad_token: int = 0,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Score:
+    """Score a model (that ``memory.language_loss`` has been installed on) on a whole store.
+
+    Args:
+        micro_tokens: tokens that run at a time.
+        progress: called with the number of predictions scored so far.
+    """
+    model.eval()
+    device = next(p for p in model.parameters() if not p.is_meta).device
+    total, count = 0.0, 0
+    for group in _groups(store, sequence_length, micro_tokens, padded):
+        inputs, targets = [], []
+        for window, skip in group:
+            row = store.read(window.start, window.stop + 1)
+            flags = store.read_targets(window.start + 1, window.stop + 1)
+            wanted = row[1:].copy()
+            wanted[:skip] = IGNORED
+            inputs.append(row[:-1])
+            targets.append(wanted if flags is None else np.where(flags, wanted, IGNORED))
+        batch = assemble(inputs, targets, micro_tokens, padded, pad_token).to(device)
+        total += float(run_batch(model, batch, 1.0))
+        count += batch.target_count
+        progress(count)
+    nbytes = int(store.nbytes.sum())
+    loss = total / max(count, 1)
+    perplexity = math.exp(min(loss, 700.0))
+    return Score(loss, perplexity, total / math.log(2) / max(nbytes, 1), count, nbytes, store.documents)

@@ -1,0 +1,1 @@
+"""Deltas to and from other tools' files."""

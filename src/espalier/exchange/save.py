@@ -1,0 +1,123 @@
+"""Saving the delta that a live model carries: for ``tune``, and for one's own training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from espalier import registry
+from espalier.attach.attachment import Attachment, attachments
+from espalier.checkpoint import peft_adapter
+from espalier.checkpoint.directory import ModelDirectory, resolve_model
+from espalier.data.encode import Encoder
+from espalier.delta import store
+from espalier.errors import EspalierError
+from espalier.exchange import peft_lora
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def save(
+    model: PreTrainedModel,
+    out: str | Path,
+    *,
+    name: str | None = None,
+    base: str | Path | None = None,
+    tokenizer: Any = None,
+    training: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write a delta that :func:`espalier.attach` put on a model into a directory.
+
+    Under sharding (FSDP2) every process must call it; each tensor is gathered whole, and the process of rank 0 writes.
+
+    Args:
+        model: carries the delta.
+        out: the directory; made when missing, its delta replaced.
+        name: which delta, when the model carries several.
+        base: the base's directory or id; default: where the model was loaded from.
+        tokenizer: recorded, so that ``eval`` and ``generate`` can check theirs.
+        training: facts about the training, recorded as they are.
+
+    Returns:
+        ``bytes`` of the tensors' file, and ``peft``: ``None`` when PEFT's files were written too, else why not.
+
+    Raises:
+        EspalierError: when the model carries no such delta, or its base cannot be found.
+    """
+    attachment = _one(model, name)
+    source = str(base or getattr(model.config, "_name_or_path", "") or "")
+    if not source:
+        raise EspalierError("the model does not say where it was loaded from; pass base=DIR so that the delta can name its base")
+    facts = {
+        "name": source,
+        "fingerprint": ModelDirectory(resolve_model(source)).fingerprint(),
+        "model_type": model.config.model_type,
+    }
+    manifest = describe(attachment, facts, Encoder(tokenizer) if tokenizer is not None else None, "all tokens", training or {})
+    return write(model, attachment, manifest, Path(out))
+
+
+def _one(model: nn.Module, name: str | None) -> Attachment:
+    present = attachments(model)
+    if name is None and len(present) == 1:
+        return next(iter(present.values()))
+    if name not in present:
+        what = f"no delta called {name!r}" if name else "no single delta: say which with name="
+        raise EspalierError(f"the model carries {what} (it carries: {', '.join(present) or 'none'})")
+    return present[name]
+
+
+def describe(
+    attachment: Attachment, base: dict[str, Any], encoder: Encoder | None, mask_policy: str, training: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What ``delta.json`` says beside the parameters."""
+    method = attachment.method
+    return {
+        "method": method.name,
+        "hyperparameters": {h.name: getattr(method, h.name) for h in registry.find(method.name, "adapter").hyperparameters},
+        "settings": attachment.settings,
+        "base": base,
+        "tokenizer": encoder.fingerprint if encoder else None,
+        "chat_template": encoder.template_fingerprint if encoder else None,
+        "special_tokens": encoder.special_tokens if encoder else {},
+        "mask_policy": mask_policy,
+        "training": dict(training),
+    }
+
+
+def write(model: PreTrainedModel, attachment: Attachment, manifest: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Write a delta with its card, and PEFT's files where it is plain LoRA."""
+    targets = {t.name: t for t in attachment.targets}
+    updates = attachment.updates()
+    delta = store.Delta(updates, {name: store.Layout.of(t) for name, t in targets.items()}, manifest)
+    if not _is_writer():
+        return {"bytes": 0, "peft": "another process writes"}
+    if store.is_delta(out):
+        peft_adapter.remove(out)  # the old delta's files: PEFT may not be able to hold the new one
+    size = store.save(out, delta, card(manifest))
+    return {"bytes": size, "peft": peft_lora.export(out, delta, targets, str(manifest["base"]["name"]), model)}
+
+
+def _is_writer() -> bool:
+    import torch.distributed as distributed
+
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def card(manifest: Mapping[str, Any]) -> str:
+    """The model card of a delta."""
+    base, training = manifest["base"], manifest["training"]
+    options = ", ".join(f"{k} {v}" for k, v in manifest["hyperparameters"].items())
+    facts = "".join(f"- {key.replace('_', ' ')}: {value}\n" for key, value in training.items())
+    return (
+        f"---\nlibrary_name: espalier\nbase_model: {base['name']}\ntags: [espalier, {manifest['method']}]\n---\n\n"
+        f"# A delta of {base['name']}\n\n"
+        f"Method `{manifest['method']}`{f' ({options})' if options else ''}; loss over {manifest['mask_policy']}; base "
+        f"fingerprint `{base['fingerprint']}`.\n\n{facts}\n"
+        f"    espalier generate --model {base['name']} --delta . --prompt TEXT\n"
+        f"    espalier apply --model {base['name']} --delta . --out MERGED\n"
+    )

@@ -1,0 +1,1 @@
+"""What keeps training small: packed attention, a loss without whole logits, and measuring memory."""

@@ -1,0 +1,93 @@
+"""Cross-entropy over a large vocabulary without ever holding the logits of all tokens.
+
+The head runs on a few hundred tokens at a time; each chunk's logits give their part of the loss *and*
+their gradient at once, and are then dropped. So backward recomputes nothing, and the memory is one chunk
+of logits plus the gradient of the hidden states, whatever the vocabulary.
+
+Works for any head: plain, tied, adapted, with logits scaled or soft-capped. ``project`` maps hidden
+states to logits; ``leaves`` are the tensors inside it that need gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+Project = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the cross-entropies of a chunk, and its gradient times ``scale``, in the dtype of the logits."""
+    kept = targets >= 0
+    targets = targets.clamp_min(0)[:, None]
+    probabilities = logits.float()
+    if probabilities is logits:
+        probabilities = logits.clone()
+    normalizer = probabilities.logsumexp(-1, keepdim=True)
+    losses = (normalizer - probabilities.gather(-1, targets)).squeeze(-1)
+    loss = torch.where(kept, losses, 0.0).sum(dtype=torch.float64)
+    probabilities.sub_(normalizer).exp_()
+    probabilities.scatter_add_(-1, targets, torch.full_like(normalizer, -1.0))
+    return loss, probabilities.mul_((kept * scale)[:, None]).to(logits.dtype)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, project: Project, targets: torch.Tensor, scale: float, chunk: int, hidden: torch.Tensor, *leaves: torch.Tensor
+    ) -> torch.Tensor:
+        inputs = [t for t in (hidden, *leaves) if t.requires_grad]
+        # summed in float32: a bf16 sum would lose more the more chunks there are
+        gradients = [torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves if leaf.requires_grad]
+        hidden_gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        for start in range(0, len(targets), chunk):
+            part = hidden[start : start + chunk].detach().requires_grad_(hidden.requires_grad)
+            with torch.set_grad_enabled(bool(inputs)):
+                logits = project(part)
+            loss, gradient = _loss_and_gradient(logits.detach(), targets[start : start + chunk], scale)
+            total += loss
+            if not inputs:
+                continue
+            wanted = ([part] if hidden.requires_grad else []) + [leaf for leaf in leaves if leaf.requires_grad]
+            found = torch.autograd.grad(logits, wanted, gradient, allow_unused=True)
+            if hidden_gradient is not None:
+                hidden_gradient[start : start + chunk] = found[0]
+                found = found[1:]
+            for sum_, piece in zip(gradients, found, strict=True):
+                if piece is not None:
+                    sum_ += piece
+        ctx.save_for_backward(*([hidden_gradient] if hidden_gradient is not None else []), *gradients)
+        ctx.dtypes = [t.dtype for t in (hidden, *leaves)]
+        ctx.needs = (hidden.requires_grad, [leaf.requires_grad for leaf in leaves])
+        return (total * scale).to(torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+        saved = iter(ctx.saved_tensors)
+        hidden, leaves = ctx.needs
+        results = [next(saved) * gradient if need else None for need in (hidden, *leaves)]
+        dtypes = ctx.dtypes
+        results = [r if r is None else r.to(dtype) for r, dtype in zip(results, dtypes, strict=True)]
+        return (None, None, None, None, *results)
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor, targets: torch.Tensor, project: Project, leaves: Sequence[torch.Tensor], scale: float, chunk: int
+) -> torch.Tensor:
+    """``scale`` times the sum of the cross-entropies of ``targets``.
+
+    Args:
+        hidden: (n, features), the head's input.
+        targets: (n,) int64; negative ones are not predicted.
+        project: the head, from (n, features) to logits (n, vocabulary).
+        leaves: tensors in ``project`` that may need gradients.
+        scale: usually 1 / (target tokens of the whole step).
+        chunk: tokens whose logits are held at a time, at least 1.
+
+    Returns:
+        A 0-d float32 tensor; summed in float64.
+    """
+    return _ChunkedCrossEntropy.apply(project, targets, scale, chunk, hidden, *leaves)

@@ -1,0 +1,141 @@
+"""How many bytes a training step holds at its worst, found by running it on tensors without data.
+
+The real model class, the real method and the real loss run forward and backward under torch's fake
+tensors, which have shapes and no storage; every allocation and release is counted. So the answer follows
+the code, for any family and method, and costs a second or two whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import warnings
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from espalier.attach.attachment import attach, release_base, trainable_parameters
+from espalier.errors import EspalierError
+from espalier.kernels.philox import Stream
+from espalier.memory import language_loss, packed_attention
+
+
+class _NoNumbers(Stream):
+    """Random numbers for tensors that hold none."""
+
+    def integers32(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.int64)
+
+
+class _Ledger(TorchDispatchMode):
+    """Counts the bytes of storages that operators make, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: dict[int, int] = {}
+
+    def _add(self, tensor: Any) -> None:
+        if not isinstance(tensor, torch.Tensor):
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._seen:
+            self._seen[key] = storage.nbytes()
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.live -= self._seen.pop(key, 0)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            self._add(leaf)
+        return result
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One training step: bytes of the frozen ``model``, how many numbers are ``trained``, bytes at its ``peak``.
+
+    The peak is of what forward and backward allocate, gradients included; parameters and optimizer are not.
+    """
+
+    model: int
+    trained: int
+    peak: int
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def trace_step(
+    config: Any,
+    method: Any,
+    options: dict[str, Any],
+    *,
+    dtype: torch.dtype,
+    tokens: int,
+    sequence_length: int,
+    recompute: bool,
+    chunk: int,
+    padded: bool = False,
+) -> Traced:
+    """Run one step of ``tokens`` tokens without data.
+
+    Args:
+        config: a transformers config.
+        method: the adaptation method; ``options`` are the other arguments of ``attach``.
+        dtype: of the model.
+        tokens: a multiple of ``sequence_length``; windows are taken to be that long.
+        chunk: tokens whose logits are held at a time.
+
+    Raises:
+        EspalierError: when transformers cannot make a causal language model of the config.
+    """
+    import transformers
+
+    with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+        try:
+            model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        except (ValueError, KeyError) as error:
+            raise EspalierError(f"transformers cannot make a causal language model of this config: {error}") from error
+        attach(model, method, **options, streams=_NoNumbers)
+        release_base(model)
+        trained = sum(p.numel() for p in trainable_parameters(model).values())
+        frozen = [t for t in (*model.parameters(), *model.buffers()) if not (t.requires_grad or t.is_meta)]
+        total = sum(t.numel() * t.element_size() for t in frozen)
+        language_loss.install(model, chunk)
+        rows = max(1, tokens // sequence_length)
+        shape = (rows, sequence_length) if padded else (1, tokens)
+        ids = torch.zeros(shape, dtype=torch.int64)
+        inputs: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
+        if not padded:
+            packed_attention.install(model)
+            inputs = {"position_ids": ids, "segment_lengths": (sequence_length,) * rows}
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        ledger = _Ledger()
+        with ledger:
+            loss = model(input_ids=ids, targets=ids.reshape(-1), scale=1.0, **inputs)
+            loss.backward()
+    return Traced(total, trained, ledger.peak)

@@ -1,0 +1,276 @@
+"""Every method that Espalier has, known without running any of their files.
+
+A method is one decorated class or function in a file of a method room. Its annotated fields (or
+keyword-only arguments) with literal defaults are its hyperparameters, and the string under each is its
+help; its room is its kind. This module reads those declarations from the source, so listing methods or
+building ``--help`` imports no torch; a file is imported when its method runs.
+
+Out-of-tree methods come from the entry-point group ``espalier.methods`` (value: a module; the entry's
+name is free) or from ``add_plugin(FILE)``.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from espalier.errors import EspalierError, suggestion
+
+ROOMS = (
+    "adapt", "branch", "select", "optim", "prune", "quantize", "share", "merge", "edit", "align", "grow", "laws",
+)  # fmt: skip
+"""The rooms of floor 3; a room's name is the kind of its methods."""
+
+DECORATORS = ("adapter", "optimizer")
+_PACKAGE = Path(__file__).parent
+_plugins: list[Path] = []
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """One option of a method: its name, its type as written, its default and a line of help."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What is known of a method from its source.
+
+    ``ids`` are the rows of the paper table that it implements, ``paper`` where it is described, ``lines``
+    the length of its file.
+    """
+
+    name: str
+    kind: str
+    role: str
+    ids: tuple[int, ...]
+    paper: str
+    file: str
+    lines: int
+    summary: str
+    settings: dict[str, Any]
+    hyperparameters: tuple[Hyperparameter, ...]
+    module: str
+    attribute: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The public record, as ``espalier methods --json`` prints it."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "ids": list(self.ids),
+            "paper": self.paper,
+            "file": self.file,
+            "lines": self.lines,
+            "summary": self.summary,
+            "hyperparameters": [dataclasses.asdict(h) for h in self.hyperparameters],
+        }
+
+
+def declaration(role: str) -> Callable[..., Callable[[T], T]]:
+    """Make the decorator that declares methods of one role (``adapter``, ``optimizer``, ...).
+
+    The decorator takes the method's name, ``ids``, ``paper`` and further settings of the role, all literal.
+    A class becomes a dataclass of its hyperparameters.
+    """
+
+    def decorator(name: str, *, ids: tuple[int, ...], paper: str, **settings: Any) -> Callable[[T], T]:
+        def declare(method: T) -> T:
+            if isinstance(method, type):
+                method = dataclass(method)  # type: ignore[assignment]
+            method.name, method.role, method.ids, method.paper = name, role, ids, paper  # type: ignore[attr-defined]
+            for key, value in settings.items():
+                setattr(method, key, value)
+            return method
+
+        return declare
+
+    return decorator
+
+
+adapter = declaration("adapter")
+optimizer = declaration("optimizer")
+
+
+def _docstring_after(body: list[ast.stmt], position: int) -> str:
+    if position + 1 < len(body):
+        follower = body[position + 1]
+        if isinstance(follower, ast.Expr) and isinstance(follower.value, ast.Constant):
+            return " ".join(str(follower.value.value).split())
+    return ""
+
+
+def _fields(node: ast.ClassDef) -> Iterator[Hyperparameter]:
+    for position, statement in enumerate(node.body):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value:
+            if ast.unparse(statement.annotation).startswith("ClassVar"):
+                continue
+            yield Hyperparameter(
+                statement.target.id,
+                ast.unparse(statement.annotation),
+                ast.literal_eval(statement.value),
+                _docstring_after(node.body, position),
+            )
+
+
+def _keywords(node: ast.FunctionDef) -> Iterator[Hyperparameter]:
+    for argument, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
+        if default is not None and argument.annotation is not None:
+            yield Hyperparameter(argument.arg, ast.unparse(argument.annotation), ast.literal_eval(default), "")
+
+
+def _declarations(file: Path, kind: str, module: str) -> Iterator[MethodInfo]:
+    source = file.read_text(encoding="utf-8")
+    if not any(f"@{name}(" in source for name in DECORATORS):
+        return
+    for node in ast.parse(source, str(file)).body:
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+            continue
+        for call in node.decorator_list:
+            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in DECORATORS):
+                continue
+            try:
+                name = ast.literal_eval(call.args[0])
+                settings = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+                hyperparameters = tuple(_fields(node) if isinstance(node, ast.ClassDef) else _keywords(node))
+            except (ValueError, IndexError) as error:
+                raise EspalierError(f"{file}:{node.lineno}: the declaration of {node.name} is not literal ({error})") from error
+            yield MethodInfo(
+                name=name,
+                kind=kind,
+                role=call.func.id,
+                ids=tuple(settings.pop("ids", ())),
+                paper=settings.pop("paper", ""),
+                file=str(file.relative_to(_PACKAGE.parent)) if file.is_relative_to(_PACKAGE) else str(file),
+                lines=source.count("\n"),
+                summary=(ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " "),
+                settings=settings,
+                hyperparameters=hyperparameters,
+                module=module,
+                attribute=node.name,
+            )
+
+
+def _entry_points() -> Iterator[tuple[Path, str]]:
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group="espalier.methods"):
+        found = importlib.util.find_spec(entry.value)
+        if found and found.origin:
+            yield Path(found.origin), entry.value
+
+
+def add_plugin(file: Path) -> None:
+    """Also look for methods in one Python file; its kind is the name of its folder when that is a room, else adapt.
+
+    Raises:
+        EspalierError: when the file cannot be read or declares no method.
+    """
+    file = Path(file).resolve()
+    if not file.is_file():
+        raise EspalierError(f"plugin {file} does not exist; give a Python file that declares a method")
+    if not list(_declarations(file, "adapt", "")):
+        raise EspalierError(f"plugin {file} declares no method (a class or function under @{' or @'.join(DECORATORS)})")
+    if file not in _plugins:
+        _plugins.append(file)
+        methods.cache_clear()
+
+
+@functools.cache
+def methods() -> tuple[MethodInfo, ...]:
+    """Every method, sorted by kind and name.
+
+    Raises:
+        EspalierError: when two declare the same name.
+    """
+    found: list[MethodInfo] = []
+    for room in ROOMS:
+        for file in sorted((_PACKAGE / room).glob("*.py")):
+            found += _declarations(file, room, f"espalier.{room}.{file.stem}")
+    for file, module in _entry_points():
+        found += _declarations(file, file.parent.name if file.parent.name in ROOMS else "adapt", module)
+    for file in _plugins:
+        found += _declarations(file, file.parent.name if file.parent.name in ROOMS else "adapt", f"espalier_plugin_{file.stem}")
+    seen: dict[str, MethodInfo] = {}
+    for info in found:
+        if info.name in seen:
+            raise EspalierError(f"two methods are called {info.name!r}: {seen[info.name].file} and {info.file}")
+        seen[info.name] = info
+    return tuple(sorted(found, key=lambda info: (ROOMS.index(info.kind), info.name)))
+
+
+def find(name: str, role: str | None = None) -> MethodInfo:
+    """The method called ``name``.
+
+    Raises:
+        EspalierError: when there is none, listing those of the role.
+    """
+    known = [info for info in methods() if role is None or info.role == role]
+    for info in known:
+        if info.name == name:
+            return info
+    names = [info.name for info in known]
+    raise EspalierError(f"no {role or 'method'} is called {name!r}{suggestion(name, names)} (there are: {', '.join(names)})")
+
+
+def load(info: MethodInfo) -> Any:
+    """Import a method's file and return its class or function."""
+    if info.module in sys.modules:
+        return getattr(sys.modules[info.module], info.attribute)
+    if not info.module.startswith("espalier_plugin_"):
+        return getattr(importlib.import_module(info.module), info.attribute)
+    found = importlib.util.spec_from_file_location(info.module, info.file)
+    assert found and found.loader
+    module = importlib.util.module_from_spec(found)
+    sys.modules[info.module] = module
+    found.loader.exec_module(module)
+    return getattr(module, info.attribute)
+
+
+def coerce(name: str, annotation: Any, value: Any) -> Any:
+    """``value`` (perhaps a string from a command line) as the annotated type.
+
+    Raises:
+        EspalierError: naming the option, the value and the type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    if isinstance(value, str) and "list[" in str(annotation):
+        value = [item.strip() for item in value.split(",") if item.strip()]
+    try:
+        return TypeAdapter(annotation).validate_python(value)
+    except ValidationError as error:
+        raise EspalierError(f"{name} is {value!r}: {error.errors()[0]['msg'].lower()}") from error
+
+
+def make(name: str, role: str, **hyperparameters: Any) -> Any:
+    """A method of a class-based role with the given hyperparameters, checked.
+
+    Raises:
+        EspalierError: for an unknown method, an unknown hyperparameter or a value out of range.
+    """
+    info = find(name, role)
+    known = [h.name for h in info.hyperparameters]
+    for option in hyperparameters:
+        if option not in known:
+            owners = [m.name for m in methods() if option in [h.name for h in m.hyperparameters]]
+            belongs = f" (it belongs to {', '.join(owners)})" if owners else suggestion(option, known)
+            raise EspalierError(f"{option} is no option of {name}{belongs}; {name} has: {', '.join(known) or 'none'}")
+    method = load(info)
+    hints = get_type_hints(method)
+    made = method(**{option: coerce(option, hints[option], value) for option, value in hyperparameters.items()})
+    made.check()
+    return made

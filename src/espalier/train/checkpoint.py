@@ -1,0 +1,166 @@
+"""Checkpoints of a run: what it takes to go on to the same bits, and nothing of the frozen base.
+
+``checkpoints/step-00000100/`` holds the trained tensors, the optimizer's state by parameter name, the
+random state and ``state.json`` with step, place in the data, versions and a SHA-256 of every file. It is
+written under a temporary name and renamed, so it is whole or absent; the last two are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from espalier.checkpoint.atomic import atomic_directory, sweep_temporaries
+from espalier.checkpoint.directory import read_json
+from espalier.checkpoint.fingerprint import file_digest
+from espalier.checkpoint.safetensors_file import read_safetensors, write_safetensors
+from espalier.data.batches import Cursor
+from espalier.errors import EspalierError
+
+KEPT = 2
+_FILES = ("trained.safetensors", "optimizer.safetensors", "random.safetensors")
+_NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass
+class State:
+    """Everything of a run beside its tensors."""
+
+    step: int
+    cursor: Cursor
+    tokens: int
+    seconds: float
+
+
+def environment() -> dict[str, Any]:
+    """What a run's bits depend on beside its recipe."""
+    import transformers
+
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            tensors[f"{names[id(parameter)]}/{key}"] = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+    return tensors
+
+
+def save(folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, state: State) -> Path:
+    """Write the checkpoint of a step, then remove all but the last two."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    target = folder / f"step-{state.step:08d}"
+    sweep_temporaries(target)
+    with atomic_directory(target) as temporary:
+        write_safetensors(temporary / "trained.safetensors", {n: p.detach() for n, p in parameters.items()})
+        write_safetensors(temporary / "optimizer.safetensors", _optimizer_tensors(optimizer, names))
+        random = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random["cuda"] = torch.cuda.get_rng_state()
+        write_safetensors(temporary / "random.safetensors", random)
+        digests = {file.name: file_digest(file) for file in sorted(temporary.iterdir())}
+        content = {"format": 1, **asdict(state), "environment": environment(), "files": digests}
+        (temporary / "state.json").write_text(json.dumps(content, indent=1))
+    for old in steps(folder)[:-KEPT]:
+        shutil.rmtree(old)
+    return target
+
+
+def steps(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name))
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left."""
+    if folder.is_dir():
+        for leftover in folder.glob(".step-*.tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def check(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint's ``state.json``, after comparing every file with its hash.
+
+    Raises:
+        EspalierError: when a file is missing or differs, naming the file and the last good checkpoint.
+    """
+
+    try:
+        content = read_json(path / "state.json")
+        files = content["files"]
+        Cursor(**content["cursor"])
+        why = next((reason for name in _FILES if (reason := _damage(path / name, files.get(name)))), None)
+    except (KeyError, TypeError, AttributeError) as error:
+        why = f"state.json lacks {error}"
+    except EspalierError as error:
+        why = str(error)
+    if why is None:
+        return content
+    others = [p.name for p in steps(path.parent) if p.name < path.name]
+    advice = f"remove {path} to resume from {others[-1]}" if others else f"remove {path} and start again"
+    raise EspalierError(f"checkpoint {path} is damaged ({why}); {advice}")
+
+
+def _damage(file: Path, digest: str | None) -> str | None:
+    if digest is None:
+        return f"state.json does not list {file.name}"
+    if not file.exists():
+        return f"{file.name} is missing"
+    return None if file_digest(file) == digest else f"{file.name} does not have the recorded SHA-256"
+
+
+def load(
+    path: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[State, dict[str, Any]]:
+    """Put a checkpoint's tensors and random state in place.
+
+    Returns:
+        The run's state, and the differences between its environment and this one: name to (then, now).
+
+    Raises:
+        EspalierError: when the checkpoint is damaged or is of another set of parameters.
+    """
+    content = check(path)
+    trained = read_safetensors(path / "trained.safetensors")
+    if trained.keys() != parameters.keys():
+        odd = sorted(trained.keys() ^ parameters.keys())
+        raise EspalierError(f"checkpoint {path} is of another run: its parameters differ, first in {odd[0]}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if trained[name].shape != parameter.shape or trained[name].dtype != parameter.dtype:
+                raise EspalierError(
+                    f"checkpoint {path} is of another run: {name} is {trained[name].dtype} {tuple(trained[name].shape)} "
+                    f"there, {parameter.dtype} {tuple(parameter.shape)} here"
+                )
+            parameter.copy_(trained[name])
+    saved = read_safetensors(path / "optimizer.safetensors")
+    optimizer.state.clear()
+    for name, tensor in saved.items():
+        parameter_name, _, key = name.rpartition("/")
+        parameter = parameters[parameter_name]
+        optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)
+    random = read_safetensors(path / "random.safetensors")
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random["cuda"])
+    then, now = content["environment"], environment()
+    differences = {key: (then.get(key), now[key]) for key in now if then.get(key) != now[key]}
+    state = State(content["step"], Cursor(**content["cursor"]), content["tokens"], content["seconds"])
+    return state, differences

@@ -1,0 +1,195 @@
+"""The training loop: micro-batches, the mean over target tokens, clipping, the optimizer, and its record.
+
+The loop knows a model that returns its loss, an order of windows and a set of trained parameters. It knows
+no method and no family.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+from espalier.data.batches import Batch, Cursor, Order, divide, make_batch, next_step
+from espalier.errors import NotFiniteError
+from espalier.memory.language_loss import run_batch
+from espalier.memory.meter import peak_memory, resident_memory
+from espalier.train import checkpoint, schedules
+
+
+@dataclass
+class Settings:
+    """The loop's own numbers; sizes in tokens, intervals in steps (0: never)."""
+
+    steps: int
+    batch_tokens: int
+    micro_tokens: int
+    learning_rate: float
+    schedule: schedules.Shape = "cosine"
+    warmup: int = 0
+    floor: float = 0.0
+    decay: float = 0.2
+    clip: float = 1.0
+    checkpoint_every: int = 0
+    evaluate_every: int = 0
+    padded: bool = False
+    pad_token: int = 0
+
+
+@dataclass
+class Step:
+    """What one step did: loss in nats per target token, gradient norm before clipping, rates and memory."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    gradient_norm: float
+    target_tokens: int
+    tokens: int
+    tokens_per_second: float
+    memory: int
+    seconds: float
+    epoch: int
+
+
+@dataclass
+class Hooks:
+    """What the loop tells of: each is called with what happened, and returns nothing."""
+
+    on_step: Callable[[Step], None] = lambda step: None
+    on_evaluate: Callable[[int], dict[str, Any]] | None = None
+    on_checkpoint: Callable[[Path], None] = lambda path: None
+
+
+@dataclass
+class Run:
+    """A training run on disk: ``metrics.jsonl`` and ``checkpoints/`` under ``folder``."""
+
+    folder: Path
+    state: checkpoint.State = field(default_factory=lambda: checkpoint.State(0, Cursor(), 0, 0.0))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def forget_after(self, step: int) -> None:
+        """Drop metrics of steps that will be done again."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):  # the line that a kill cut short
+                break
+        self.metrics.write_text("".join(kept))
+
+
+def accumulate(model: nn.Module, batches: list[Batch]) -> tuple[float, int]:
+    """Forward and backward of a step's micro-batches; returns the mean loss per target token, and their count."""
+    total = max(1, sum(batch.target_count for batch in batches))
+    loss = 0.0
+    for batch in batches:
+        part = run_batch(model, batch, 1.0 / total)
+        part.backward()
+        loss += float(part.detach())
+        if not math.isfinite(loss):
+            break
+    return loss, total
+
+
+def _first_not_finite(parameters: dict[str, nn.Parameter], gradients: bool) -> str | None:
+    for name, parameter in parameters.items():
+        tensor = parameter.grad if gradients else parameter
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            return name
+    return None
+
+
+def _refuse_not_finite(step: int, batches: list[Batch], loss: float, norm: float, parameters: dict[str, nn.Parameter]) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
+    if broken := _first_not_finite(parameters, gradients=False):
+        where = f"parameter {broken} is not finite"
+    elif broken := _first_not_finite(parameters, gradients=True):
+        where = f"the gradient of {broken} is not finite"
+    else:
+        where = "every trained parameter and gradient is finite"
+    tokens = sum(batch.tokens for batch in batches)
+    raise NotFiniteError(
+        f"stopped at step {step}: {what} on its batch of {tokens} tokens in {len(batches)} micro-batches; {where}. "
+        "Nothing of this step was kept; try a lower --learning-rate, or --dtype fp32"
+    )
+
+
+def train(
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    order: Order,
+    settings: Settings,
+    run: Run,
+    hooks: Hooks,
+) -> None:
+    """Train until ``settings.steps``, from ``run.state`` on.
+
+    Raises:
+        NotFiniteError: on the first loss or gradient that is NaN or infinite, before it reaches a parameter.
+    """
+    device = next(iter(parameters.values())).device
+    state = run.state
+    run.folder.mkdir(parents=True, exist_ok=True)
+    model.train()
+    with run.metrics.open("a", encoding="utf-8") as metrics:
+        while state.step < settings.steps:
+            began = time.perf_counter()
+            step = state.step
+            rate = settings.learning_rate * schedules.factor(
+                settings.schedule, step, settings.steps, settings.warmup, settings.floor, settings.decay
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            windows = next_step(order, state.cursor, settings.batch_tokens)
+            parts = divide(windows, settings.micro_tokens, settings.padded)
+            batches = [
+                make_batch(order.store, part, settings.micro_tokens, settings.padded, settings.pad_token).to(device)
+                for part in parts
+            ]
+            loss, targets = accumulate(model, batches)
+            norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), settings.clip or math.inf))
+            _refuse_not_finite(step + 1, batches, loss, norm, parameters)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seconds = time.perf_counter() - began
+            tokens = sum(batch.tokens for batch in batches)
+            state.step, state.tokens, state.seconds = step + 1, state.tokens + tokens, state.seconds + seconds
+            record = Step(
+                step + 1, loss, rate, norm, targets, tokens, tokens / seconds, resident_memory(), seconds, state.cursor.epoch
+            )
+            _write(metrics, dict(record.__dict__))
+            hooks.on_step(record)
+            last = state.step == settings.steps
+            if settings.checkpoint_every and (state.step % settings.checkpoint_every == 0 or last):
+                hooks.on_checkpoint(checkpoint.save(run.checkpoints, parameters, optimizer, state))
+            if hooks.on_evaluate and settings.evaluate_every and state.step % settings.evaluate_every == 0 and not last:
+                result = hooks.on_evaluate(state.step)
+                _write(metrics, {"step": state.step, "peak_memory": peak_memory(), **result})
+                model.train()
+
+
+def _write(metrics: IO[str], record: dict[str, Any]) -> None:
+    metrics.write(json.dumps(record) + "\n")
+    metrics.flush()

@@ -1,0 +1,334 @@
+"""The steps that ``tune`` and ``pretrain`` are made of, each a method of one job."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from espalier import registry
+from espalier.attach.attachment import attach, attachments, release_base, settle, trainable_parameters
+from espalier.attach.load import load_model, load_tokenizer, pick_device, torch_dtype
+from espalier.checkpoint.atomic import write_text
+from espalier.checkpoint.directory import ModelDirectory, read_json, resolve_model
+from espalier.data.batches import Order
+from espalier.data.encode import MASK_POLICY, Encoder
+from espalier.data.sources import open_source
+from espalier.data.store import TokenStore, open_store
+from espalier.display import Display
+from espalier.errors import EspalierError, at_least
+from espalier.evaluate.perplexity import score
+from espalier.exchange import save as saving
+from espalier.memory.meter import format_bytes, parse_bytes, peak_memory, resident_memory
+from espalier.plan import memory as planning
+from espalier.plan.trace import Traced, trace_step
+from espalier.train import session
+from espalier.train.loop import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Job:
+    """One training run, step by step; the arguments are those of the verb."""
+
+    def __init__(self, verb: str, arguments: dict[str, Any], options: dict[str, Any]) -> None:
+        self.verb = verb
+        self.given = {**arguments, **options}
+        self.a = {"targets": None, "dropout": 0.0, "floor": 0.0, "model": None, **arguments}
+        self.display = Display(arguments["quiet"])
+        self.out = Path(arguments["out"])
+        self._check_arguments()
+        self._make_methods({**options, **({"method": arguments["method"]} if "method" in arguments else {})})
+        self.device = pick_device(self.a["device"])
+        self.evaluations: dict[str, dict[str, Any]] = {}
+        session.seed_everything(self.a["seed"], self.a["threads"])
+
+    def _check_arguments(self) -> None:
+        a = self.a
+        for name in ("batch_size", "sequence_length", "micro_batch_size", "logits_chunk", "threads", "steps"):
+            if a[name] is not None:
+                at_least(name, a[name], 1)
+        for name in ("eval_every", "checkpoint_every", "clip"):
+            at_least(name, a[name], 0)
+        if a["steps"] is not None and a["epochs"] is not None:
+            raise EspalierError("give --steps or --epochs, not both")
+        if a["epochs"] is not None and not a["epochs"] > 0:
+            raise EspalierError(f"epochs is {a['epochs']}; it must be more than 0")
+        if not 0 <= a["warmup"] < 1:
+            raise EspalierError(f"warmup is {a['warmup']}; it is a share of the steps, at least 0 and less than 1")
+        if not 0 <= a["floor"] <= 1:
+            raise EspalierError(f"floor is {a['floor']}; it is a share of the peak rate, from 0 to 1")
+        if a["learning_rate"] is not None and not 0 < a["learning_rate"] < math.inf:
+            raise EspalierError(f"learning_rate is {a['learning_rate']}; it must be more than 0 and finite")
+        self.budget = parse_bytes(a["budget"]) if a["budget"] else None
+        if isinstance(a["eval_data"], str):
+            a["eval_data"] = [a["eval_data"]]
+        import os
+
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise EspalierError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: this version trains in one process; run it without torchrun")
+
+    def _make_methods(self, options: dict[str, Any]) -> None:
+        name = options.pop("method")
+        registry.find(name, "adapter"), registry.find(self.a["optimizer"], "optimizer")
+        own = {h.name for h in registry.find(name, "adapter").hyperparameters}
+        theirs = {h.name for h in registry.find(self.a["optimizer"], "optimizer").hyperparameters}
+        self.optimizer_method = registry.make(
+            self.a["optimizer"], "optimizer", **{k: v for k, v in options.items() if k in theirs and k not in own}
+        )
+        self.method = registry.make(name, "adapter", **{k: v for k, v in options.items() if k in own or k not in theirs})
+        if self.a["learning_rate"] is None:
+            self.a["learning_rate"] = self.method.learning_rate
+
+    # -- the run's folder
+
+    def finished(self) -> dict[str, Any] | None:
+        """The report of a run that was resumed after its end, else nothing."""
+        path = self.out / "run" / "result.json"
+        if self.a["resume"] and path.exists():
+            self.display.note(f"the run in {self.out} is finished")
+            return read_json(path)
+        return None
+
+    # -- data
+
+    def read_data(self) -> None:
+        """Tokenizer, config and token stores."""
+        a = self.a
+        self.directory: ModelDirectory | None = None
+        if a["model"] is not None:
+            if a.get("architecture"):
+                raise EspalierError("give --model or --architecture, not both")
+            self.directory = ModelDirectory(resolve_model(a["model"]))
+            tokenizer_at, config_at = a.get("tokenizer") or a["model"], self.directory.path
+        else:
+            if not (a.get("architecture") and a.get("tokenizer")):
+                raise EspalierError("give --model DIR to go on from, or --architecture config.json and --tokenizer DIR to begin")
+            tokenizer_at, config_at = a["tokenizer"], Path(a["architecture"])
+        self.config = _config(config_at)
+        self.tokenizer = load_tokenizer(tokenizer_at)
+        self.encoder = Encoder(self.tokenizer)
+        longest = getattr(self.config, "max_position_embeddings", None)
+        if longest and a["sequence_length"] > longest:
+            raise EspalierError(f"sequence_length is {a['sequence_length']}; the model has {longest} positions")
+        if len(self.tokenizer) > self.config.vocab_size:
+            raise EspalierError(
+                f"the tokenizer in {tokenizer_at} has {len(self.tokenizer)} tokens, the model {self.config.vocab_size}"
+            )
+        self.store = self._open(a["data"])
+        self.eval_stores = {name: self._open(name) for name in a["eval_data"] or ()}
+        self.order = Order(self.store, a["sequence_length"], a["seed"])
+        if a["steps"] is None:
+            step_tokens = a["batch_size"] * a["sequence_length"]
+            a["steps"] = math.ceil((a["epochs"] or 1.0) * self.order.predictions / step_tokens)
+
+    def _open(self, data: str) -> TokenStore:
+        source = open_source(data)
+        self.display.note(f"reading {source.name}: {len(source.files)} file{'s' * (len(source.files) > 1)} of {source.kind}")
+        return open_store(source, self.encoder)
+
+    # -- memory
+
+    def make_plan(self) -> None:
+        """Choose how steps are cut; refuses a budget that is too small before the model is loaded."""
+        a = self.a
+        self.dtype = torch_dtype(a["dtype"], self.directory)
+        folder = self.out / "run"
+        if a["resume"] and (folder / "run.json").exists():
+            resolved = read_json(folder / "run.json")["resolved"]
+            for key in ("micro_batch_size", "recompute", "logits_chunk"):
+                a[key] = resolved[key]
+        options = {"targets": a["targets"], "dropout": a["dropout"]}
+
+        @functools.cache
+        def traced(micro: int, recompute: bool, chunk: int) -> Traced:
+            return trace_step(
+                self.config, self.method, options, dtype=self.dtype, tokens=micro,
+                sequence_length=a["sequence_length"], recompute=recompute, chunk=chunk,
+            )  # fmt: skip
+
+        def price(micro: int, recompute: bool, chunk: int) -> dict[str, int]:
+            step, working = traced(micro, recompute, chunk), traced(micro, True, chunk).peak
+            state = self.optimizer_method.state_bytes(step.trained)
+            return planning.predict(resident_memory(), self._load_bytes(step), step, working, state, self.device.type == "cpu")
+
+        chunk = planning.default_chunk(self.config.vocab_size)
+        choices = planning.candidates(a["batch_size"] * a["sequence_length"], a["sequence_length"], chunk, a)
+        bound = self.budget if self.budget is not None else round(0.8 * planning.available_memory())
+        self.plan = planning.choose(bound, choices, price)
+        a["micro_batch_size"] = self.plan.micro_tokens // a["sequence_length"]
+        a["recompute"], a["logits_chunk"] = self.plan.recompute, self.plan.logits_chunk
+        self._say_plan()
+
+    def _load_bytes(self, traced: Any) -> int:
+        """What loading needs beside the frozen model: pages of a file that is converted, values that training replaces."""
+        size = torch.empty(0, dtype=self.dtype).element_size()
+        whole = sum(math.prod(self.directory.info(n).shape) for n in self.directory) * size if self.directory else 4 * traced.trained
+        converted = 0
+        if self.directory:
+            converted = sum(i.nbytes for n in self.directory if (i := self.directory.info(n)).dtype != _NAMES[self.dtype])
+        return max(0, whole - traced.model) + max(converted, 4 * traced.trained)
+
+    def _say_plan(self) -> None:
+        p, a = self.plan, self.a
+        micro = f"micro-batches of {p.micro_tokens:,} tokens, {'recomputing' if p.recompute else 'keeping'} activations"
+        limit = f" of the {format_bytes(self.budget)} allowed" if self.budget else ""
+        self.display.note(
+            f"plan: {a['steps']:,} steps of {a['batch_size'] * a['sequence_length']:,} tokens in {micro}, logits of "
+            f"{p.logits_chunk} tokens at a time; predicted peak {format_bytes(p.predicted_peak)}{limit}"
+        )
+        kinds = ", ".join(f"{name} {format_bytes(n)}" for name, n in p.parts.items())
+        self.display.note(f"      ({kinds})")
+
+    # -- model
+
+    def load_model(self) -> None:
+        """The model, with base values only where training needs them."""
+        if self.directory is not None:
+            self.model: PreTrainedModel = load_model(self.directory.path, self.dtype, str(self.device))
+        else:
+            import transformers
+
+            torch.manual_seed(self.a["seed"])
+            self.model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+            torch.nn.Module.to(self.model, self.device, self.dtype)
+        self.padded = session.must_pad(self.model, self.config.vocab_size, self.display)
+
+    def attach(self) -> None:
+        """The method's updates; says what trains, and shows what is learnt of the data."""
+        a = self.a
+        record = session.Record(
+            self.verb, self.given, {**self.given, **{k: v for k, v in a.items() if k in self.given}}, self._facts()
+        )
+        self.run, self.record = session.open_run(self.out, record, a["resume"])
+        attach(self.model, self.method, targets=a["targets"], seed=a["seed"], dropout=a["dropout"])
+        (self.attachment,) = attachments(self.model).values()
+        release_base(self.model)
+        session.show_targets(self.attachment, self.model, self.display)
+        session.show_masks(self.store, self.tokenizer, self.display)
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "base_fingerprint": self.directory.fingerprint() if self.directory else None,
+            "data": open_source(self.a["data"]).identity(),
+            "tokenizer": self.encoder.fingerprint,
+        }
+
+    # -- work
+
+    def measure(self, when: str) -> None:
+        """Score every held-out data set."""
+        with session.training_form(self.model, chunk=self.a["logits_chunk"], recompute=False, padded=self.padded):
+            for name, held_out in self.eval_stores.items():
+                self.evaluations.setdefault(name, {})[when] = self._score(name, held_out, when)
+
+    def _score(self, name: str, held_out: TokenStore, when: str) -> dict[str, Any]:
+        with self.display.bar(f"measuring {name}", held_out.tokens, "tokens") as update:
+            found = score(
+                self.model, held_out, self.a["sequence_length"], self.plan.micro_tokens, padded=self.padded,
+                pad_token=session.pad_token(self.tokenizer), progress=update,
+            )  # fmt: skip
+        self.display.note(f"{name} {when}: perplexity {found.perplexity:.3f}, {found.bits_per_byte:.4f} bits per byte")
+        return found.as_json()
+
+    def train(self) -> None:
+        """The loop, from the last checkpoint when resuming."""
+        a = self.a
+        settings = Settings(
+            steps=a["steps"], batch_tokens=a["batch_size"] * a["sequence_length"], micro_tokens=self.plan.micro_tokens,
+            learning_rate=a["learning_rate"], schedule=a["schedule"], warmup=round(a["warmup"] * a["steps"]),
+            floor=a["floor"], clip=a["clip"], checkpoint_every=a["checkpoint_every"], evaluate_every=a["eval_every"],
+            padded=self.padded, pad_token=session.pad_token(self.tokenizer),
+        )  # fmt: skip
+        parameters = trainable_parameters(self.model)
+        optimizer = self.optimizer_method.build(parameters, a["learning_rate"])
+        state = self.optimizer_method.state_bytes(self.attachment.trainable())
+        session.dry_run(self.out, self.run, parameters, optimizer, self._write_delta, state)
+        torch.manual_seed(a["seed"])
+        session.resume_from_last(self.run, parameters, optimizer, self.display)
+
+        def on_evaluate(step: int) -> dict[str, Any]:
+            when = f"after step {step}"
+            return {"evaluation": {name: self._score(name, held_out, when) for name, held_out in self.eval_stores.items()}}
+
+        form = session.training_form(self.model, chunk=a["logits_chunk"], recompute=bool(a["recompute"]), padded=self.padded)
+        with form:
+            on = on_evaluate if self.eval_stores and a["eval_every"] else None
+            self.steps = session.run_loop(self.model, parameters, optimizer, self.order, settings, self.run, self.display, on)
+        self.model.eval()
+        del optimizer
+
+    # -- results
+
+    def _write_delta(self, folder: Path) -> dict[str, Any]:
+        a = self.a
+        base = {
+            "name": str(a["model"]) if a["model"] else None,
+            "fingerprint": self.record.facts["base_fingerprint"],
+            "model_type": self.config.model_type,
+        }
+        keys = ("data", "batch_size", "sequence_length", "learning_rate", "schedule", "seed")
+        training = {"steps": self.run.state.step, "tokens": self.run.state.tokens, **{key: a[key] for key in keys}}
+        manifest = saving.describe(self.attachment, base, self.encoder, MASK_POLICY[self.store.kind], training)
+        return saving.write(self.model, self.attachment, manifest, folder)
+
+    def save_delta(self, out: Path) -> None:
+        """The delta, and PEFT's files beside it where it is plain LoRA."""
+        written = self._write_delta(out)
+        self.size = written["bytes"]
+        self.display.note(f"the delta is in {out} ({format_bytes(self.size)})")
+        if written["peft"]:
+            self.display.note(f"PEFT cannot load it as it is: {written['peft']}; `espalier apply` makes a model of it")
+
+    def save_model(self, out: Path) -> None:
+        """The trained model as an ordinary checkpoint."""
+        settle(self.model)
+        temporary = self.run.folder / "model"
+        shutil.rmtree(temporary, ignore_errors=True)
+        self.model.save_pretrained(temporary)
+        self.tokenizer.save_pretrained(temporary)
+        for file in sorted(temporary.iterdir(), key=lambda f: f.name == "config.json"):
+            file.replace(out / file.name)
+        temporary.rmdir()
+        self.size = sum(f.stat().st_size for f in out.iterdir() if f.is_file())
+        self.display.note(f"the model is in {out} ({format_bytes(self.size)})")
+
+    def report(self) -> dict[str, Any]:
+        """The result, also written to ``run/result.json``."""
+        state, peak = self.run.state, peak_memory()
+        lines = [json.loads(line) for line in self.run.metrics.read_text().splitlines()]
+        losses = [line["loss"] for line in lines if "loss" in line]
+        tail = losses[-max(1, len(losses) // 10) :]
+        result = {
+            "out": str(self.out), "bytes": self.size, "method": self.method.name, "trained": self.attachment.trainable(),
+            "steps": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 3),
+            "tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1),
+            "first_loss": losses[0] if losses else None, "final_loss": sum(tail) / len(tail) if tail else None,
+            "peak_memory": peak, "predicted_peak": self.plan.predicted_peak, "budget": self.budget,
+            "evaluation": self.evaluations, "plan": self.plan.as_json(),
+        }  # fmt: skip
+        write_text(self.out / "run" / "result.json", json.dumps(result, indent=1) + "\n")
+        over = peak / self.plan.predicted_peak
+        self.display.note(
+            f"peak memory {format_bytes(peak)}, predicted {format_bytes(self.plan.predicted_peak)} ({over:.0%} of it); "
+            f"{result['tokens_per_second']:,.0f} tokens/s"
+        )
+        return result
+
+
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def _config(path: Path) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise EspalierError(f"transformers cannot read the config of {path}: {error}") from error

@@ -1,0 +1,83 @@
+"""Generate: continue a prompt with a model, with or without deltas."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    delta: list[str] | None = None,
+    scale: float = 1.0,
+    any_base: bool = False,
+    max_tokens: int = 128,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    chat: bool = False,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: Literal["bf16", "fp32"] | None = None,
+    threads: int | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Continue a prompt with a model, with or without deltas.
+
+    Args:
+        model: a directory, `seedling`, or a hub id
+        prompt: the text to continue
+        delta: directory of a delta; may be given several times, innermost first
+        scale: multiplies every delta; 0 is the base
+        any_base: accept deltas that were made for another base
+        max_tokens: new tokens at most
+        temperature: of sampling; 0 takes the likeliest token each time
+        top_p: sample among the likeliest tokens of this total probability, in (0, 1]
+        chat: put the prompt into the model's chat template as a user's message
+        seed: of sampling
+        device: such as cpu or cuda; default: cuda where there is one
+        dtype: what to compute in; default: as stored
+        threads: CPU threads
+        quiet: print nothing but the result
+
+    Returns:
+        `prompt`, `completion`, `tokens` (new ones) and `finished` (whether the model ended the text).
+
+    Raises:
+        EspalierError: for anything wrong with the model, a delta or the options.
+    """
+    from pathlib import Path
+
+    from espalier.attach.load import load_model, load_tokenizer, put_on
+    from espalier.checkpoint.directory import ModelDirectory, resolve_model
+    from espalier.data.encode import Encoder
+    from espalier.display import Display
+    from espalier.errors import EspalierError, at_least
+    from espalier.evaluate.sampling import complete
+    from espalier.train import session
+
+    at_least("max_tokens", max_tokens, 1)
+    at_least("temperature", temperature, 0)
+    if not 0 < top_p <= 1:
+        raise EspalierError(f"top_p is {top_p}; it must be more than 0 and at most 1")
+    display = Display(quiet)
+    session.seed_everything(seed, threads)
+    directory = ModelDirectory(resolve_model(model))
+    tokenizer = load_tokenizer(model)
+    encoder = Encoder(tokenizer)
+    loaded = load_model(directory.path, dtype, device)
+    for folder in delta or ():
+        manifest = put_on(loaded, Path(folder), directory, any_base=any_base, scale=scale).manifest
+        session.check_tokenizer(manifest, folder, encoder, "chat" if chat else "text", display)
+    if chat:
+        if not tokenizer.chat_template:
+            raise EspalierError(f"the tokenizer of {model} has no chat template; leave --chat out")
+        message = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        ids = encoder.ids([text])[0]
+    else:
+        ids = encoder.prefix + encoder.ids([prompt])[0]
+    if not ids:
+        raise EspalierError("the prompt is empty, and this tokenizer has no token that begins a text")
+    made, finished = complete(loaded, tokenizer, ids, max_tokens, temperature, top_p, seed)
+    return {"prompt": prompt, "completion": tokenizer.decode(made, skip_special_tokens=True), "tokens": len(made), "finished": finished}

@@ -1,0 +1,121 @@
+"""Info: what is in a model, a delta, a run or a data set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def info(path: str) -> dict[str, Any]:
+    """What is in a model, a delta, a PEFT adapter or a data set.
+
+    Args:
+        path: a directory or file, `seedling`, a hub id, or stdlib:NAME
+
+    Returns:
+        `kind` (model, delta, adapter, run or data) and what belongs to it.
+
+    Raises:
+        EspalierError: when there is nothing at the path that Espalier knows.
+    """
+    from pathlib import Path
+
+    from espalier.delta import store
+
+    folder = Path(path)
+    if path.startswith("stdlib:") or folder.is_file():
+        return _data(path)
+    if folder.is_dir() and store.is_delta(folder):
+        return _delta(folder)
+    if folder.is_dir() and (folder / "adapter_config.json").is_file():
+        return _adapter(folder)
+    if folder.is_dir() and (folder / "run" / "run.json").is_file() and not (folder / "config.json").is_file():
+        return _run(folder)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        return _data(path)
+    return _model(path)
+
+
+def _model(path: str) -> dict[str, Any]:
+    import math
+
+    from espalier.checkpoint.directory import ModelDirectory, resolve_model
+
+    directory = ModelDirectory(resolve_model(path))
+    dtypes: dict[str, int] = {}
+    for name in directory:
+        entry = directory.info(name)
+        dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + math.prod(entry.shape)
+    config = directory.config
+    keys = (
+        "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "intermediate_size", "max_position_embeddings", "tie_word_embeddings",
+    )  # fmt: skip
+    return {
+        "kind": "model",
+        "path": str(directory.path),
+        "parameters": sum(dtypes.values()),
+        "tensors": len(list(directory)),
+        "files": len(directory.files()),
+        "bytes": directory.nbytes(),
+        "dtypes": dtypes,
+        "fingerprint": directory.fingerprint(),
+        "config": {key: config[key] for key in keys if key in config},
+    }
+
+
+def _delta(folder: Any) -> dict[str, Any]:
+    from espalier.delta import store
+
+    delta = store.load(folder)
+    forms: dict[str, int] = {}
+    for update in delta.updates.values():
+        forms[update.form] = forms.get(update.form, 0) + 1
+    numbers = sum(t.numel() for u in delta.updates.values() for n, t in u.tensors().items() if n not in u.shared)
+    return {
+        "kind": "delta",
+        "path": str(folder),
+        "forms": forms,
+        "parameters": len(delta.updates),
+        "numbers": numbers,
+        "bytes": delta.nbytes,
+        "peft": (folder / "adapter_config.json").is_file(),
+        **delta.manifest,
+    }
+
+
+def _adapter(folder: Any) -> dict[str, Any]:
+    from espalier.checkpoint import peft_adapter
+
+    factors, config = peft_adapter.read(folder)
+    return {
+        "kind": "adapter",
+        "path": str(folder),
+        "peft_type": config["peft_type"],
+        "base": config.get("base_model_name_or_path"),
+        "rank": config.get("r"),
+        "modules": len(factors),
+        "numbers": sum(f.A.numel() + f.B.numel() for f in factors.values()),
+    }
+
+
+def _run(folder: Any) -> dict[str, Any]:
+    from espalier.checkpoint.directory import read_json
+
+    record = read_json(folder / "run" / "run.json")
+    found = sorted(p.name for p in (folder / "run" / "checkpoints").glob("step-*"))
+    return {"kind": "run", "path": str(folder), "verb": record["verb"], "arguments": record["resolved"], "checkpoints": found}
+
+
+def _data(path: str) -> dict[str, Any]:
+    from espalier.data.sources import examples, open_source
+
+    source = open_source(path)
+    count = sum(1 for _ in examples(source))
+    return {
+        "kind": "data",
+        "path": path,
+        "examples_of": source.kind,
+        "files": len(source.files),
+        "bytes": sum(file.stat().st_size for file in source.files),
+        "examples": count,
+    }

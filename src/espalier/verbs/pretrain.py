@@ -1,0 +1,92 @@
+"""Pretrain: train a causal language model from raw text, from nothing or on from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+
+def pretrain(
+    data: str,
+    out: str,
+    *,
+    architecture: str | None = None,
+    tokenizer: str | None = None,
+    model: str | None = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    batch_size: int = 16,
+    sequence_length: int = 512,
+    learning_rate: float = 1e-3,
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine",
+    warmup: float = 0.02,
+    floor: float = 0.05,
+    optimizer: str = "adamw",
+    clip: float = 1.0,
+    eval_data: list[str] | None = None,
+    eval_every: int = 0,
+    checkpoint_every: int = 200,
+    budget: str | None = None,
+    micro_batch_size: int | None = None,
+    recompute: bool | None = None,
+    logits_chunk: int | None = None,
+    device: str | None = None,
+    dtype: Literal["bf16", "fp32"] = "bf16",
+    threads: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    quiet: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train a causal language model from raw text, from nothing or on from a checkpoint.
+
+    Args:
+        data: text file, folder of text files, .jsonl file, or stdlib:NAME
+        out: directory of the model (and, under run/, of checkpoints and metrics)
+        architecture: a transformers config.json to start from random weights; needs --tokenizer
+        tokenizer: directory of the tokenizer of a new model
+        model: directory, `seedling` or hub id to go on from, instead of --architecture
+        steps: optimizer steps; give this or --epochs (default: 1 epoch)
+        epochs: passes over the data
+        batch_size: sequences per step, each of --sequence-length tokens (packed full)
+        sequence_length: longest context, in tokens
+        learning_rate: peak rate
+        schedule: course of the learning rate after warm-up
+        warmup: share of the steps that warm up, in [0, 1)
+        floor: learning rate at the end, as a share of the peak
+        optimizer: the optimizer (see `espalier methods --kind optim`)
+        clip: largest norm of the gradient; 0: no clipping
+        eval_data: held-out data measured at the end; may be given several times
+        eval_every: also measure every so many steps; 0: never
+        checkpoint_every: steps between checkpoints; 0: only at the start
+        budget: bound on the process's peak memory, such as 2GiB; chooses the next three
+        micro_batch_size: sequences that are in memory at a time
+        recompute: recompute activations in the backward pass
+        logits_chunk: tokens whose logits are held at a time
+        device: such as cpu or cuda; default: cuda where there is one
+        dtype: what the model computes in; its weights train in float32 and are stored in this
+        threads: CPU threads
+        seed: of the random weights and the order of the data
+        resume: go on with the run in --out after its last checkpoint
+        quiet: print nothing but the result
+        options: the optimizer's options
+
+    Returns:
+        What `--json` prints: where the model is, the losses, speed and memory.
+
+    Raises:
+        EspalierError: for anything wrong with the input, before a step is taken wherever that is possible.
+    """
+    from espalier.verbs._training import Job
+
+    job = Job("pretrain", {k: v for k, v in locals().items() if k not in ("options", "Job")}, {"method": "full", **options})
+    if (finished := job.finished()) is not None:
+        return finished
+    job.read_data()
+    job.make_plan()
+    job.load_model()
+    job.attach()
+    job.train()
+    job.save_model(Path(out))
+    job.measure("after")
+    return job.report()

@@ -1,0 +1,93 @@
+"""Tune: adapt a model to data within a memory budget; the result is a small delta."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+
+def tune(
+    model: str,
+    data: str,
+    out: str,
+    *,
+    method: str = "lora",
+    targets: str | None = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    batch_size: int = 8,
+    sequence_length: int = 512,
+    learning_rate: float | None = None,
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine",
+    warmup: float = 0.05,
+    optimizer: str = "adamw",
+    clip: float = 1.0,
+    dropout: float = 0.0,
+    eval_data: list[str] | None = None,
+    eval_every: int = 0,
+    checkpoint_every: int = 100,
+    budget: str | None = None,
+    micro_batch_size: int | None = None,
+    recompute: bool | None = None,
+    logits_chunk: int | None = None,
+    device: str | None = None,
+    dtype: Literal["bf16", "fp32"] | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    resume: bool = False,
+    quiet: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Adapt a model to data within a memory budget; the result is a small delta.
+
+    Args:
+        model: a directory, `seedling`, or a hub id
+        data: text file, folder of text files, .jsonl file, or stdlib:NAME
+        out: directory of the delta (and, under run/, of checkpoints and metrics)
+        method: what is trained (see `espalier methods`)
+        targets: parameters to update: roles such as attention,mlp,embedding or globs; default: the method's own
+        steps: optimizer steps; give this or --epochs (default: 1 epoch)
+        epochs: passes over the data
+        batch_size: sequences per step, each of --sequence-length tokens (packed full)
+        sequence_length: longest context, in tokens
+        learning_rate: peak rate; default: the method's own
+        schedule: course of the learning rate after warm-up
+        warmup: share of the steps that warm up, in [0, 1)
+        optimizer: the optimizer (see `espalier methods --kind optim`)
+        clip: largest norm of the gradient; 0: no clipping
+        dropout: probability of dropping entries of the updates' inputs, in [0, 1)
+        eval_data: held-out data measured before and after; may be given several times
+        eval_every: also measure every so many steps; 0: never
+        checkpoint_every: steps between checkpoints; 0: only at the start
+        budget: bound on the process's peak memory, such as 2GiB; chooses the next three
+        micro_batch_size: sequences that are in memory at a time
+        recompute: recompute activations in the backward pass
+        logits_chunk: tokens whose logits are held at a time
+        device: such as cpu or cuda; default: cuda where there is one
+        dtype: what the frozen model computes in; default: as stored
+        threads: CPU threads
+        seed: of starting values, order and dropout
+        resume: go on with the run in --out after its last checkpoint
+        quiet: print nothing but the result
+        options: the method's and the optimizer's options
+
+    Returns:
+        What `--json` prints: where the delta is, its size, the losses, speed and memory.
+
+    Raises:
+        EspalierError: for anything wrong with the input, before a step is taken wherever that is possible.
+    """
+    from espalier.verbs._training import Job
+
+    job = Job("tune", {k: v for k, v in locals().items() if k not in ("options", "Job")}, options)
+    if (finished := job.finished()) is not None:
+        return finished
+    job.read_data()
+    job.make_plan()
+    job.load_model()
+    job.attach()
+    job.measure("before")
+    job.train()
+    job.save_delta(Path(out))
+    job.measure("after")
+    return job.report()

@@ -1,0 +1,99 @@
+"""One of two processes that train a sharded model; reports how it differs from one process that does it all."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as distributed
+from torch.distributed.fsdp import fully_shard
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def run(method: str, family: str, targets: str, folder: Path, rank: int) -> dict[str, float]:
+    """Two steps in both ways; the largest differences of the losses and of the saved tensors."""
+    from families import tiny
+
+    from espalier.attach.attachment import attach, trainable_parameters
+    from espalier.checkpoint.safetensors_file import read_safetensors
+    from espalier.exchange.save import save
+
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(0, 64, (4, 9), generator=generator)
+
+    def steps(model: torch.nn.Module, mine: torch.Tensor) -> list[float]:
+        optimizer = torch.optim.SGD(trainable_parameters(model).values(), lr=0.1)
+        losses = []
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = model(mine, labels=mine).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss))
+        return losses
+
+    base = folder / f"base-{family}"
+    whole, sharded = (copy.deepcopy(tiny(family)).eval() for _ in range(2))
+    if rank == 0 and not base.exists():
+        whole.save_pretrained(base)
+    distributed.barrier()
+    results = []
+    for model, mine in ((whole, x), (sharded, x[rank * 2 : rank * 2 + 2])):
+        attach(model, method, targets=targets, seed=3)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for p in trainable_parameters(model).values():
+                p.add_(torch.randn(p.shape, generator=generator) * 0.05)
+        if model is sharded:
+            for block in next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
+                fully_shard(block)
+            fully_shard(model)
+        losses = torch.tensor(steps(model, mine))
+        if model is sharded:
+            distributed.all_reduce(losses)
+            losses /= 2
+        out = folder / f"{method}-{family}-{'sharded' if model is sharded else f'whole{rank}'}"
+        if model is whole:
+            distributed_save(save, model, out, base)
+        else:
+            save(model, out, base=base)
+        distributed.barrier()
+        results.append((losses, out))
+    if rank:
+        return {}
+    (one, out_one), (two, out_two) = results
+    left, right = read_safetensors(out_one / "delta.safetensors"), read_safetensors(out_two / "delta.safetensors")
+    assert left.keys() == right.keys()
+    differences = [float((left[n].double() - right[n].double()).abs().max()) for n in left]
+    return {"loss": float((one - two).abs().max()), "tensors": max(differences), "count": len(left)}
+
+
+def distributed_save(save: object, model: torch.nn.Module, out: Path, base: Path) -> None:
+    """Save from every process, into its own folder: the model is not sharded."""
+    import espalier.exchange.save as saving
+
+    writer, saving._is_writer = saving._is_writer, lambda: True
+    try:
+        saving.save(model, out, base=base)
+    finally:
+        saving._is_writer = writer
+
+
+def main(rank: int, folder: str, cases: str) -> None:
+    """Run every case and write the report (rank 0)."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    report = {}
+    for method, family, targets in json.loads(cases):
+        report[f"{method} {family}"] = run(method, family, targets, Path(folder), rank)
+    if rank == 0:
+        (Path(folder) / "report.json").write_text(json.dumps(report))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

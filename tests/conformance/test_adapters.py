@@ -1,0 +1,356 @@
+"""What every adaptation method must do, on every kind of layer: no line here knows a method.
+
+The methods come from the registry, with their default options; the places are the kinds of layer that an
+update can be on. What is special to a method is tested in ``tests/methods``.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny
+
+from espalier import registry
+from espalier.anatomy.target import Target
+from espalier.attach.attachment import Attachment, attach, attachments, detach, stored, trainable_parameters
+from espalier.attach.load import load, put_on
+from espalier.checkpoint.directory import ModelDirectory
+from espalier.delta import store
+from espalier.delta.base import DenseBase, product
+from espalier.delta.forms import Update
+from espalier.exchange.materialize import write_model
+from espalier.exchange.save import save
+from espalier.memory import language_loss
+
+METHODS = [info.name for info in registry.methods() if info.role == "adapter"]
+PLACES = {
+    "linear": ("llama", "linear"),
+    "conv1d": ("gpt2", "attention,mlp"),
+    "tied embedding": ("llama", "embedding"),
+    "scaled embedding": ("gemma3", "embedding"),
+    "fused qkv": ("gpt_neox", "attention.qkv"),
+    "fused experts": ("qwen3_moe", "experts"),
+    "non-square": ("qwen3", "attention.k,mlp.down"),
+}
+everywhere = pytest.mark.parametrize("place", list(PLACES))
+every_method = pytest.mark.parametrize("method", METHODS)
+pytestmark = [pytest.mark.room("adapt")]
+
+
+def fresh(place: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    family, _ = PLACES[place]
+    return copy.deepcopy(tiny(family)).to(dtype).eval()
+
+
+def put(model: torch.nn.Module, method: str, place: str) -> Attachment:
+    attach(model, method, targets=PLACES[place][1], name="d", seed=3)
+    return attachments(model)["d"]
+
+
+def randomize(model: torch.nn.Module, size: float = 0.05) -> None:
+    """Move every trained number away from its start, so that nothing is zero by luck."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in trainable_parameters(model).values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+
+
+def ids(model: torch.nn.Module, rows: int = 2, length: int = 11) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, model.config.vocab_size, (rows, length), generator=generator)
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids(model)).logits
+
+
+def loss_of(model: torch.nn.Module) -> torch.Tensor:
+    x = ids(model)
+    return model(x, labels=x).loss
+
+
+def live_updates(attachment: Attachment) -> dict[str, tuple[Target, Update]]:
+    if attachment.pool is not None:
+        attachment.pool.prepare()
+    return {name: (slot.target, slot.update()) for name, slot in attachment.slots.items()}
+
+
+def logical(model: torch.nn.Module, target: Target) -> torch.Tensor:
+    weight = stored(model, target.name)
+    return weight.transpose(-1, -2) if target.transposed else weight
+
+
+@everywhere
+@every_method
+def test_the_start_is_the_base(method: str, place: str) -> None:
+    model = fresh(place)
+    before = logits(model)
+    put(model, method, place)
+    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
+
+
+@everywhere
+@every_method
+def test_the_trained_count_is_the_declared_formula(method: str, place: str) -> None:
+    model = fresh(place)
+    attachment = put(model, method, place)
+    assert attachment.trainable() == sum(attachment.method.count(target) for target in attachment.targets)
+    assert attachment.trainable() == sum(p.numel() for p in trainable_parameters(model).values())
+
+
+@everywhere
+@every_method
+def test_gradients_reach_something_in_one_step_and_everything_in_two(method: str, place: str) -> None:
+    model = fresh(place)
+    put(model, method, place)
+    parameters = trainable_parameters(model)
+    start = {name: p.detach().clone() for name, p in parameters.items()}
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.5)
+    moved: list[set[str]] = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+        moved.append({name for name, p in parameters.items() if not torch.equal(p, start[name])})
+    assert moved[0]
+    assert moved[1] == set(parameters)
+
+
+@everywhere
+@every_method
+def test_training_leaves_the_base_bit_identical_and_detaching_gives_it_back(method: str, place: str) -> None:
+    model = fresh(place)
+    before, outputs = {n: p.clone() for n, p in model.named_parameters()}, logits(model)
+    classes = {n: type(m) for n, m in model.named_modules()}
+    put(model, method, place)
+    parameters = trainable_parameters(model)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, weight_decay=0.1)
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        assert {n for n, p in model.named_parameters() if p.grad is not None} <= set(parameters)
+        optimizer.step()
+    detach(model)
+    assert {n: type(m) for n, m in model.named_modules()} == classes
+    assert {n for n, _ in model.named_parameters()} == set(before)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert torch.equal(logits(model), outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@everywhere
+@every_method
+def test_linear_equals_the_dense_product(method: str, place: str, dtype: torch.dtype) -> None:
+    """Error at most 4 times the plain dense product's own, both against float64."""
+    model = fresh(place, dtype)
+    attachment = put(model, method, place)
+    randomize(model)
+    with torch.no_grad():
+        for target, update in live_updates(attachment).values():
+            weight = logical(model, target)
+            if target.lead:
+                weight, update = weight[1], update.unbind()[1]
+            x = torch.randn(37, weight.shape[-1], generator=torch.Generator().manual_seed(2)).to(dtype)
+            exact_update = update.with_tensors(
+                {n: t.double() if t.is_floating_point() else t for n, t in update.tensors().items()}
+            )
+            new = exact_update.apply(weight.double())
+            exact = x.double() @ new.T
+            plain = (torch.nn.functional.linear(x, new.to(dtype)).double() - exact).pow(2).mean().sqrt()
+            ours = (product(x, DenseBase(weight), update).double() - exact).pow(2).mean().sqrt()
+            assert ours <= 4 * plain + 1e-12, (target.name, float(ours), float(plain))
+
+
+@everywhere
+@every_method
+def test_gradients_of_the_accelerated_route_are_those_of_the_weight_route(method: str, place: str) -> None:
+    model = fresh(place)
+    attachment = put(model, method, place)
+    randomize(model)
+    for target, update in live_updates(attachment).values():
+        weight = logical(model, target).double()
+        leaves = {n: t.detach().double().requires_grad_() if t.is_floating_point() else t for n, t in update.tensors().items()}
+        update = update.with_tensors(leaves)
+        if target.lead:
+            weight, update = weight[1], update.unbind()[1]
+        x = torch.randn(9, weight.shape[-1], generator=torch.Generator().manual_seed(2), dtype=torch.float64, requires_grad=True)
+        y = torch.randn(9, weight.shape[-2], generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+        wanted = [x, *(t for t in leaves.values() if t.requires_grad)]
+        fast = torch.autograd.grad((product(x, DenseBase(weight), update) * y).sum(), wanted, retain_graph=True)
+        slow = torch.autograd.grad((x @ update.apply(weight).T * y).sum(), wanted)
+        for a, b in zip(fast, slow, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+        if target.route == "lookup":
+            rows = torch.tensor([3, 0, 3, 7])
+            z = torch.randn(4, weight.shape[-1], generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+            fast = torch.autograd.grad((update.lookup(rows, DenseBase(weight)) * z).sum(), wanted[1:], retain_graph=True)
+            slow = torch.autograd.grad((update.apply(weight)[rows] * z).sum(), wanted[1:])
+            for a, b in zip(fast, slow, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+        return
+
+
+@everywhere
+@every_method
+def test_saving_and_loading_is_exact(method: str, place: str, tmp_path: Path) -> None:
+    model = fresh(place)
+    model.save_pretrained(tmp_path / "base")
+    attachment = put(model, method, place)
+    randomize(model)
+    save(model, tmp_path / "delta", base=tmp_path / "base")
+    stored_delta = store.load(tmp_path / "delta")
+    for name, update in attachment.updates().items():
+        again = stored_delta.updates[name]
+        assert again.shape == update.shape and again.form == update.form
+        assert all(torch.equal(t, again.tensors()[n]) for n, t in update.tensors().items())
+    loaded = load(tmp_path / "base", [tmp_path / "delta"])
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-6, atol=1e-6)
+    assert not trainable_parameters(loaded)
+
+
+@everywhere
+@every_method
+def test_a_scale_of_zero_restores_the_base(method: str, place: str, tmp_path: Path) -> None:
+    model = fresh(place)
+    outputs = logits(model)
+    model.save_pretrained(tmp_path / "base")
+    put(model, method, place)
+    randomize(model)
+    save(model, tmp_path / "delta", base=tmp_path / "base")
+    assert not torch.allclose(logits(load(tmp_path / "base", [tmp_path / "delta"])), outputs, atol=1e-4)
+    torch.testing.assert_close(logits(load(tmp_path / "base", [tmp_path / "delta"], scale=0.0)), outputs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@everywhere
+@every_method
+def test_merged_equals_unmerged(method: str, place: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The applied checkpoint, loaded by transformers, does what base and delta do, to the rounding of its dtype."""
+    from transformers import AutoModelForCausalLM
+
+    model = fresh(place, dtype)
+    before = logits(model)
+    model.save_pretrained(tmp_path / "base")
+    put(model, method, place)
+    randomize(model)
+    save(model, tmp_path / "delta", base=tmp_path / "base")
+    (tmp_path / "merged").mkdir()
+    delta = store.load(tmp_path / "delta")
+    write_model(ModelDirectory(tmp_path / "base"), [delta], 1.0, tmp_path / "merged", lambda done: None)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype).eval()
+    there, here = logits(model).float(), logits(merged).float()
+    moved = (there - before.float()).abs().max()
+    assert moved > 1e-3
+    assert (there - here).abs().max() <= (1e-4 if dtype == torch.float32 else 0.2) * max(moved, 1)
+
+
+@every_method
+@pytest.mark.parametrize("place", ["linear", "conv1d", "fused qkv", "fused experts", "tied embedding"])
+def test_recomputation_changes_nothing(method: str, place: str) -> None:
+    results = []
+    for recompute in (False, True):
+        model = fresh(place)
+        put(model, method, place)
+        randomize(model)
+        if recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.train()
+        loss_of(model).backward()
+        results.append({n: p.grad for n, p in trainable_parameters(model).items()})
+    assert results[0].keys() == results[1].keys()
+    for name, gradient in results[0].items():
+        torch.testing.assert_close(gradient, results[1][name], rtol=1e-6, atol=1e-8)
+
+
+@every_method
+@everywhere
+def test_it_compiles_whole(method: str, place: str) -> None:
+    torch._dynamo.reset()
+    model = fresh(place)
+    put(model, method, place)
+    randomize(model)
+    expected = model(ids(model)).logits
+    found = torch.compile(model, fullgraph=True, backend="eager")(ids(model)).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    found.square().mean().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in trainable_parameters(model).values())
+
+
+@every_method
+def test_fifty_steps_leave_the_number_of_live_tensors_flat(method: str) -> None:
+    model = fresh("linear")
+    put(model, method, "linear")
+    parameters = trainable_parameters(model)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
+
+    def steps(count: int) -> int:
+        for _ in range(count):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+        gc.collect()
+        return sum(1 for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter))
+
+    assert steps(45) == (first := steps(3)) or steps(2) == first
+
+
+@everywhere
+@every_method
+def test_the_chunked_loss_gives_the_gradients_of_the_models_own(method: str, place: str) -> None:
+    """Also where the update is on the head, whose gradient is made chunk by chunk."""
+    model = fresh(place)
+    put(model, method, place)
+    randomize(model)
+    x = ids(model, rows=1)
+    own = model(x, labels=x).loss
+    own.backward()
+    wanted = {n: p.grad.clone() for n, p in trainable_parameters(model).items()}
+    model.zero_grad()
+    language_loss.install(model, 4)
+    targets = torch.cat((x[0, 1:], torch.tensor([-100])))
+    loss = model(input_ids=x, targets=targets, scale=1 / (x.shape[1] - 1))
+    loss.backward()
+    torch.testing.assert_close(loss, own, rtol=1e-5, atol=1e-6)
+    for name, p in trainable_parameters(model).items():
+        torch.testing.assert_close(p.grad, wanted[name], rtol=1e-4, atol=1e-6)
+
+
+@every_method
+def test_two_deltas_make_a_chain_that_equals_applying_them_in_order(method: str, tmp_path: Path) -> None:
+    model = fresh("linear")
+    model.save_pretrained(tmp_path / "base")
+    put(model, "lora", "linear")
+    randomize(model)
+    save(model, tmp_path / "first", base=tmp_path / "base")
+    detach(model)
+    put(model, method, "linear")
+    randomize(model)
+    save(model, tmp_path / "second", base=tmp_path / "base")
+    both = load(tmp_path / "base", [tmp_path / "first", tmp_path / "second"])
+    (tmp_path / "merged").mkdir()
+    deltas = [store.load(tmp_path / name) for name in ("first", "second")]
+    write_model(ModelDirectory(tmp_path / "base"), deltas, 1.0, tmp_path / "merged", lambda done: None)
+    torch.testing.assert_close(logits(both), logits(load(tmp_path / "merged")), rtol=1e-4, atol=1e-5)
+    detach(both, "delta1")
+    put_on(both, tmp_path / "second", ModelDirectory(tmp_path / "base"))
+    torch.testing.assert_close(logits(both), logits(load(tmp_path / "merged")), rtol=1e-4, atol=1e-5)
+
+
+@every_method
+def test_bfloat16_training_moves_float32_tensors(method: str) -> None:
+    model = fresh("linear", torch.bfloat16)
+    attachment = put(model, method, "linear")
+    assert {p.dtype for p in trainable_parameters(model).values()} == {torch.float32}
+    loss_of(model).backward()
+    gradients = [p.grad for p in trainable_parameters(model).values() if p.grad is not None]
+    assert gradients and all(g.dtype == torch.float32 and math.isfinite(float(g.sum())) for g in gradients)
+    assert all(u.shape for u in attachment.updates().values())

@@ -1,0 +1,516 @@
+"""The forms of an update: every product agrees with the dense update, and the dense update with its equation.
+
+The equations are written out here in float64 from each form's tensors, entry by entry where that is plainer; the
+errors of products are measured against float64 and may be at most 4 times those of the plain dense product.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from espalier.delta.base import DenseBase, UpdatedBase, product
+from espalier.delta.forms import (
+    FORMS,
+    Columns,
+    Dense,
+    LowRank,
+    Magnitude,
+    Pooled,
+    Replace,
+    Sparse,
+    Update,
+    form,
+)
+from espalier.errors import EspalierError
+
+ADDITIVE = ("dense", "low_rank", "pooled", "columns", "sparse")
+MAGNITUDES = tuple(f"magnitude of {inner}" for inner in ADDITIVE)
+KINDS = (*ADDITIVE, "replace", *MAGNITUDES)
+SHARDS = 4
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+properties = settings(deadline=None, max_examples=20)
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+shapes = st.tuples(st.integers(2, 6), st.integers(2, 6)).map(lambda s: (SHARDS * s[0], SHARDS * s[1]))
+deep_shapes = st.builds(lambda lead, shape: (*lead, *shape), st.sampled_from([(), (1,), (3,)]), shapes)
+gains = st.floats(-4, 4, width=16).filter(lambda g: g == 0 or abs(g) > 1e-2)
+seeds = st.integers(0, 2**16)
+
+
+def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def choose(seed: int, count: int, chosen: int) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:chosen]
+
+
+def make(kind: str, shape: tuple[int, ...], seed: int, gain: Any = 1.0, dtype: torch.dtype = torch.float32) -> Update:
+    """A random update of a weight of ``shape`` (last two: out, in), its tensors of ``dtype``."""
+    *lead, outputs, inputs = shape
+    if kind.startswith("magnitude of "):
+        magnitude = random(seed + 9, *lead, outputs, dtype=dtype).abs() + 0.5
+        return Magnitude(magnitude, make(kind.removeprefix("magnitude of "), shape, seed, 1.5, dtype), gain)
+    if kind in ("dense", "replace"):
+        return {"dense": Dense, "replace": Replace}[kind](random(seed, *shape, dtype=dtype), gain)
+    if kind == "low_rank":
+        return LowRank(random(seed, *lead, outputs, 3, dtype=dtype), random(seed + 1, *lead, 3, inputs, dtype=dtype) / 2, gain)
+    if kind == "pooled":
+        B, A = random(seed, 20, outputs // SHARDS, dtype=dtype), random(seed + 1, 23, inputs // SHARDS, dtype=dtype) / 2
+        generator = torch.Generator().manual_seed(seed + 2)
+        index = {n: torch.randint(0, n, (*lead, 3, SHARDS), generator=generator, dtype=torch.int32) for n in (20, 23)}
+        return Pooled(B, A, index[20], index[23], gain)
+    if kind == "columns":
+        index = torch.stack([choose(seed + e, inputs, 5) for e in range(math.prod(lead))]).reshape(*lead, 5)
+        return Columns(random(seed, *lead, outputs, 5, dtype=dtype), index, inputs, gain)
+    assert kind == "sparse"
+    index = choose(seed, math.prod(shape), 1 + math.prod(shape) // 5).sort().values
+    return Sparse(random(seed, len(index), dtype=dtype), index, shape, gain)
+
+
+def additive_equation(update: Update, shape: tuple[int, ...]) -> torch.Tensor:
+    """The update that the tensors mean, in float64, gain included."""
+    tensors = {name: t.double() if t.is_floating_point() else t for name, t in update.tensors().items()}
+    if isinstance(update, Dense):
+        dense = tensors["values"]
+    elif isinstance(update, LowRank):
+        dense = torch.einsum("...or,...ri->...oi", tensors["B"], tensors["A"])
+    elif isinstance(update, Pooled):
+        A, B = [
+            torch.stack([torch.cat([tensors[f][int(s)] for s in row]) for row in tensors[f"index_{f}"].reshape(-1, SHARDS)])
+            for f in "AB"
+        ]
+        rank = update.index_A.shape[-2]
+        experts = [B[e : e + rank].T @ A[e : e + rank] for e in range(0, len(A), rank)]
+        dense = torch.stack(experts).reshape(shape)
+    elif isinstance(update, Columns):
+        dense = torch.zeros(shape, dtype=torch.float64)
+        flat, values = dense.reshape(-1, *shape[-2:]), tensors["values"].reshape(-1, shape[-2], update.index.shape[-1])
+        for expert, row in enumerate(update.index.reshape(-1, update.index.shape[-1]).tolist()):
+            for position, column in enumerate(row):
+                flat[expert, :, column] = values[expert, :, position]
+    else:
+        assert isinstance(update, Sparse)
+        dense = torch.zeros(shape, dtype=torch.float64)
+        dense.view(-1)[update.index] = tensors["values"]
+    return dense * float(update.gain)
+
+
+def equation(update: Update, weight: torch.Tensor) -> torch.Tensor:
+    """The updated weight, in float64."""
+    weight = weight.double()
+    if isinstance(update, Replace):
+        return weight + float(update.gain) * (update.values.double() - weight)
+    if isinstance(update, Magnitude):
+        direction = weight + additive_equation(update.inner, tuple(weight.shape))
+        updated = update.magnitude.double()[..., None] * direction / direction.norm(dim=-1, keepdim=True)
+        return weight + float(update.gain) * (updated - weight)
+    return weight + additive_equation(update, tuple(weight.shape))
+
+
+def rms(tensor: torch.Tensor) -> float:
+    return float(tensor.double().square().mean().sqrt())
+
+
+# materialize is the law
+
+
+@every_kind
+@properties
+@given(shape=deep_shapes, seed=seeds, gain=gains, dtype=st.sampled_from(DTYPES))
+def test_the_dense_update_is_the_equation(kind: str, shape: tuple[int, ...], seed: int, gain: float, dtype: torch.dtype) -> None:
+    update = make(kind, shape, seed, gain, torch.float32 if kind in MAGNITUDES else dtype)
+    weight = random(seed + 5, *shape, dtype=dtype)
+    exact = equation(update, weight)
+    assert update.shape == shape
+    dense = update.materialize(weight)
+    assert dense.dtype == torch.float32 and dense.shape == shape
+    torch.testing.assert_close(dense.double(), exact - weight.double(), rtol=1e-4, atol=1e-5)
+    assert update.materialize(weight.double()).dtype == torch.float64
+    torch.testing.assert_close(update.materialize(weight.double()), exact - weight.double(), rtol=1e-6, atol=1e-6)
+
+
+@every_kind
+@properties
+@given(shape=deep_shapes, seed=seeds, gain=gains, dtype=st.sampled_from(DTYPES))
+def test_applying_rounds_once_to_the_weights_dtype(kind: str, shape: tuple[int, ...], seed: int, gain: float, dtype: torch.dtype) -> None:
+    update = make(kind, shape, seed, gain)
+    weight = random(seed + 5, *shape, dtype=dtype)
+    applied, exact = update.apply(weight), equation(update, weight)
+    assert applied.dtype == dtype and applied.shape == shape
+    half_a_unit = torch.finfo(dtype).eps / 2 * 1.01
+    assert bool(((applied.double() - exact).abs() <= half_a_unit * exact.abs() + 1e-4 * rms(exact)).all())
+
+
+@pytest.mark.parametrize("kind", ADDITIVE)
+@properties
+@given(shape=deep_shapes, seed=seeds, gain=gains)
+def test_an_additive_update_is_linear_in_its_gain(kind: str, shape: tuple[int, ...], seed: int, gain: float) -> None:
+    weight = random(seed + 5, *shape)
+    one = make(kind, shape, seed, 1.0).materialize(weight)
+    torch.testing.assert_close(make(kind, shape, seed, gain).materialize(weight), gain * one, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(make(kind, shape, seed, torch.tensor(gain)).materialize(weight), gain * one, rtol=1e-5, atol=1e-6)
+    assert torch.equal(one, make(kind, shape, seed, 1.0).materialize(weight + 1)), "an additive update reads no base"
+
+
+@every_kind
+@properties
+@given(shape=shapes, seed=seeds, dtype=st.sampled_from(DTYPES), as_tensor=st.booleans(), transposed=st.booleans())
+def test_a_gain_of_zero_is_the_base_exactly(
+    kind: str, shape: tuple[int, int], seed: int, dtype: torch.dtype, as_tensor: bool, transposed: bool
+) -> None:
+    update = make(kind, shape, seed, torch.tensor(0.0) if as_tensor else 0.0)
+    weight = random(seed + 5, *shape, dtype=dtype)
+    base = DenseBase(weight.T.contiguous() if transposed else weight, random(seed + 6, shape[0], dtype=dtype), transposed)
+    x, ids = random(seed + 7, 3, shape[1], dtype=dtype), torch.tensor([[0, 1], [1, shape[0] - 1]])
+    plain = base.without_bias().linear(x) + base.bias if update.depends_on_base else base.linear(x)
+    assert torch.equal(update.apply(weight), weight)
+    assert torch.equal(product(x, base, update), plain)
+    assert torch.equal(update.lookup(ids, base), weight[ids])
+
+
+# products agree with it
+
+
+@every_kind
+@properties
+@given(
+    shape=shapes, seed=seeds, gain=gains, dtype=st.sampled_from(DTYPES), as_tensor=st.booleans(), narrow=st.booleans(),
+    transposed=st.booleans(),
+)  # fmt: skip
+def test_linear_equals_the_dense_product(
+    kind: str, shape: tuple[int, int], seed: int, gain: float, dtype: torch.dtype, as_tensor: bool, narrow: bool, transposed: bool
+) -> None:
+    """Error at most 4 times the plain dense product's own, both against float64; more dimensions change nothing."""
+    update = make(kind, shape, seed, torch.tensor(gain) if as_tensor else gain, dtype if narrow else torch.float32)
+    weight, x = random(seed + 5, *shape, dtype=dtype), random(seed + 7, 64, shape[1], dtype=dtype)
+    base = DenseBase(weight.T.contiguous() if transposed else weight, None, transposed)
+    exact_weight = equation(update, weight)
+    exact = x.double() @ exact_weight.T
+    plain = functional.linear(x, exact_weight.to(dtype))
+    found = update.linear(x, base)
+    assert found.dtype == dtype
+    # where terms nearly cancel, as at a gain that undoes the base, what they were made of is the measure
+    floor = torch.finfo(dtype).eps * rms(x.double() @ weight.double().T)
+    assert rms(found.double() - exact) <= 4 * max(rms(plain.double() - exact), floor / 4)
+    assert torch.equal(update.linear(x.reshape(4, 16, -1), base).reshape(64, -1), found)
+
+
+@pytest.mark.parametrize("kind", ADDITIVE)
+@properties
+@given(shape=shapes, seed=seeds, gain=gains, dtype=st.sampled_from(DTYPES))
+def test_matmul_is_the_product_of_the_update_alone(kind: str, shape: tuple[int, int], seed: int, gain: float, dtype: torch.dtype) -> None:
+    update = make(kind, shape, seed, gain)
+    assert not update.depends_on_base
+    x, onto = random(seed + 7, 64, shape[1], dtype=dtype), random(seed + 8, 64, shape[0], dtype=dtype)
+    dense = additive_equation(update, shape)
+    exact = x.double() @ dense.T
+    plain = functional.linear(x, dense.to(dtype))
+    assert rms(update.matmul(x).double() - exact) <= 4 * rms(plain.double() - exact) + 1e-12
+    before = onto.clone()
+    summed = update.matmul(x, onto)
+    assert summed.dtype == dtype and torch.equal(onto, before), "what it is added to is not written"
+    assert rms(summed.double() - (exact + onto.double())) <= 4 * rms((plain + onto).double() - (exact + onto.double())) + 1e-12
+
+
+@every_kind
+@properties
+@given(shape=shapes, seed=seeds, gain=gains, dtype=st.sampled_from(DTYPES), data=st.data())
+def test_lookup_gives_the_rows_of_the_updated_weight(
+    kind: str, shape: tuple[int, int], seed: int, gain: float, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    update = make(kind, shape, seed, gain)
+    weight = random(seed + 5, *shape, dtype=dtype)
+    size = data.draw(st.sampled_from([(), (3,), (2, 4), (0,)]))
+    ids = torch.tensor(data.draw(st.lists(st.integers(0, shape[0] - 1), min_size=math.prod(size), max_size=math.prod(size)))).long()
+    rows = update.lookup(ids.reshape(size), DenseBase(weight))
+    exact = equation(update, weight)
+    assert rows.dtype == dtype and rows.shape == (*size, shape[1])
+    largest = max(float(exact.abs().max()), float(weight.abs().max()), 1.0)
+    torch.testing.assert_close(rows.double(), exact[ids].reshape(rows.shape), rtol=0, atol=16 * torch.finfo(dtype).eps * largest)
+
+
+@every_kind
+@settings(deadline=None, max_examples=6)
+@given(shape=shapes, seed=seeds, gain=gains)
+def test_gradients_of_linear_and_lookup_are_those_of_the_dense_weight(kind: str, shape: tuple[int, int], seed: int, gain: float) -> None:
+    assume(gain != 0)
+    update = make(kind, shape, seed, gain, torch.float64)
+    leaves = {n: t.requires_grad_() for n, t in update.tensors().items() if t.is_floating_point()}
+    weight, x = random(seed + 5, *shape).double(), random(seed + 7, 7, shape[1]).double().requires_grad_()
+    y, ids, z = random(seed + 8, 7, shape[0]).double(), torch.tensor([1, 0, 1]), random(seed + 9, 3, shape[1]).double()
+    new = update.apply(weight)
+    for fast, slow, wanted in (
+        ((update.linear(x, DenseBase(weight)) * y).sum(), (x @ new.T * y).sum(), [x, *leaves.values()]),
+        ((update.lookup(ids, DenseBase(weight)) * z).sum(), (new[ids] * z).sum(), list(leaves.values())),
+    ):
+        found = torch.autograd.grad(fast, wanted, retain_graph=True)
+        expected = torch.autograd.grad(slow, wanted, retain_graph=True)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+# what single forms promise
+
+
+@properties
+@given(shape=deep_shapes, seed=seeds, as_tensor=st.booleans())
+def test_replace_with_a_gain_of_one_is_exact_in_bfloat16(shape: tuple[int, ...], seed: int, as_tensor: bool) -> None:
+    values, weight = random(seed, *shape, dtype=torch.bfloat16) * 1e-3, random(seed + 1, *shape, dtype=torch.bfloat16) * 1e3
+    update = Replace(values, torch.tensor(1.0) if as_tensor else 1.0)
+    assert torch.equal(update.apply(weight).view(torch.int16), values.view(torch.int16))
+    assert update.apply(weight.float()).dtype == torch.float32
+    part = update.unbind()[0] if len(shape) == 3 else update
+    base = DenseBase(weight[0] if len(shape) == 3 else weight)
+    x = random(seed + 2, 3, shape[-1], dtype=torch.bfloat16)
+    assert torch.equal(part.linear(x, base), functional.linear(x, part.values))
+    assert torch.equal(part.lookup(torch.tensor([1, 0]), base), part.values[[1, 0]])
+
+
+def test_replace_is_exact_whatever_the_base_held() -> None:
+    """The dense difference of two checkpoints is not: it rounds, and an infinite entry never comes back."""
+    every = torch.arange(2**16).to(torch.int32).to(torch.uint16).view(torch.bfloat16).reshape(256, 256)
+    for weight in (every.flip(0), torch.full_like(every, math.nan), torch.full_like(every, math.inf)):
+        assert torch.equal(Replace(every).apply(weight).view(torch.int16), every.view(torch.int16))
+
+
+def test_a_magnitude_is_the_norm_of_each_row() -> None:
+    weight = random(3, 8, 12)
+    update = make("magnitude of low_rank", (8, 12), 0)
+    assert isinstance(update, Magnitude)
+    torch.testing.assert_close(update.apply(weight).norm(dim=-1), update.magnitude)
+
+
+@pytest.mark.parametrize("inner", ADDITIVE)
+@properties
+@given(shape=deep_shapes, seed=seeds, gain=gains, dtype=st.sampled_from(DTYPES), transposed=st.booleans())
+def test_row_norms_are_those_of_the_dense_sum(
+    inner: str, shape: tuple[int, ...], seed: int, gain: float, dtype: torch.dtype, transposed: bool
+) -> None:
+    update = make(inner, shape, seed, gain)
+    weight = random(seed + 5, *shape, dtype=dtype)
+    exact = (weight.double() + additive_equation(update, shape)).norm(dim=-1)
+    if transposed:
+        weight = weight.transpose(-1, -2).contiguous().transpose(-1, -2)
+    found = Magnitude.row_norms(weight, update)
+    assert found.dtype == torch.float32 and found.shape == shape[:-1]
+    # the cross term of a low-rank sum is a product in the weight's dtype; squares are compared, where terms can cancel
+    parts = weight.double().norm(dim=-1).square() + additive_equation(update, shape).norm(dim=-1).square()
+    assert bool(((found.double().square() - exact.square()).abs() <= 4 * torch.finfo(dtype).eps * parts).all())
+    precise = Magnitude.row_norms(weight.double(), update.with_tensors({n: t.double() for n, t in update.tensors().items() if t.is_floating_point()}))
+    torch.testing.assert_close(precise, exact, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_rounded_magnitude_over_no_update_is_the_base_exactly(dtype: torch.dtype) -> None:
+    """The norm is rounded as the magnitude was, so a start in a narrow dtype is no step away from the base."""
+    weight, x = random(0, 8, 12), random(1, 5, 12)
+    inner = LowRank(torch.zeros(8, 2, dtype=dtype), random(2, 2, 12, dtype=dtype))
+    update = Magnitude(Magnitude.row_norms(weight, inner).to(dtype), inner)
+    assert torch.equal(update.apply(weight), weight)
+    assert torch.equal(update.linear(x, DenseBase(weight)), functional.linear(x, weight))
+
+
+def test_no_gradient_flows_through_the_norm() -> None:
+    B, A = random(0, 8, 2).requires_grad_(), random(1, 2, 12).requires_grad_()
+    assert not Magnitude.row_norms(random(2, 8, 12).requires_grad_(), LowRank(B, A)).requires_grad
+
+
+@pytest.mark.parametrize("kind", MAGNITUDES)
+@properties
+@given(shape=shapes, seed=seeds, gain=gains, dtype=st.sampled_from(DTYPES))
+def test_a_bias_is_not_scaled_by_a_magnitude(kind: str, shape: tuple[int, int], seed: int, gain: float, dtype: torch.dtype) -> None:
+    update = make(kind, shape, seed, gain)
+    weight, bias = random(seed + 5, *shape, dtype=dtype), random(seed + 6, shape[0], dtype=dtype)
+    x = random(seed + 7, 3, shape[1], dtype=dtype)
+    without = product(x, DenseBase(weight), update)
+    assert torch.equal(product(x, DenseBase(weight, bias), update), without + bias)
+    assert torch.equal(product(torch.zeros_like(x), DenseBase(weight, bias), update), bias.expand(3, -1))
+
+
+# chains
+
+
+@properties
+@given(
+    kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=3), shape=shapes, seed=seeds, dtype=st.sampled_from(DTYPES),
+    biased=st.booleans(), transposed=st.booleans(),
+)  # fmt: skip
+def test_a_chain_equals_applying_in_order(
+    kinds: list[str], shape: tuple[int, int], seed: int, dtype: torch.dtype, biased: bool, transposed: bool
+) -> None:
+    weight = random(seed + 5, *shape, dtype=dtype)
+    bias = random(seed + 6, shape[0], dtype=dtype) if biased else None
+    base = DenseBase(weight.T.contiguous() if transposed else weight, bias, transposed)
+    chain, applied, exact = base, base.dense(), weight.double()
+    for position, kind in enumerate(kinds):
+        update = make(kind, shape, seed + 20 * position, 0.75)
+        chain, applied, exact = UpdatedBase(chain, update), update.apply(applied), equation(update, exact)
+    assert torch.equal(chain.dense(), applied)
+    assert chain.shape == torch.Size(shape) and chain.dtype == dtype and chain.bias is bias
+    x, ids = random(seed + 7, 64, shape[1], dtype=dtype), torch.tensor([1, 0, 1])
+    exact_product = x.double() @ exact.T + (bias.double() if bias is not None else 0)
+    plain = functional.linear(x, exact.to(dtype), bias)
+    bound = len(kinds) * 4 * max(rms(plain.double() - exact_product), torch.finfo(dtype).eps * rms(exact_product))
+    assert rms(chain.linear(x).double() - exact_product) <= bound
+    largest = max(float(exact.abs().max()), float(weight.abs().max()), 1.0)
+    torch.testing.assert_close(chain.rows(ids).double(), exact[ids], rtol=0, atol=32 * len(kinds) * torch.finfo(dtype).eps * largest)
+    unbiased = chain.without_bias()
+    assert unbiased.bias is None and torch.equal(unbiased.dense(), applied)
+    if biased:
+        assert rms((unbiased.linear(x) + bias).double() - exact_product) <= bound
+
+
+def test_a_transposed_base_is_the_same_weight() -> None:
+    weight, bias, x = random(0, 6, 10), random(1, 6), random(2, 3, 10)
+    base = DenseBase(weight.T.contiguous(), bias, transposed=True)
+    assert base.shape == (6, 10) and torch.equal(base.dense(), weight)
+    torch.testing.assert_close(base.linear(x), functional.linear(x, weight, bias))
+    assert torch.equal(base.rows(torch.tensor([5, 5])), weight[[5, 5]])
+
+
+# experts
+
+
+@every_kind
+@properties
+@given(experts=st.integers(1, 4), shape=shapes, seed=seeds, gain=gains)
+def test_one_experts_update_is_the_slice_of_the_whole(kind: str, experts: int, shape: tuple[int, int], seed: int, gain: float) -> None:
+    update = make(kind, (experts, *shape), seed, gain)
+    weight = random(seed + 5, experts, *shape)
+    whole = update.materialize(weight)
+    parts = update.unbind()
+    assert len(parts) == experts and update.shape == (experts, *shape), "the whole keeps its shape"
+    for expert, part in enumerate(parts):
+        assert part.shape == shape and part.form != "" and float(part.gain) == gain
+        torch.testing.assert_close(part.materialize(weight[expert]), whole[expert], rtol=1e-5, atol=1e-6)
+    assert torch.equal(update[experts - 1].materialize(weight[-1]), parts[-1].materialize(weight[-1]))
+
+
+def test_gradients_of_all_experts_reach_the_shared_tensors() -> None:
+    update = make("pooled", (3, 8, 12), 0)
+    pools = [update.A.requires_grad_(), update.B.requires_grad_()]
+    fast = torch.autograd.grad(sum((part.matmul(random(4, 2, 12)) * random(5, 2, 8)).sum() for part in update.unbind()), pools)
+    dense = update.materialize(torch.zeros(3, 8, 12))
+    slow = torch.autograd.grad(sum((random(4, 2, 12) @ part.T * random(5, 2, 8)).sum() for part in dense), pools)
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# to tensors and back
+
+
+@every_kind
+@properties
+@given(shape=deep_shapes, seed=seeds, gain=gains, dtype=st.sampled_from(DTYPES))
+def test_tensors_and_constants_rebuild_the_update(kind: str, shape: tuple[int, ...], seed: int, gain: float, dtype: torch.dtype) -> None:
+    update = make(kind, shape, seed, gain, dtype)
+    constants = json.loads(json.dumps(update.constants()))
+    again = form(update.form).from_tensors(update.tensors(), constants, shape, gain)
+    assert type(again) is type(update) and again.shape == update.shape and again.gain == gain
+    assert again.dtype == update.dtype == dtype and again.nbytes == update.nbytes
+    weight = random(seed + 5, *shape)
+    assert torch.equal(again.materialize(weight), update.materialize(weight))
+    other = update.with_tensors({name: t * 2 if t.is_floating_point() else t for name, t in update.tensors().items()})
+    assert not torch.equal(other.materialize(weight), update.materialize(weight)) or gain == 0
+    assert torch.equal(again.materialize(weight), update.materialize(weight)), "the pattern is left alone"
+
+
+@pytest.mark.parametrize("lead", [(), (3,)], ids=["matrix", "experts"])
+@every_kind
+def test_tensors_of_other_shapes_are_refused(kind: str, lead: tuple[int, ...]) -> None:
+    shape = (*lead, 8, 12)
+    update = make(kind, shape, 0)
+    tensors, constants = update.tensors(), update.constants()
+    for name, tensor in tensors.items():
+        wrong = [tensor[..., :-1], tensor[..., None], tensor[0], torch.cat((tensor, tensor), -1), tensor.new_zeros(())]
+        for other in [*wrong, *([tensor.flatten()] if tensor.ndim > 1 else [])]:
+            if "pooled" in kind and name.removeprefix("inner.") in "AB" and other.shape[1:] == tensor.shape[1:]:
+                continue  # a pool may have any number of shards that its index does not reach beyond
+            with pytest.raises(EspalierError):
+                form(update.form).from_tensors({**tensors, name: other}, constants, shape, 1.0)
+    fits_wider = kind.endswith(("columns", "sparse"))  # what they reach is still there
+    for other in ((*lead, 12, 8), (*lead, 8, 13), (*lead, 8, 3), (*lead, 7, 12), (2, *shape)):
+        if (fits_wider and other[-1] == 13) or (kind == "sparse" and math.prod(other) >= math.prod(shape)):
+            continue
+        with pytest.raises(EspalierError):
+            form(update.form).from_tensors(tensors, constants, other, 1.0)
+
+
+@pytest.mark.parametrize("lead", [(), (3,)], ids=["matrix", "experts"])
+@pytest.mark.parametrize("kind", ["columns", "sparse", "pooled", "magnitude of columns", "magnitude of pooled"])
+def test_indices_out_of_range_or_of_another_kind_are_refused(kind: str, lead: tuple[int, ...]) -> None:
+    shape = (*lead, 8, 12)
+    update = make(kind, shape, 0)
+    tensors, constants = update.tensors(), update.constants()
+    for name in [n for n in tensors if "index" in n]:
+        index = tensors[name]
+        for wrong in (-1, -(2**31), 23 if "pooled" in kind else 12 if "columns" in kind else math.prod(shape), 2**31 - 1):
+            bad = index.clone()
+            bad.view(-1)[-1] = wrong
+            with pytest.raises(EspalierError, match=r"index.* reaches from"):
+                form(update.form).from_tensors({**tensors, name: bad}, constants, shape, 1.0)
+        for dtype in (torch.float32, torch.bool, torch.uint8, torch.uint64):
+            with pytest.raises(EspalierError, match="index"):
+                form(update.form).from_tensors({**tensors, name: index.to(dtype)}, constants, shape, 1.0)
+        for dtype in (torch.int32, torch.int64):
+            again = form(update.form).from_tensors({**tensors, name: index.to(dtype)}, constants, shape, 1.0)
+            assert torch.equal(again.materialize(torch.ones(shape)), update.materialize(torch.ones(shape)))
+
+
+def test_indices_that_name_an_entry_twice_are_refused() -> None:
+    columns, sparse = make("columns", (3, 8, 12), 0).tensors(), make("sparse", (8, 12), 0).tensors()
+    columns["index"][1, 3] = columns["index"][1, 0]
+    with pytest.raises(EspalierError, match="a column twice"):
+        Columns.from_tensors(columns, {}, (3, 8, 12), 1.0)
+    for bad in (sparse["index"].flip(0), torch.cat((sparse["index"][:1], sparse["index"][:-1]))):
+        with pytest.raises(EspalierError, match="not sorted"):
+            Sparse.from_tensors({**sparse, "index": bad}, {}, (8, 12), 1.0)
+
+
+@every_kind
+def test_tensors_of_integers_are_refused_where_numbers_are_meant(kind: str) -> None:
+    update = make(kind, (8, 12), 0)
+    for name in [n for n in update.tensors() if "index" not in n]:
+        with pytest.raises(EspalierError, match="floating point"):
+            tensors = {**update.tensors(), name: update.tensors()[name].to(torch.int64)}
+            form(update.form).from_tensors(tensors, update.constants(), (8, 12), 1.0)
+
+
+@pytest.mark.parametrize("inner", ["magnitude", "replace", "nonsense"])
+def test_a_magnitude_stands_on_known_additive_forms_only(inner: str) -> None:
+    update = make("magnitude of dense", (8, 12), 0)
+    with pytest.raises(EspalierError, match=inner):
+        Magnitude.from_tensors(update.tensors(), {"inner": inner, "inner_gain": 1.0}, (8, 12), 1.0)
+
+
+def test_an_unknown_form_is_refused_with_those_known() -> None:
+    with pytest.raises(EspalierError, match=r"unknown form 'tucker'.*columns, dense, low_rank"):
+        form("tucker")
+    assert all(form(name) is kind and kind.form == name for name, kind in FORMS.items())
+
+
+def test_bytes_count_private_tensors_once_and_shared_ones_not() -> None:
+    assert make("low_rank", (8, 12), 0).nbytes == 4 * 3 * (8 + 12)
+    assert make("dense", (8, 12), 0, dtype=torch.bfloat16).nbytes == 2 * 8 * 12
+    assert make("columns", (8, 12), 0).nbytes == 4 * 8 * 5 + 8 * 5
+    pooled = make("pooled", (8, 12), 0)
+    assert isinstance(pooled, Pooled)
+    shared = Pooled(pooled.B, pooled.A, pooled.index_B, pooled.index_A, 1.0, {"A": "a", "B": "b"})
+    assert shared.nbytes == 4 * 2 * 3 * SHARDS and pooled.nbytes == shared.nbytes + 4 * (20 * 2 + 23 * 3)
+
+
+def test_a_part_of_a_magnitude_can_be_detached_and_moved() -> None:
+    update = make("magnitude of low_rank", (8, 12), 0)
+    moved = update.with_tensors({"inner.B": torch.zeros(8, 3)})
+    assert isinstance(moved, Magnitude) and moved.form == "magnitude"
+    assert moved.magnitude is update.tensors()["magnitude"] and not moved.tensors()["inner.B"].any()
+    assert update.tensors()["inner.B"].any()
