@@ -45,7 +45,7 @@ def store_of(sizes: Sequence[int], flags: Sequence[bool] | None = None) -> Token
         np.arange(offsets[-1], dtype=np.uint16).tofile(folder / "tokens.bin")
         if flags is not None:
             np.array(flags, np.bool_).tofile(folder / "targets.bin")
-        return TokenStore(folder, "text", np.dtype(np.uint16), offsets, np.array(sizes), flags is not None)
+        return TokenStore(folder, "text", np.dtype(np.uint16), offsets, np.array(sizes), flags is not None, "")
 
 
 def predictions(store: TokenStore) -> set[int]:

@@ -642,7 +642,7 @@ def test_reading_touches_only_the_place_that_is_read(tmp_path: Path) -> None:
         file.truncate(2 * tokens - 8)
         file.seek(0, os.SEEK_END)
         file.write(np.array([5, 6, 7, 8], np.uint16).tobytes())
-    found = TokenStore(tmp_path, "text", np.dtype(np.uint16), np.array([0, tokens]), np.array([0]), False)
+    found = TokenStore(tmp_path, "text", np.dtype(np.uint16), np.array([0, tokens]), np.array([0]), False, "")
     tracemalloc.start()
     assert found.read(tokens - 5, tokens).tolist() == [0, 5, 6, 7, 8]
     assert tracemalloc.get_traced_memory()[1] < 1 << 16

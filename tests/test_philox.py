@@ -118,6 +118,19 @@ def test_other_names_and_other_seeds_give_other_numbers() -> None:
     assert torch.equal(Stream(3, "weight").integers32(4), Stream(3, "weight").integers32(4))
 
 
+def test_a_stream_gives_streams_of_other_names_from_their_beginning() -> None:
+    """Of its own class, so that whoever replaces the source of numbers replaces all of them."""
+
+    class Zeros(Stream):
+        def integers32(self, count: int) -> torch.Tensor:
+            return torch.zeros(count, dtype=torch.int64)
+
+    source = Stream(3, "weight")
+    source.integers32(5)
+    assert torch.equal(source.named("bias").integers32(4), Stream(3, "bias").integers32(4))
+    assert not Zeros(3, "weight").named("bias").integers32(4).any()
+
+
 COUNT = 200_000
 
 

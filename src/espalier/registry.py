@@ -27,7 +27,7 @@ from espalier.errors import EspalierError, suggestion
 ROOMS = (
     "adapt", "branch", "select", "optim", "prune", "quantize", "share", "merge", "edit", "align", "grow", "laws",
 )  # fmt: skip
-"""The rooms of floor 3; a room's name is the kind of its methods."""
+"""The rooms of methods; a room's name is the kind of its methods."""
 
 DECORATORS = ("adapter", "optimizer")
 _PACKAGE = Path(__file__).parent
@@ -133,10 +133,14 @@ def _keywords(node: ast.FunctionDef) -> Iterator[Hyperparameter]:
 
 
 def _declarations(file: Path, kind: str, module: str) -> Iterator[MethodInfo]:
-    source = file.read_text(encoding="utf-8")
-    if not any(f"@{name}(" in source for name in DECORATORS):
-        return
-    for node in ast.parse(source, str(file)).body:
+    try:
+        source = file.read_text(encoding="utf-8")
+        if not any(f"@{name}(" in source for name in DECORATORS):
+            return
+        tree = ast.parse(source, str(file))
+    except (SyntaxError, ValueError) as error:
+        raise EspalierError(f"{file} is not Python: {error}") from error
+    for node in tree.body:
         if not isinstance(node, ast.ClassDef | ast.FunctionDef):
             continue
         for call in node.decorator_list:
@@ -202,8 +206,9 @@ def methods() -> tuple[MethodInfo, ...]:
             found += _declarations(file, room, f"espalier.{room}.{file.stem}")
     for file, module in _entry_points():
         found += _declarations(file, file.parent.name if file.parent.name in ROOMS else "adapt", module)
-    for file in _plugins:
-        found += _declarations(file, file.parent.name if file.parent.name in ROOMS else "adapt", f"espalier_plugin_{file.stem}")
+    for number, file in enumerate(_plugins):
+        kind = file.parent.name if file.parent.name in ROOMS else "adapt"
+        found += _declarations(file, kind, f"espalier_plugin_{number}_{file.stem}")
     seen: dict[str, MethodInfo] = {}
     for info in found:
         if info.name in seen:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny
+from families import config, tiny
 
 from espalier import registry
 from espalier.anatomy.target import Target
@@ -25,7 +25,9 @@ from espalier.delta.base import DenseBase, product
 from espalier.delta.forms import Update
 from espalier.exchange.materialize import write_model
 from espalier.exchange.save import save
+from espalier.kernels import philox
 from espalier.memory import language_loss
+from espalier.plan.trace import trace_step
 
 METHODS = [info.name for info in registry.methods() if info.role == "adapter"]
 PLACES = {
@@ -102,6 +104,22 @@ def test_the_trained_count_is_the_declared_formula(method: str, place: str) -> N
     attachment = put(model, method, place)
     assert attachment.trainable() == sum(attachment.method.count(target) for target in attachment.targets)
     assert attachment.trainable() == sum(p.numel() for p in trainable_parameters(model).values())
+
+
+@everywhere
+@every_method
+def test_planning_counts_the_same_and_draws_no_random_number(method: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers that nobody sees would make planning as slow as starting; a method draws from the streams that it is given."""
+    family, targets = PLACES[place]
+    attachment = put(fresh(place), method, place)
+    monkeypatch.setattr(philox, "philox", lambda *arguments: pytest.fail("a number was drawn"))
+    step = trace_step(
+        config(family), registry.make(method, "adapter"), {"targets": targets}, dtype=torch.float32, tokens=8, sequence_length=8,
+        recompute=False, chunk=8,
+    )  # fmt: skip
+    assert step.trained == attachment.trainable() and step.peak > 0
+    with pytest.raises(pytest.fail.Exception, match="a number was drawn"):
+        philox.Stream(0, "a").uniform(1)
 
 
 @everywhere

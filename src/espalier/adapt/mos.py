@@ -60,13 +60,13 @@ class MoS(Adapter):
             groups.setdefault(f"{target.outputs}x{target.inputs}", []).append(target)
         return groups
 
-    def start_shared(self, targets: Sequence[Target], seed: int) -> Tensors:
+    def start_shared(self, targets: Sequence[Target], stream: Stream) -> Tensors:
         tensors: Tensors = {}
         for name, group in self._groups(targets).items():
             layers = sum(math.prod(t.lead) for t in group)
             count = layers * self.equivalent_rank * self.shards
             inputs, outputs = group[0].inputs, group[0].outputs
-            stream = Stream(seed, f"mos {name}")
+            stream = stream.named(f"mos {name}")
             start = stream.kaiming_uniform(count, inputs // self.shards, fan_in=inputs)
             tensors[f"A_{name}"] = nn.Parameter(start)
             tensors[f"B_{name}"] = nn.Parameter(torch.zeros(count, outputs // self.shards))

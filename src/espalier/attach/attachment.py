@@ -100,8 +100,8 @@ def _install(model: nn.Module, attachment: Attachment) -> None:
     attachments(model)[attachment.name] = attachment
 
 
-def _prepare(model: nn.Module, inputs: Any) -> None:
-    pools: Any = model._modules["espalier_pools"]
+def _prepare(model: nn.Module, inputs: Any = None) -> None:
+    pools: Any = model._modules.get("espalier_pools", {})
     for pool in pools.values():
         pool.prepare()
 
@@ -128,7 +128,7 @@ def attach(
         seed: of the starting values.
         dropout: probability of dropping entries of the updates' inputs in training, in [0, 1).
         dtype: of the trained tensors; products follow the dtype of the activations.
-        streams: makes the source of random numbers from (seed, parameter name).
+        streams: makes the source of random numbers from (seed, name of the parameter or, for shared tensors, of the method).
         **hyperparameters: the method's.
 
     Returns:
@@ -163,7 +163,7 @@ def attach(
         }
 
     device = next(model.parameters()).device
-    shared = made.start_shared(chosen, seed)
+    shared = made.start_shared(chosen, streams(seed, made.name))
     pool = Pool(made, chosen, ready(shared, device)) if shared else None
     slots: dict[str, Slot] = {}
     for target in chosen:
@@ -209,12 +209,14 @@ def _refuse_dropout_on_base_dependent(attachment: Attachment) -> None:
         return
 
 
+@torch.no_grad()
 def release_base(model: nn.Module) -> None:
     """Free the base values that no forward pass reads because an update replaces them (full tuning).
 
     Their parameters keep name and shape, on the meta device. For a run whose base is on disk, or is nothing
     but random numbers; :func:`settle` puts values back.
     """
+    _prepare(model)
     for attachment in attachments(model).values():
         for slot in attachment.slots.values():
             if not (slot.update().exact_at_one and slot.target.names):
@@ -229,8 +231,7 @@ def release_base(model: nn.Module) -> None:
 def settle(model: nn.Module) -> nn.Module:
     """Write every update into the parameters for good and take the updates off: an ordinary model again."""
     targets = {name: slot.target for a in attachments(model).values() for name, slot in a.slots.items()}
-    if any(attachment.pool is not None for attachment in attachments(model).values()):
-        _prepare(model, None)
+    _prepare(model)
     values = {}
     for name in targets:
         owner, local = _owner(model, name)

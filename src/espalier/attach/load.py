@@ -51,7 +51,7 @@ def load_model(model: str | Path, dtype: str | torch.dtype | None = None, device
     wanted = torch_dtype(dtype, directory)
     transformers.utils.logging.disable_progress_bar()
     try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=wanted, local_files_only=True)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=wanted, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         raise EspalierError(f"transformers cannot load {path}: {error}") from error
     return nn.Module.to(loaded, pick_device(device)).eval()
@@ -66,7 +66,7 @@ def empty_model(path: Path) -> PreTrainedModel:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)
     except (ValueError, OSError, KeyError) as error:
@@ -97,7 +97,7 @@ def load_tokenizer(model: str | Path) -> Any:
 
     path = resolve_model(model)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise EspalierError(f"no tokenizer could be loaded from {path}: {error}") from error
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True

@@ -72,7 +72,7 @@ class Adapter:
         """The update in the form in which it is stored; by default the one that it makes now."""
         return self.update(part, None)
 
-    def start_shared(self, targets: Sequence[Target], seed: int) -> Tensors:
+    def start_shared(self, targets: Sequence[Target], stream: Stream) -> Tensors:
         """Tensors that several parameters' updates read; owned once, at the model's root."""
         return {}
 

@@ -1,6 +1,6 @@
 """PEFT's directory of a LoRA adapter: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Only names, tensors and numbers: what they mean as updates is decided above (``verbs/convert.py``).
+Only names, tensors and numbers: what they mean as updates is decided above (``exchange/peft_lora.py``).
 """
 
 from __future__ import annotations

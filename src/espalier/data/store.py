@@ -19,18 +19,18 @@ from typing import IO, Any
 import numpy as np
 
 from espalier.checkpoint.atomic import atomic_directory
-from espalier.checkpoint.fingerprint import cache_directory
+from espalier.checkpoint.fingerprint import cache_directory, file_digest
 from espalier.data.encode import Encoded, Encoder
 from espalier.data.sources import Example, Source, examples, pieces
 from espalier.errors import EspalierError
 
-FORMAT = 2
+FORMAT = 3
 _BATCH_CHARACTERS = 4 << 20
 
 
 @dataclass
 class TokenStore:
-    """A tokenized data set: ``offsets`` (documents + 1,) int64, ``nbytes`` (documents,) int64."""
+    """A tokenized data set: ``offsets`` (documents + 1,) int64, ``nbytes`` (documents,) int64, ``digest`` of its content."""
 
     path: Path
     kind: str
@@ -38,6 +38,7 @@ class TokenStore:
     offsets: np.ndarray
     nbytes: np.ndarray
     has_targets: bool
+    digest: str
 
     def __post_init__(self) -> None:
         self._tokens = os.open(self.path / "tokens.bin", os.O_RDONLY)
@@ -144,7 +145,11 @@ def _write(folder: Path, source: Source, encoder: Encoder, dtype: np.dtype, prog
         (folder / "targets.bin").unlink()
     np.save(folder / "documents.npy", np.asarray(offsets, np.int64))
     np.save(folder / "bytes.npy", np.asarray(nbytes, np.int64))
-    return {"format": FORMAT, "kind": source.kind, "dtype": dtype.name, "tokens": total, "documents": len(nbytes)}
+    digests = "".join(file_digest(file) for file in sorted(folder.iterdir()))
+    return {
+        "format": FORMAT, "kind": source.kind, "dtype": dtype.name, "tokens": total, "documents": len(nbytes),
+        "digest": f"sha256:{hashlib.sha256(digests.encode()).hexdigest()}",
+    }  # fmt: skip
 
 
 def open_store(source: Source, encoder: Encoder, progress: Callable[[int], None] = lambda tokens: None) -> TokenStore:
@@ -175,7 +180,7 @@ def open_store(source: Source, encoder: Encoder, progress: Callable[[int], None]
         meta = json.loads((folder / "meta.json").read_text())
         kind, dtype, size = meta["kind"], np.dtype(meta["dtype"]), meta["tokens"]
         offsets, nbytes = np.load(folder / "documents.npy"), np.load(folder / "bytes.npy")
-        store = TokenStore(folder, kind, dtype, offsets, nbytes, kind != "text")
+        store = TokenStore(folder, kind, dtype, offsets, nbytes, kind != "text", str(meta["digest"]))
         if len(offsets) != meta["documents"] + 1 or len(nbytes) != meta["documents"] or store.tokens != size:
             raise ValueError("the list of documents is not the one that was written")
         for name, expected in [("tokens.bin", size * dtype.itemsize), *([("targets.bin", size)] if store.has_targets else [])]:

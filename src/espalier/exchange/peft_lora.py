@@ -50,7 +50,7 @@ def export(folder: Path, delta: Delta, targets: Mapping[str, Target], base: str,
     return None
 
 
-def import_lora(folder: Path, parameters: Mapping[str, Target], base: ModelDirectory | None = None) -> Delta:
+def import_lora(folder: Path, parameters: Mapping[str, Target], base: ModelDirectory) -> Delta:
     """A PEFT LoRA (or DoRA) adapter as a delta of a model with these parameters.
 
     PEFT stores a copy of an embedding or head that it adapts; it is left out, and must be that of ``base``.
@@ -83,10 +83,8 @@ def import_lora(folder: Path, parameters: Mapping[str, Target], base: ModelDirec
     return Delta(updates, layouts, manifest)
 
 
-def _is_base(copy: torch.Tensor, target: Target, base: ModelDirectory | None) -> bool:
+def _is_base(copy: torch.Tensor, target: Target, base: ModelDirectory) -> bool:
     if tuple(copy.shape) != target.shape:
         return False
-    if base is None:
-        return True
     stored = base.read(locate(target.name, target.names, None, base)[0].names[0])
     return torch.equal(stored.to(copy.dtype), copy.T if target.transposed else copy)

@@ -68,6 +68,10 @@ class Stream:
         self._key = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little"))
         self._position = 0
 
+    def named(self, name: str) -> Stream:
+        """The stream of another name, of the same seed."""
+        return type(self)(self.seed, name)
+
     def integers32(self, count: int) -> torch.Tensor:
         """``count`` uniform integers in [0, 2^32) as int64; the basis of every other draw."""
         result = torch.empty(count, dtype=torch.int64)

@@ -1,1 +1,1 @@
-"""Optimizers and schedules: a file each, found by the registry, imported by nothing."""
+"""Optimizers: a file each, found by the registry, imported by nothing."""

@@ -23,7 +23,7 @@ class AdamW:
     beta2: float = 0.95
     """decay of the mean of their squares, in [0, 1)"""
     epsilon: float = 1e-8
-    """added to the root of the mean square"""
+    """added to the root of the mean square, at least 0"""
     weight_decay: float = 0.0
     """decoupled decay per unit of learning rate, at least 0"""
 
@@ -31,6 +31,7 @@ class AdamW:
         for name, value in (("beta1", self.beta1), ("beta2", self.beta2)):
             if not 0 <= value < 1:
                 raise EspalierError(f"{name} is {value}; it must be at least 0 and less than 1")
+        at_least("epsilon", self.epsilon, 0)
         at_least("weight_decay", self.weight_decay, 0)
 
     def build(self, parameters: dict[str, torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -32,6 +32,21 @@ class _NoNumbers(Stream):
 
     def integers32(self, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.int64)
+
+
+def _even_counts(numbers: torch.Tensor, weights: Any = None, minlength: int = 0) -> torch.Tensor:
+    """What ``bincount`` would give on even routing: how many tokens each expert gets is all that a step reads of its data."""
+    with unset_fake_temporarily():
+        return torch.arange(minlength).add(numbers.numel()).div(minlength, rounding_mode="floor")
+
+
+def _grouped_product(a: torch.Tensor, b: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+    """``_grouped_mm`` of any dtype: what torch knows of its shapes, it knows for bfloat16 only."""
+    return torch.ops.aten._grouped_mm.default(a.bfloat16(), b.bfloat16(), *rest, **more).to(a.dtype)
+
+
+_STAND_INS = {torch.ops.aten.bincount.default: _even_counts, torch.ops.aten._grouped_mm.default: _grouped_product}
+"""What runs in the place of operators that need numbers, or that fake tensors do not know well."""
 
 
 class _Ledger(TorchDispatchMode):
@@ -57,7 +72,7 @@ class _Ledger(TorchDispatchMode):
         self.live -= self._seen.pop(key, 0)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
+        result = _STAND_INS.get(function, function)(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             self._add(leaf)
         return result
@@ -97,9 +112,8 @@ def trace_step(
     sequence_length: int,
     recompute: bool,
     chunk: int,
-    padded: bool = False,
 ) -> Traced:
-    """Run one step of ``tokens`` tokens without data.
+    """Run one step of ``tokens`` tokens without data, packed where the family can be, else padded.
 
     Args:
         config: a transformers config.
@@ -111,6 +125,17 @@ def trace_step(
     Raises:
         EspalierError: when transformers cannot make a causal language model of the config.
     """
+    arguments = (config, method, options, dtype, tokens, sequence_length, recompute, chunk)
+    try:
+        return _trace(*arguments, padded=False)
+    except (RuntimeError, TypeError, ValueError):  # what attention that cannot be packed says: see packed_attention.packs
+        return _trace(*arguments, padded=True)
+
+
+def _trace(
+    config: Any, method: Any, options: dict[str, Any], dtype: torch.dtype, tokens: int, sequence_length: int,
+    recompute: bool, chunk: int, padded: bool,
+) -> Traced:  # fmt: skip
     import transformers
 
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):

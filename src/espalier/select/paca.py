@@ -33,7 +33,7 @@ class PaCA(Adapter):
         at_least("rank", self.rank, 1)
 
     def start(self, target: Target, weight: torch.Tensor, stream: Stream) -> Tensors:
-        shared = Stream(stream.seed, f"{target.site} columns")
+        shared = stream.named(f"{target.site} columns")
         index = [shared.choice(target.inputs, self.rank) for _ in range(math.prod(target.lead))]
         count = len(index[0])
         return {

@@ -110,6 +110,9 @@ def accumulate(model: nn.Module, batches: list[Batch]) -> tuple[float, int]:
     return loss, total
 
 
+_ADVICE = "Nothing of this step was kept; try a lower --learning-rate, or --dtype fp32"
+
+
 def _first_not_finite(parameters: dict[str, nn.Parameter], gradients: bool) -> str | None:
     for name, parameter in parameters.items():
         tensor = parameter.grad if gradients else parameter
@@ -130,9 +133,14 @@ def _refuse_not_finite(step: int, batches: list[Batch], loss: float, norm: float
         where = "every trained parameter and gradient is finite"
     tokens = sum(batch.tokens for batch in batches)
     raise NotFiniteError(
-        f"stopped at step {step}: {what} on its batch of {tokens} tokens in {len(batches)} micro-batches; {where}. "
-        "Nothing of this step was kept; try a lower --learning-rate, or --dtype fp32"
+        f"stopped at step {step}: {what} on its batch of {tokens} tokens in {len(batches)} micro-batches; {where}. {_ADVICE}"
     )
+
+
+def _refuse_to_keep_not_finite(step: int, parameters: dict[str, nn.Parameter]) -> None:
+    """Before anything is written: a finite gradient times a large rate can still be too much for a parameter."""
+    if broken := _first_not_finite(parameters, gradients=False):
+        raise NotFiniteError(f"stopped at step {step}: it made parameter {broken} infinite or NaN. {_ADVICE}")
 
 
 def train(
@@ -147,7 +155,8 @@ def train(
     """Train until ``settings.steps``, from ``run.state`` on.
 
     Raises:
-        NotFiniteError: on the first loss or gradient that is NaN or infinite, before it reaches a parameter.
+        NotFiniteError: on the first loss or gradient that is NaN or infinite, before it reaches a parameter, and on
+            parameters that are, before they reach a checkpoint.
     """
     device = next(iter(parameters.values())).device
     state = run.state
@@ -173,6 +182,10 @@ def train(
             _refuse_not_finite(step + 1, batches, loss, norm, parameters)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            last = step + 1 == settings.steps
+            kept = last or (settings.checkpoint_every > 0 and (step + 1) % settings.checkpoint_every == 0)
+            if kept:
+                _refuse_to_keep_not_finite(step + 1, parameters)
             seconds = time.perf_counter() - began
             tokens = sum(batch.tokens for batch in batches)
             state.step, state.tokens, state.seconds = step + 1, state.tokens + tokens, state.seconds + seconds
@@ -181,8 +194,7 @@ def train(
             )
             _write(metrics, dict(record.__dict__))
             hooks.on_step(record)
-            last = state.step == settings.steps
-            if settings.checkpoint_every and (state.step % settings.checkpoint_every == 0 or last):
+            if kept and settings.checkpoint_every:
                 hooks.on_checkpoint(checkpoint.save(run.checkpoints, parameters, optimizer, state))
             if hooks.on_evaluate and settings.evaluate_every and state.step % settings.evaluate_every == 0 and not last:
                 result = hooks.on_evaluate(state.step)

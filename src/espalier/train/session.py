@@ -90,7 +90,9 @@ def _write_recipe(folder: Path, record: Record) -> None:
     from espalier import __version__
 
     header = f"# espalier {record.verb} --config THIS_FILE --out DIR reruns this run (espalier {__version__}, torch {torch.__version__})\n"
-    content = {key: value for key, value in record.resolved.items() if value is not None and key not in _PRESENTATION}
+    # epochs are steps by now
+    left_out = (*_PRESENTATION, "epochs")
+    content = {key: value for key, value in record.resolved.items() if value is not None and key not in left_out}
     write_text(folder / "recipe.yaml", header + yaml.safe_dump(content, sort_keys=False))
 
 

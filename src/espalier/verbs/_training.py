@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 class Job:
     """One training run, step by step; the arguments are those of the verb."""
 
-    def __init__(self, verb: str, arguments: dict[str, Any], options: dict[str, Any]) -> None:
+    def __init__(self, verb: str, arguments: dict[str, Any], options: dict[str, Any], method: str) -> None:
         self.verb = verb
         self.given = {**arguments, **options}
         self.a = {"targets": None, "dropout": 0.0, "floor": 0.0, "model": None, **arguments}
         self.display = Display(arguments["quiet"])
         self.out = Path(arguments["out"])
         self._check_arguments()
-        self._make_methods({**options, **({"method": arguments["method"]} if "method" in arguments else {})})
+        self._make_methods(method, options)
         self.device = pick_device(self.a["device"])
         self.evaluations: dict[str, dict[str, Any]] = {}
         session.seed_everything(self.a["seed"], self.a["threads"])
@@ -74,8 +74,7 @@ class Job:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise EspalierError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: this version trains in one process; run it without torchrun")
 
-    def _make_methods(self, options: dict[str, Any]) -> None:
-        name = options.pop("method")
+    def _make_methods(self, name: str, options: dict[str, Any]) -> None:
         registry.find(name, "adapter"), registry.find(self.a["optimizer"], "optimizer")
         own = {h.name for h in registry.find(name, "adapter").hyperparameters}
         theirs = {h.name for h in registry.find(self.a["optimizer"], "optimizer").hyperparameters}
@@ -195,6 +194,7 @@ class Job:
         else:
             import transformers
 
+            transformers.utils.logging.disable_progress_bar()
             torch.manual_seed(self.a["seed"])
             self.model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
             torch.nn.Module.to(self.model, self.device, self.dtype)
@@ -216,7 +216,7 @@ class Job:
     def _facts(self) -> dict[str, Any]:
         return {
             "base_fingerprint": self.directory.fingerprint() if self.directory else None,
-            "data": open_source(self.a["data"]).identity(),
+            "data": self.store.digest,
             "tokenizer": self.encoder.fingerprint,
         }
 
@@ -329,6 +329,6 @@ def _config(path: Path) -> Any:
     import transformers
 
     try:
-        return transformers.AutoConfig.from_pretrained(path, local_files_only=True)
+        return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         raise EspalierError(f"transformers cannot read the config of {path}: {error}") from error

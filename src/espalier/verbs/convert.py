@@ -44,7 +44,7 @@ def convert(adapter: str, out: str, *, model: str | None = None, quiet: bool = F
     directory = ModelDirectory(resolve_model(named))
     live = empty_model(directory.path)
     targets = {t.name: t for t in parameters(live)}
-    delta = import_lora(folder, targets)
+    delta = import_lora(folder, targets, directory)
     delta.manifest["base"] = {"name": str(named), "fingerprint": directory.fingerprint(), "model_type": live.config.model_type}
     delta.manifest["training"] = {"imported_from": str(folder)}
     card = f"---\nlibrary_name: espalier\nbase_model: {named}\n---\n\n# A delta of {named}\n\nImported from the PEFT adapter `{folder}`.\n"

@@ -28,6 +28,8 @@ def info(path: str) -> dict[str, Any]:
         return _delta(folder)
     if folder.is_dir() and (folder / "adapter_config.json").is_file():
         return _adapter(folder)
+    if folder.is_dir() and (folder / "run.json").is_file():
+        return _run(folder.parent)
     if folder.is_dir() and (folder / "run" / "run.json").is_file() and not (folder / "config.json").is_file():
         return _run(folder)
     if folder.is_dir() and not (folder / "config.json").is_file():

@@ -79,7 +79,7 @@ def pretrain(
     """
     from espalier.verbs._training import Job
 
-    job = Job("pretrain", {k: v for k, v in locals().items() if k not in ("options", "Job")}, {"method": "full", **options})
+    job = Job("pretrain", {k: v for k, v in locals().items() if k not in ("options", "Job")}, options, "full")
     if (finished := job.finished()) is not None:
         return finished
     job.read_data()

@@ -79,7 +79,7 @@ def tune(
     """
     from espalier.verbs._training import Job
 
-    job = Job("tune", {k: v for k, v in locals().items() if k not in ("options", "Job")}, options)
+    job = Job("tune", {k: v for k, v in locals().items() if k not in ("options", "Job")}, options, method)
     if (finished := job.finished()) is not None:
         return finished
     job.read_data()

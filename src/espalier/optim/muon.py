@@ -1,0 +1,68 @@
+"""Muon, from torch, for the matrices of the blocks; AdamW for all else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from espalier.anatomy.parameters import BLOCK
+from espalier.errors import EspalierError
+from espalier.registry import make, optimizer
+
+
+class _Both(torch.optim.Optimizer):
+    """Several optimizers over separate parameters as one: their groups side by side, their state in one dictionary."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        for part in parts:
+            part.state = self.state
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+
+@optimizer("muon", ids=(), paper="arXiv:2502.16982")
+class Muon:
+    """Momentum made orthogonal by Newton-Schulz for every matrix of the blocks; AdamW for embeddings, heads and vectors.
+
+    An update has the root mean square of AdamW's, ``0.2 sqrt(max(rows, columns))`` (section 2.2 of the paper), so
+    that learning rate and decay carry over. State: one float32 number per number of the blocks' matrices, two of the rest.
+    """
+
+    momentum: float = 0.95
+    """decay of the Nesterov momentum, in [0, 1)"""
+    beta1: float = 0.9
+    """AdamW's decay of the mean of the gradients, in [0, 1)"""
+    beta2: float = 0.95
+    """AdamW's decay of the mean of their squares, in [0, 1)"""
+    epsilon: float = 1e-8
+    """AdamW's term beside the root of the mean square, at least 0"""
+    weight_decay: float = 0.0
+    """decoupled decay per unit of learning rate, at least 0"""
+
+    def check(self) -> None:
+        self._rest()
+        if not 0 <= self.momentum < 1:
+            raise EspalierError(f"momentum is {self.momentum}; it must be at least 0 and less than 1")
+
+    def _rest(self) -> Any:
+        shared = {name: getattr(self, name) for name in ("beta1", "beta2", "epsilon", "weight_decay")}
+        return make("adamw", "optimizer", **shared)
+
+    def build(self, parameters: dict[str, torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+        """The optimizer over named parameters."""
+        matrices = {name: p for name, p in parameters.items() if p.ndim == 2 and BLOCK.search(name)}
+        rest = {name: p for name, p in parameters.items() if name not in matrices}
+        parts: list[torch.optim.Optimizer] = [self._rest().build(rest, learning_rate)] if rest else []
+        if matrices:
+            options: Any = {"momentum": self.momentum, "weight_decay": self.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+            parts.append(torch.optim.Muon(matrices.values(), lr=learning_rate, **options))
+        return _Both(parts)
+
+    def state_bytes(self, trained: int) -> int:
+        """Bytes of state for ``trained`` float32 numbers, at most."""
+        return 8 * trained

@@ -1,0 +1,44 @@
+"""The examples run as they stand, and say what they promise."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def run(name: str, out: Path, steps: int) -> str:
+    """What an example prints."""
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--steps", str(steps), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=out.parent, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_plain_loop(tmp_path: Path) -> None:
+    """The loss falls, and the saved delta gives the same logits when it is loaded again."""
+    said = run("plain_loop", tmp_path / "out", 12)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", said)]
+    assert losses[-1] < losses[0]
+    assert "reloaded, it differs by 0.0e+00" in said
+
+
+def test_trainer_of_transformers(tmp_path: Path) -> None:
+    """The Trainer trains the delta's numbers, and they are saved."""
+    pytest.importorskip("accelerate")
+    assert re.search(r"35 parameters updated, [\d,]{6,} numbers", run("hf_trainer", tmp_path / "out", 5))
+
+
+def test_demo(tmp_path: Path) -> None:
+    """The demonstration with a few steps: both domains before and after, samples, the delta's place and size, its time."""
+    said = run("demo", tmp_path / "out", 3)
+    for part in ("asyncio (new)", "other packages (old)", "bits per byte", "before", "after", "tokens/s", "memory", "left"):
+        assert part in said, part
+    assert re.search(r"The delta is in \S*out: [\d.]+ [KM]iB", said)
+    assert re.search(r"This took \d+ seconds", said)
+    assert (tmp_path / "out" / "delta.safetensors").exists()
