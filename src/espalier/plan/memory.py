@@ -18,6 +18,8 @@ SPREAD = 1.5
 beside the activations that it keeps, that is, what it holds when it recomputes them (measured: ``benchmarks/budget.py``)."""
 LIBRARIES = 96 << 20
 """Bytes that torch's CPU libraries take at their first use (thread pools, compiled kernels; measured)."""
+MARGIN = 0.1
+"""Share that is kept free: the peaks of ``benchmarks/budget.py`` lie up to 8 % above the rest of the prediction."""
 DEFAULT_MICRO = 4096
 """Tokens of a micro-batch where no budget presses: more gain nothing on a CPU."""
 
@@ -59,9 +61,15 @@ def predict(
 
 
 def peak_of(parts: dict[str, int]) -> int:
-    """The worst moment: loading, or a step once the optimizer has its state."""
+    """The worst moment: loading, or a step once the optimizer has its state; with the margin."""
     resident = parts["libraries"] + parts["model"]
-    return max(resident + parts["load"], resident + parts["trained"] + parts["optimizer"] + parts["step"])
+    worst = max(resident + parts["load"], resident + parts["trained"] + parts["optimizer"] + parts["step"])
+    return round(worst * (1 + MARGIN))
+
+
+def resident_between(budget: int, plan: Plan) -> int:
+    """Resident bytes above which the next micro-batch might not fit into the budget, so that holes in the heap must be given up."""
+    return round(budget / (1 + MARGIN)) - plan.parts["step"]
 
 
 def default_chunk(vocabulary: int) -> int:

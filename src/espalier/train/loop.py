@@ -20,7 +20,7 @@ from torch import nn
 from espalier.data.batches import Batch, Cursor, Order, divide, make_batch, next_step
 from espalier.errors import NotFiniteError
 from espalier.memory.language_loss import run_batch
-from espalier.memory.meter import peak_memory, resident_memory
+from espalier.memory.meter import peak_memory, release_free_memory, resident_memory
 from espalier.train import checkpoint, schedules
 
 
@@ -41,6 +41,8 @@ class Settings:
     evaluate_every: int = 0
     padded: bool = False
     pad_token: int = 0
+    resident_between: int = 0
+    """Resident bytes above which free memory goes back to the system before a micro-batch; 0: never."""
 
 
 @dataclass
@@ -97,11 +99,13 @@ class Run:
         self.metrics.write_text("".join(kept))
 
 
-def accumulate(model: nn.Module, batches: list[Batch]) -> tuple[float, int]:
+def accumulate(model: nn.Module, batches: list[Batch], resident_between: int = 0) -> tuple[float, int]:
     """Forward and backward of a step's micro-batches; returns the mean loss per target token, and their count."""
     total = max(1, sum(batch.target_count for batch in batches))
     loss = 0.0
     for batch in batches:
+        if resident_between and resident_memory() > resident_between:
+            release_free_memory()
         part = run_batch(model, batch, 1.0 / total)
         part.backward()
         loss += float(part.detach())
@@ -177,7 +181,7 @@ def train(
                 make_batch(order.store, part, settings.micro_tokens, settings.padded, settings.pad_token).to(device)
                 for part in parts
             ]
-            loss, targets = accumulate(model, batches)
+            loss, targets = accumulate(model, batches, settings.resident_between)
             norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), settings.clip or math.inf))
             _refuse_not_finite(step + 1, batches, loss, norm, parameters)
             optimizer.step()

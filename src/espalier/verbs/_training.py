@@ -245,6 +245,7 @@ class Job:
             learning_rate=a["learning_rate"], schedule=a["schedule"], warmup=round(a["warmup"] * a["steps"]),
             floor=a["floor"], clip=a["clip"], checkpoint_every=a["checkpoint_every"], evaluate_every=a["eval_every"],
             padded=self.padded, pad_token=session.pad_token(self.tokenizer),
+            resident_between=planning.resident_between(self.budget, self.plan) if self.budget else 0,
         )  # fmt: skip
         parameters = trainable_parameters(self.model)
         optimizer = self.optimizer_method.build(parameters, a["learning_rate"])
