@@ -18,7 +18,7 @@ demo: $(STAMP)
 	@$(BIN)/python examples/demo.py
 
 test: $(STAMP) lint types
-	$(BIN)/python -m pytest --cov=espalier --cov-report=term:skip-covered --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --cov=espalier --cov-report=term:skip-covered --durations=10
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow

@@ -30,15 +30,16 @@ PROMPT = '''class Barrier(mixins._LoopBoundMixin):
 
 def compare(console: Console, result: dict[str, Any]) -> None:
     """The table of perplexity and bits per byte, before and after, on the new domain and on the old."""
-    table = Table(title="what it learnt, and what it forgot", title_justify="left", title_style="bold")
-    for column in ("held-out text", "perplexity before", "after", "bits per byte before", "after", "change"):
-        table.add_column(column, justify="left" if column == "held-out text" else "right")
+    table = Table(title="what it learnt, and what it forgot (before -> after)", title_justify="left", title_style="bold")
+    table.add_column("held-out text", no_wrap=True)
+    for column in ("perplexity", "bits per byte", "change"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, label in ((NEW_HELD_OUT, "asyncio (new)"), (OLD_HELD_OUT, "other packages (old)")):
         before, after = result["evaluation"][name]["before"], result["evaluation"][name]["after"]
-        change = after["bits_per_byte"] / before["bits_per_byte"] - 1
         table.add_row(
-            label, f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}", f"{before['bits_per_byte']:.4f}",
-            f"{after['bits_per_byte']:.4f}", f"{change:+.1%}",
+            label, f"{before['perplexity']:.3f} -> {after['perplexity']:.3f}",
+            f"{before['bits_per_byte']:.4f} -> {after['bits_per_byte']:.4f}",
+            f"{after['bits_per_byte'] / before['bits_per_byte'] - 1:+.1%}",
         )  # fmt: skip
     console.print(table)
 

@@ -162,6 +162,8 @@ def test_info_knows_models_deltas_adapters_runs_and_data(model: str, text: Path,
 
 def test_a_run_is_rerun_by_its_recipe_to_the_same_bits(model: str, delta: Path, tmp_path: Path) -> None:
     recipe = delta / "run" / "recipe.yaml"
+    written = recipe.read_text()
+    assert all(line in written for line in ("rank: 4", "alpha: 32.0", "scaling: standard", "targets: linear", "beta2: 0.95"))
     espalier("tune", "--config", recipe, "--out", tmp_path / "again")
     assert (tmp_path / "again" / "delta.safetensors").read_bytes() == (delta / "delta.safetensors").read_bytes()
     result = json.loads(espalier("tune", "--config", recipe, "--out", tmp_path / "other", "--steps", 1, "--json").stdout)
@@ -207,6 +209,8 @@ TUNE = ("tune", "--model", "seedling", "--steps", 1)
         ((*TUNE, "--dropout", 0.5, "--method", "dora"), ("dropout 0.5 does not go with dora",)),
         ((*TUNE, "--sequence-length", 4096), ("sequence_length is 4096", "1024 positions")),
         ((*TUNE, "--device", "quantum"), ("--device is 'quantum'",)),
+        ((*TUNE, "--seed", 2**64), ("seed is 18446744073709551616", "64 bits")),
+        (("tune", "--model", "seedling", "--epochs", "inf"), ("epochs is inf",)),
         ((*TUNE, "--learning_rat", 1), ("no option --learning_rat", "--learning-rate")),
     ],
 )
@@ -227,6 +231,9 @@ def test_bad_options_of_tune_are_one_clear_error(arguments: tuple[object, ...], 
         (("eval", "--model", "seedling", "--data", "stdlib:nothing"), ("no data set is called stdlib:nothing", "stdlib:asyncio")),
         (("generate", "--model", "seedling", "--prompt", "x", "--top-p", 0), ("top_p is 0",)),
         (("generate", "--model", "seedling", "--prompt", "x", "--chat"), ("has no chat template",)),
+        (("generate", "--model", "seedling", "--prompt", "x" * 9000), ("the model has 1024 positions",)),
+        (("generate", "--model", "seedling", "--prompt", "x", "--threads", 0), ("threads is 0",)),
+        (("eval", "--model", "seedling", "--data", __file__, "--sequence-length", 1025), ("sequence_length is 1025", "1024 positions")),
         (("info", "/nowhere/at/all"), ("does not exist",)),
         (("methods", "--kind", "adpt"), ("--kind is 'adpt'",)),
         (("convert", "seedling", "--out", "x"), ("has no adapter_config.json",)),
@@ -235,6 +242,51 @@ def test_bad_options_of_tune_are_one_clear_error(arguments: tuple[object, ...], 
 def test_other_bad_input_is_one_clear_error(arguments: tuple[object, ...], words: tuple[str, ...]) -> None:
     message = error_of(*arguments)
     assert all(word in message for word in words), message
+
+
+def test_a_model_of_few_positions_needs_no_options_for_it(text: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "gpt2"
+    tiny("gpt2", vocab_size=4096, n_positions=48).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(resolve_model("seedling")).save_pretrained(folder)
+    espalier("tune", "--model", folder, "--data", text, "--out", tmp_path / "delta", "--steps", 1, "--batch-size", 1)
+    assert "sequence_length: 48" in (tmp_path / "delta" / "run" / "recipe.yaml").read_text()
+    espalier("eval", "--model", folder, "--delta", tmp_path / "delta", "--data", text)
+    made = json.loads(espalier("generate", "--model", folder, "--prompt", "def f", "--max-tokens", 99, "--temperature", 0, "--json").stdout)
+    assert 0 < made["tokens"] < 48
+
+
+def test_a_model_that_lacks_a_tensor_or_has_a_bad_config_is_refused_by_name(tmp_path: Path) -> None:
+    import shutil
+
+    from espalier.checkpoint.safetensors_file import read_safetensors, write_safetensors
+
+    folder = tmp_path / "model"
+    shutil.copytree(resolve_model("seedling"), folder)
+    tensors = read_safetensors(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    write_safetensors(folder / "model.safetensors", tensors)
+    message = error_of("generate", "--model", folder, "--prompt", "x")
+    assert "lacks 'model.layers.1.mlp.up_proj.weight'" in message
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": "wide"}))
+    for verb in (("generate", "--prompt", "x"), ("tune", "--data", __file__, "--out", tmp_path / "out")):
+        assert "hidden_size" in error_of(verb[0], "--model", folder, *verb[1:])
+
+
+def test_the_bare_command_says_what_there_is() -> None:
+    shown = espalier().stdout
+    assert all(verb in shown for verb in VERBS)
+
+
+def test_a_verification_that_cannot_be_made_leaves_no_model(delta: Path, model: str, tmp_path: Path) -> None:
+    (tmp_path / "no.txt").write_bytes(b"caf\xe9 au lait")
+    (tmp_path / "empty.txt").write_text("")
+    for name, words in (("no.txt", "is not UTF-8 text"), ("empty.txt", "fewer than two tokens")):
+        out = tmp_path / "applied"
+        assert words in error_of("apply", "--model", model, "--delta", delta, "--out", out, "--verify", tmp_path / name)
+        assert not out.exists() and not list(tmp_path.glob(".applied*"))
 
 
 def test_a_delta_of_another_base_is_refused_with_both_fingerprints(text: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_trainer_of_transformers(tmp_path: Path) -> None:
 def test_demo(tmp_path: Path) -> None:
     """The demonstration with a few steps: both domains before and after, samples, the delta's place and size, its time."""
     said = run("demo", tmp_path / "out", 3)
-    for part in ("asyncio (new)", "other packages (old)", "bits per byte", "before", "after", "tokens/s", "memory", "left"):
+    for part in ("asyncio (new)", "other packages (old)", "bits per byte", "before", "after", "tokens/s", "memory", "left", " -> "):
         assert part in said, part
     assert re.search(r"The delta is in \S*out: [\d.]+ [KM]iB", said)
     assert re.search(r"This took \d+ seconds", said)

@@ -299,3 +299,46 @@ def test_a_delta_of_chats_knows_its_template_and_is_not_used_with_another(chatty
     assert math.isfinite(score(text)), "plain text has no template"
     stored.write_text(TEMPLATE)
     assert math.isfinite(score(data))
+
+
+# what is shown
+
+
+def test_a_bar_inside_a_bar_shares_its_display(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    display = Display()
+    with display.bar("training", 2) as outer:
+        live = display._live
+        outer(1)
+        with display.bar("measuring", 3) as inner:
+            inner(3)
+            assert live is not None and display._live is live and len(live.tasks) == 2
+            display.note("between")
+        assert [task.description for task in live.tasks] == ["training"]
+    assert display._live is None and "between" in capsys.readouterr().err
+
+
+def test_the_bar_of_a_measurement_ends_at_its_total(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where only a part of the tokens is measured."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"def f{i}():", "completion": " pass"}) + "\n" for i in range(3)))
+    eval(str(model), str(data))
+    (done, total) = re.findall(r"measuring .* (\d+)/(\d+) tokens", capsys.readouterr().err)[-1]
+    assert done == total
+
+
+# from Python
+
+
+def test_paths_are_as_good_as_strings(model: Path, text: Path, tmp_path: Path) -> None:
+    for out, kind in ((tmp_path / "strings", str), (tmp_path / "paths", Path)):
+        options: dict[str, Any] = {"steps": 1, "batch_size": 1, "sequence_length": 16, "rank": 2, "quiet": True}
+        tune(kind(model), kind(text), kind(out), eval_data=[kind(text)], **options)
+    recipes = [(tmp_path / name / "run" / "recipe.yaml").read_text() for name in ("strings", "paths")]
+    assert recipes[0] == recipes[1]
+
+
+def test_an_option_is_the_same_from_a_command_line_and_from_python(model: Path, text: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 1, "batch_size": 1, "sequence_length": 16, "quiet": True}
+    first = tune(str(model), str(text), str(tmp_path / "out"), rank="2", **options)
+    assert tune(str(model), str(text), str(tmp_path / "out"), rank=2, resume=True, **options) == first

@@ -321,6 +321,7 @@ CORRUPTED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "another tensor": ({}, {"lora_C.weight": torch.zeros(1)}, "which is no factor of a plain LoRA"),
     "a magnitude of another size": ({}, {"lora_magnitude_vector": torch.zeros(31)}, "has 31 numbers"),
     "an alpha that is a word": ({"lora_alpha": "big"}, {}, "lora_alpha or alpha_pattern of .* cannot be read"),
+    "an alpha that is no number": ({"lora_alpha": float("nan")}, {}, "lora_alpha or alpha_pattern of .* is nan"),
     "a pattern that is none": ({"alpha_pattern": {"(": 3}}, {}, "lora_alpha or alpha_pattern of .* cannot be read"),
     "patterns in a list": ({"alpha_pattern": ["q_proj"]}, {}, "lora_alpha or alpha_pattern of .* cannot be read"),
 }

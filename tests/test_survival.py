@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from families import tiny
 
+from espalier.checkpoint.atomic import atomic_directory
 from espalier.checkpoint.directory import resolve_model
 from espalier.train import checkpoint
 
@@ -129,14 +130,17 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "bit flipped", "file missing", "state cut short"])
+@pytest.mark.parametrize("damage", ["truncated", "bit flipped", "file missing", "state cut short", "state bit flipped"])
 def test_a_damaged_checkpoint_is_refused_and_the_last_good_one_is_still_there(damage: str, work: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     before, last = half_done(work, out)
-    file = last / ("state.json" if damage == "state cut short" else "optimizer.safetensors")
+    file = last / ("state.json" if damage.startswith("state") else "optimizer.safetensors")
     content = file.read_bytes()
     if damage == "file missing":
         file.unlink()
+    elif damage == "state bit flipped":  # a digit of the place in the data: JSON as good as before
+        place = content.index(b'"position": ') + len(b'"position": ')
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     elif damage == "bit flipped":
         file.write_bytes(content[:-9] + bytes([content[-9] ^ 4]) + content[-8:])
     else:
@@ -190,6 +194,15 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(work: Path, uninter
     done = run(command(work, uninterrupted, "--resume", "--json"))
     assert done.returncode == 0 and json.loads(done.stdout)["steps"] == STEPS
     assert (uninterrupted / "delta.safetensors").stat().st_mtime_ns == before
+    assert "rank is 3" in refused(run([*command(work, uninterrupted, "--resume"), "--rank", "3"]))
+
+
+def test_what_a_dead_writer_of_our_own_number_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    """In a container the process that follows a killed one often has its number."""
+    (tmp_path / f".new.tmp-{os.getpid()}").mkdir()
+    with atomic_directory(tmp_path / "new") as temporary:
+        (temporary / "file").write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_a_full_disk_is_one_error_and_leaves_the_last_checkpoint(work: Path, tmp_path: Path) -> None:

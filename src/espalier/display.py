@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 LINE_EVERY = 10.0
 """Seconds between the lines that stand for a bar where there is no terminal."""
@@ -24,11 +25,14 @@ class Display:
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
+        self._live: Progress | None = None
 
     @property
     def console(self) -> Console:
         from rich.console import Console
 
+        if self._live is not None:  # what is written beside a bar goes above it
+            return self._live.console
         return Console(file=sys.stderr, highlight=False, emoji=False, quiet=self.quiet)
 
     def note(self, text: str, style: str = "") -> None:
@@ -68,7 +72,7 @@ class Display:
 
     @contextlib.contextmanager
     def bar(self, what: str, total: int, unit: str = "") -> Iterator[Callable[..., None]]:
-        """A progress bar; yields ``update(done, **fields)``, whose fields are shown beside it."""
+        """A progress bar; yields ``update(done, **fields)``, whose fields are shown beside it. Bars may be nested."""
         if self.quiet:
             yield lambda done, **fields: None
             return
@@ -89,13 +93,21 @@ class Display:
             TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[info]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         )  # fmt: skip
-        with Progress(*columns, console=console, refresh_per_second=4) as progress:
+        outer = self._live
+        with contextlib.ExitStack() as stack:
+            progress = outer or stack.enter_context(Progress(*columns, console=console, refresh_per_second=4))
             task = progress.add_task(what, total=total, info="")
 
             def update(done: int, **fields: Any) -> None:
                 progress.update(task, completed=done, info=_joined(fields))
 
-            yield update
+            self._live = progress
+            try:
+                yield update
+            finally:
+                self._live = outer
+                if outer is not None:
+                    outer.remove_task(task)
 
     def _lines(self, what: str, total: int, unit: str) -> Callable[..., None]:
         began = last = time.monotonic()

@@ -111,3 +111,8 @@ def test_dropout_acts_on_the_updates_input_alone_and_in_training_alone() -> None
 def test_options_out_of_range_are_refused(options: dict[str, object], complaint: str) -> None:
     with pytest.raises(EspalierError, match=complaint):
         lora(**options)
+
+
+def test_dropout_is_refused_wherever_it_cannot_act_not_only_on_the_first_parameter() -> None:
+    with pytest.raises(EspalierError, match=r"dropout 0\.1 cannot act on .*mlp\.gate\.weight"):
+        attach(tiny("qwen3_moe"), "lora", targets="attention,router", dropout=0.1)

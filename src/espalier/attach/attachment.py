@@ -173,7 +173,7 @@ def attach(
     settings = {"targets": patterns, "seed": seed, "dropout": dropout}
     attachment = Attachment(name, made, slots, pool, settings)
     if dropout:
-        _refuse_dropout_on_base_dependent(attachment)
+        _refuse_dropout(attachment)
     _install(model, attachment)
     model.train(model.training)
     return model
@@ -192,12 +192,12 @@ def _fresh_name(model: nn.Module, name: str) -> str:
     return name
 
 
-def _refuse_dropout_on_base_dependent(attachment: Attachment) -> None:
+def _refuse_dropout(attachment: Attachment) -> None:
     if attachment.pool is not None:
         attachment.pool.prepare()
-    for slot in attachment.slots.values():
+    for position, slot in enumerate(attachment.slots.values()):
         with torch.no_grad():
-            if slot.update().depends_on_base:
+            if position == 0 and slot.update().depends_on_base:  # one method: what holds for one update holds for all
                 raise EspalierError(
                     f"dropout {slot.dropout} does not go with {attachment.method.name}: its update depends on the base, "
                     "so the update's input is the base's; set dropout to 0"
@@ -206,7 +206,6 @@ def _refuse_dropout_on_base_dependent(attachment: Attachment) -> None:
             raise EspalierError(
                 f"dropout {slot.dropout} cannot act on {slot.target.name}, which is no plain product; set dropout to 0"
             )
-        return
 
 
 @torch.no_grad()

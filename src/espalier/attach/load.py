@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from espalier.attach.attachment import attach_updates, attachments
@@ -17,6 +18,8 @@ from espalier.errors import EspalierError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+MALFORMED = (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError)
+"""What transformers raises for a config or tokenizer that is not as it must be."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -50,10 +53,13 @@ def load_model(model: str | Path, dtype: str | torch.dtype | None = None, device
     directory = ModelDirectory(path)
     wanted = torch_dtype(dtype, directory)
     transformers.utils.logging.disable_progress_bar()
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
     try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=wanted, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        loaded, facts = load(path, dtype=wanted, local_files_only=True, trust_remote_code=False, output_loading_info=True)
+    except (*MALFORMED, RuntimeError) as error:
         raise EspalierError(f"transformers cannot load {path}: {error}") from error
+    if missing := sorted(facts["missing_keys"]):  # transformers would train or sample with random numbers in their place
+        raise EspalierError(f"{path} lacks {missing[0]!r} ({len(missing)} tensors in all), which {type(loaded).__name__} needs")
     return nn.Module.to(loaded, pick_device(device)).eval()
 
 
@@ -69,7 +75,7 @@ def empty_model(path: Path) -> PreTrainedModel:
         config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)
-    except (ValueError, OSError, KeyError) as error:
+    except MALFORMED as error:
         raise EspalierError(f"transformers cannot make a causal language model of {path}: {error}") from error
 
 
@@ -98,7 +104,7 @@ def load_tokenizer(model: str | Path) -> Any:
     path = resolve_model(model)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise EspalierError(f"no tokenizer could be loaded from {path}: {error}") from error
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer

@@ -37,14 +37,15 @@ def _temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{os.getpid()}")
 
 
-def _is_running(process: str) -> bool:
-    return process.isdigit() and Path(f"/proc/{process}").exists()
+def _is_another_running(process: str) -> bool:
+    """In a container a new process often has the number of the one that died: what bears our own is not at work."""
+    return process.isdigit() and int(process) != os.getpid() and Path(f"/proc/{process}").exists()
 
 
 def sweep_temporaries(path: Path) -> None:
     """Remove temporaries that writers of ``path`` left when they died."""
     for leftover in path.parent.glob(f".{path.name}.tmp-*"):
-        if _is_running(leftover.name.rpartition("-")[2]):
+        if _is_another_running(leftover.name.rpartition("-")[2]):
             continue
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 

@@ -6,6 +6,7 @@ Only names, tensors and numbers: what they mean as updates is decided above (``e
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,8 @@ def _gain(path: Path, config: dict[str, Any], module: str, rank: int) -> float:
         alpha = _pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", rank))
     except (AttributeError, TypeError, ValueError, re.error) as error:
         raise EspalierError(f"{path}: lora_alpha or alpha_pattern of {module} cannot be read ({error})") from error
+    if not math.isfinite(alpha):
+        raise EspalierError(f"{path}: lora_alpha or alpha_pattern of {module} is {alpha}; it must be a finite number")
     return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 

@@ -40,10 +40,13 @@ class _Group(click.Group):
             formatter.write_dl(list(VERBS.items()))
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["--help", "-h"]})
+@click.group(cls=_Group, invoke_without_command=True, context_settings={"help_option_names": ["--help", "-h"]})
 @click.version_option(package_name="espalier")
-def espalier() -> None:
+@click.pass_context
+def espalier(ctx: click.Context) -> None:
     """Change large open-weight models within the memory, disk, bandwidth and time you have."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 def _plugins(arguments: list[str]) -> None:

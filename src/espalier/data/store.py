@@ -57,6 +57,11 @@ class TokenStore:
     def tokens(self) -> int:
         return int(self.offsets[-1])
 
+    @property
+    def predictions(self) -> int:
+        """Tokens that have one before them in their document."""
+        return int(np.maximum(np.diff(self.offsets) - 1, 0).sum())
+
     def read(self, start: int, stop: int) -> np.ndarray:
         """Token ids [start, stop) as int64."""
         size = self.dtype.itemsize

@@ -65,11 +65,11 @@ def score(
 
     Args:
         micro_tokens: tokens that run at a time.
-        progress: called with the number of predictions scored so far.
+        progress: called with the number of predictions gone through so far, of ``store.predictions``.
     """
     model.eval()
     device = next(p for p in model.parameters() if not p.is_meta).device
-    total, count = 0.0, 0
+    total, count, done = 0.0, 0, 0
     for group in _groups(store, sequence_length, micro_tokens, padded):
         inputs, targets = [], []
         for window, skip in group:
@@ -82,7 +82,8 @@ def score(
         batch = assemble(inputs, targets, micro_tokens, padded, pad_token).to(device)
         total += float(run_batch(model, batch, 1.0))
         count += batch.target_count
-        progress(count)
+        done += sum(len(window) - skip for window, skip in group)
+        progress(done)
     nbytes = int(store.nbytes.sum())
     loss = total / max(count, 1)
     perplexity = math.exp(min(loss, 700.0))

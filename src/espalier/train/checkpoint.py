@@ -1,12 +1,13 @@
 """Checkpoints of a run: what it takes to go on to the same bits, and nothing of the frozen base.
 
 ``checkpoints/step-00000100/`` holds the trained tensors, the optimizer's state by parameter name, the
-random state and ``state.json`` with step, place in the data, versions and a SHA-256 of every file. It is
+random state and ``state.json`` with step, place in the data, versions and a SHA-256 of every file and of itself. It is
 written under a temporary name and renamed, so it is whole or absent; the last two are kept.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import re
@@ -25,6 +26,8 @@ from espalier.data.batches import Cursor
 from espalier.errors import EspalierError
 
 KEPT = 2
+FORMAT = 2
+"""Of ``state.json``; the first format had no hash of its own content."""
 _FILES = ("trained.safetensors", "optimizer.safetensors", "random.safetensors")
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -74,11 +77,18 @@ def save(folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: tor
             random["cuda"] = torch.cuda.get_rng_state()
         write_safetensors(temporary / "random.safetensors", random)
         digests = {file.name: file_digest(file) for file in sorted(temporary.iterdir())}
-        content = {"format": 1, **asdict(state), "environment": environment(), "files": digests}
+        content = {"format": FORMAT, **asdict(state), "environment": environment(), "files": digests}
+        content["sha256"] = _digest(content)
         (temporary / "state.json").write_text(json.dumps(content, indent=1))
     for old in steps(folder)[:-KEPT]:
         shutil.rmtree(old)
     return target
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """SHA-256 of everything in ``state.json`` but the hash itself."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def steps(folder: Path) -> list[Path]:
@@ -107,6 +117,8 @@ def check(path: Path) -> dict[str, Any]:
         files = content["files"]
         Cursor(**content["cursor"])
         why = next((reason for name in _FILES if (reason := _damage(path / name, files.get(name)))), None)
+        if content["format"] != 1 and content.get("sha256") != _digest(content):
+            why = "state.json does not have the SHA-256 that it records"
     except (KeyError, TypeError, AttributeError) as error:
         why = f"state.json lacks {error}"
     except EspalierError as error:

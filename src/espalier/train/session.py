@@ -21,7 +21,7 @@ from espalier.data.batches import Order
 from espalier.data.encode import MASK_POLICY, Encoder
 from espalier.data.store import TokenStore
 from espalier.display import Display
-from espalier.errors import EspalierError
+from espalier.errors import EspalierError, at_least
 from espalier.memory import language_loss, packed_attention
 from espalier.memory.meter import format_bytes
 from espalier.train import checkpoint
@@ -44,23 +44,20 @@ class Record:
 _PRESENTATION = ("resume", "quiet", "out")
 
 
-def open_run(out: Path, record: Record, resume: bool) -> tuple[Run, Record]:
-    """The run's folder ``OUT/run``, new or to be resumed; returns the record that holds.
+def earlier_run(out: Path, verb: str, arguments: Mapping[str, Any], resume: bool) -> Record | None:
+    """The record of the run that ``out`` holds, or ``None`` where there is none yet.
 
     Raises:
         EspalierError: when ``out`` already holds something and ``resume`` was not asked for, or when it holds
-            a run of other arguments or of another base.
+            a run of another verb or of other arguments.
     """
     folder = out / "run"
     path = folder / "run.json"
     if not path.exists():
         # a run folder without its record is what a kill in the first moments leaves
-        if out.exists() and any(entry != folder for entry in out.iterdir()):
+        if out.exists() and (not out.is_dir() or any(entry != folder for entry in out.iterdir())):
             raise EspalierError(f"--out {out} is not empty and holds no run; give a directory that does not exist yet")
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_recipe(folder, record)
-        write_text(path, json.dumps(record.__dict__, indent=1) + "\n")
-        return Run(folder), record
+        return None
     if not resume:
         raise EspalierError(f"--out {out} already holds a run; pass --resume to go on with it, or give another --out")
     content = read_json(path)
@@ -68,15 +65,31 @@ def open_run(out: Path, record: Record, resume: bool) -> tuple[Run, Record]:
         before = Record(**content)
     except TypeError as error:
         raise EspalierError(f"{path} is not the record of a run ({error})") from error
-    if before.verb != record.verb:
-        raise EspalierError(f"{out} holds a run of {before.verb!r}, not of {record.verb!r}")
-    for key in sorted(record.arguments.keys() | before.arguments.keys()):
-        now, then, made = record.arguments.get(key), before.arguments.get(key), before.resolved.get(key)
+    if before.verb != verb:
+        raise EspalierError(f"{out} holds a run of {before.verb!r}, not of {verb!r}")
+    for key in sorted(arguments.keys() | before.arguments.keys()):
+        now, then, made = arguments.get(key), before.arguments.get(key), before.resolved.get(key)
         if key not in _PRESENTATION and now != then and now != made:
             raise EspalierError(
                 f"--resume: {key} is {now!r}, the run in {out} was started with {then!r}; repeat its command, or start anew "
                 "in another --out"
             )
+    return before
+
+
+def open_run(out: Path, record: Record, resume: bool) -> tuple[Run, Record]:
+    """The run's folder ``OUT/run``, new or to be resumed; returns the record that holds.
+
+    Raises:
+        EspalierError: what :func:`earlier_run` raises, or when the run that is there stands on another base or other data.
+    """
+    folder = out / "run"
+    before = earlier_run(out, record.verb, record.arguments, resume)
+    if before is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_recipe(folder, record)
+        write_text(folder / "run.json", json.dumps(record.__dict__, indent=1) + "\n")
+        return Run(folder), record
     for key, value in record.facts.items():
         if before.facts.get(key) != value:
             raise EspalierError(
@@ -97,8 +110,15 @@ def _write_recipe(folder: Path, record: Record) -> None:
 
 
 def seed_everything(seed: int, threads: int | None) -> None:
-    """Set torch's generator and thread count."""
+    """Set torch's generator and thread count.
+
+    Raises:
+        EspalierError: for a seed or a number of threads that torch cannot take.
+    """
+    if not -(2**63) <= seed < 2**64:
+        raise EspalierError(f"seed is {seed}; it must fit into 64 bits")
     if threads is not None:
+        at_least("threads", threads, 1)
         torch.set_num_threads(threads)
     torch.manual_seed(seed)
 
@@ -137,6 +157,23 @@ def must_pad(model: PreTrainedModel, vocabulary: int, display: Display) -> bool:
         model.train(was_training)
     display.warn(f"{type(model).__name__} gives packed sequences other logits than separate ones: padding instead of packing")
     return True
+
+
+DEFAULT_LENGTH = 512
+
+
+def fitting_length(asked: int | None, config: Any) -> int:
+    """The sequence length to use: the one asked for, or the default, cut to the positions that the model has.
+
+    Raises:
+        EspalierError: when more positions are asked for than the model has.
+    """
+    longest = getattr(config, "max_position_embeddings", None)
+    if asked is None:
+        return min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
+    if longest and asked > longest:
+        raise EspalierError(f"sequence_length is {asked}; the model has {longest} positions")
+    return asked
 
 
 def pad_token(tokenizer: Any) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from espalier import registry
 from espalier.attach.attachment import attach, attachments, release_base, settle, trainable_parameters
-from espalier.attach.load import load_model, load_tokenizer, pick_device, torch_dtype
+from espalier.attach.load import DTYPES, MALFORMED, load_model, load_tokenizer, pick_device, torch_dtype
 from espalier.checkpoint.atomic import write_text
 from espalier.checkpoint.directory import ModelDirectory, read_json, resolve_model
 from espalier.data.batches import Order
@@ -39,12 +39,14 @@ class Job:
 
     def __init__(self, verb: str, arguments: dict[str, Any], options: dict[str, Any], method: str) -> None:
         self.verb = verb
-        self.given = {**arguments, **options}
+        arguments = {key: _plain(value) for key, value in arguments.items()}
         self.a = {"targets": None, "dropout": 0.0, "floor": 0.0, "model": None, **arguments}
         self.display = Display(arguments["quiet"])
         self.out = Path(arguments["out"])
         self._check_arguments()
         self._make_methods(method, options)
+        # as the methods took them: "8" from a command line and 8 from Python are one value
+        self.given = {**arguments, **{key: self.hyperparameters[key] for key in options}}
         self.device = pick_device(self.a["device"])
         self.evaluations: dict[str, dict[str, Any]] = {}
         session.seed_everything(self.a["seed"], self.a["threads"])
@@ -58,8 +60,8 @@ class Job:
             at_least(name, a[name], 0)
         if a["steps"] is not None and a["epochs"] is not None:
             raise EspalierError("give --steps or --epochs, not both")
-        if a["epochs"] is not None and not a["epochs"] > 0:
-            raise EspalierError(f"epochs is {a['epochs']}; it must be more than 0")
+        if a["epochs"] is not None and not 0 < a["epochs"] < math.inf:
+            raise EspalierError(f"epochs is {a['epochs']}; it must be more than 0 and finite")
         if not 0 <= a["warmup"] < 1:
             raise EspalierError(f"warmup is {a['warmup']}; it is a share of the steps, at least 0 and less than 1")
         if not 0 <= a["floor"] <= 1:
@@ -82,15 +84,22 @@ class Job:
             self.a["optimizer"], "optimizer", **{k: v for k, v in options.items() if k in theirs and k not in own}
         )
         self.method = registry.make(name, "adapter", **{k: v for k, v in options.items() if k in own or k not in theirs})
+        self.hyperparameters = {key: _plain(getattr(self.optimizer_method, key)) for key in sorted(theirs)}
+        self.hyperparameters |= {key: _plain(getattr(self.method, key)) for key in sorted(own)}
+        self.a["targets"] = self.a["targets"] or self.method.targets
         if self.a["learning_rate"] is None:
             self.a["learning_rate"] = self.method.learning_rate
 
     # -- the run's folder
 
     def finished(self) -> dict[str, Any] | None:
-        """The report of a run that was resumed after its end, else nothing."""
+        """The report of a run that was resumed after its end, else nothing.
+
+        Raises:
+            EspalierError: when ``--out`` holds something else than this run, before anything is read or loaded.
+        """
         path = self.out / "run" / "result.json"
-        if self.a["resume"] and path.exists():
+        if session.earlier_run(self.out, self.verb, self.given, self.a["resume"]) is not None and path.exists():
             self.display.note(f"the run in {self.out} is finished")
             return read_json(path)
         return None
@@ -113,9 +122,7 @@ class Job:
         self.config = _config(config_at)
         self.tokenizer = load_tokenizer(tokenizer_at)
         self.encoder = Encoder(self.tokenizer)
-        longest = getattr(self.config, "max_position_embeddings", None)
-        if longest and a["sequence_length"] > longest:
-            raise EspalierError(f"sequence_length is {a['sequence_length']}; the model has {longest} positions")
+        a["sequence_length"] = session.fitting_length(a["sequence_length"], self.config)
         if len(self.tokenizer) > self.config.vocab_size:
             raise EspalierError(
                 f"the tokenizer in {tokenizer_at} has {len(self.tokenizer)} tokens, the model {self.config.vocab_size}"
@@ -138,6 +145,7 @@ class Job:
         """Choose how steps are cut; refuses a budget that is too small before the model is loaded."""
         a = self.a
         self.dtype = torch_dtype(a["dtype"], self.directory)
+        a["dtype"] = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
         folder = self.out / "run"
         if a["resume"] and (folder / "run.json").exists():
             resolved = read_json(folder / "run.json")["resolved"]
@@ -203,9 +211,8 @@ class Job:
     def attach(self) -> None:
         """The method's updates; says what trains, and shows what is learnt of the data."""
         a = self.a
-        record = session.Record(
-            self.verb, self.given, {**self.given, **{k: v for k, v in a.items() if k in self.given}}, self._facts()
-        )
+        resolved = {**self.given, **{k: v for k, v in a.items() if k in self.given}, **self.hyperparameters}
+        record = session.Record(self.verb, self.given, resolved, self._facts())
         self.run, self.record = session.open_run(self.out, record, a["resume"])
         attach(self.model, self.method, targets=a["targets"], seed=a["seed"], dropout=a["dropout"])
         (self.attachment,) = attachments(self.model).values()
@@ -229,7 +236,7 @@ class Job:
                 self.evaluations.setdefault(name, {})[when] = self._score(name, held_out, when)
 
     def _score(self, name: str, held_out: TokenStore, when: str) -> dict[str, Any]:
-        with self.display.bar(f"measuring {name}", held_out.tokens, "tokens") as update:
+        with self.display.bar(f"measuring {name}", held_out.predictions, "tokens") as update:
             found = score(
                 self.model, held_out, self.a["sequence_length"], self.plan.micro_tokens, padded=self.padded,
                 pad_token=session.pad_token(self.tokenizer), progress=update,
@@ -250,8 +257,8 @@ class Job:
         parameters = trainable_parameters(self.model)
         optimizer = self.optimizer_method.build(parameters, a["learning_rate"])
         state = self.optimizer_method.state_bytes(self.attachment.trainable())
+        torch.manual_seed(a["seed"])  # whatever planning and loading drew: the first checkpoint holds the random state
         session.dry_run(self.out, self.run, parameters, optimizer, self._write_delta, state)
-        torch.manual_seed(a["seed"])
         session.resume_from_last(self.run, parameters, optimizer, self.display)
 
         def on_evaluate(step: int) -> dict[str, Any]:
@@ -326,10 +333,17 @@ class Job:
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
+def _plain(value: Any) -> Any:
+    """What records can hold: a path as a string, a tuple as a list, anything else as it is."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def _config(path: Path) -> Any:
     import transformers
 
     try:
         return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
+    except MALFORMED as error:
         raise EspalierError(f"transformers cannot read the config of {path}: {error}") from error

@@ -17,36 +17,38 @@ LARGEST = 512
 
 @torch.no_grad()
 def compare(
-    model: str, deltas: Sequence[str], scale: float, any_base: bool, applied: Path, text: Path, display: Display
+    model: str, deltas: Sequence[str], scale: float, any_base: bool, applied: Path, text: Path, out: Path, display: Display
 ) -> dict[str, Any]:
     """Largest and mean difference of log probabilities on the first tokens of a text, and agreement of the likeliest token.
 
     Raises:
         EspalierError: when the text is empty, or the two disagree by more than the rounding of the weights explains.
     """
-    tokenizer = load_tokenizer(model)
-    there_model = load(model, deltas, dtype="fp32", scale=scale, any_base=any_base)
-    longest = min(LARGEST, getattr(there_model.config, "max_position_embeddings", LARGEST))
-    ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[:, :longest]
+    try:
+        ids = load_tokenizer(model)(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[:, :LARGEST]
+    except UnicodeDecodeError as error:
+        raise EspalierError(f"--verify {text} is not UTF-8 text; give a text file") from error
     if ids.shape[1] < 2:
         raise EspalierError(f"--verify {text} has fewer than two tokens")
 
-    def log_probabilities(loaded: torch.nn.Module) -> torch.Tensor:
-        return loaded(input_ids=ids.to(next(loaded.parameters()).device)).logits.float().log_softmax(-1).cpu()
+    def log_probabilities(loaded: Any) -> torch.Tensor:
+        kept = ids[:, : getattr(loaded.config, "max_position_embeddings", LARGEST)]
+        return loaded(input_ids=kept.to(next(loaded.parameters()).device)).logits.float().log_softmax(-1).cpu()
 
-    there = log_probabilities(there_model)
+    # one model in memory at a time
+    there = log_probabilities(load(model, deltas, dtype="fp32", scale=scale, any_base=any_base))
     merged = log_probabilities(load_model(applied, "fp32"))
     base = log_probabilities(load_model(model, "fp32"))
     largest, mean = float((there - merged).abs().max()), float((there - merged).abs().mean())
     moved = float((there - base).abs().mean())
     agreement = float((there.argmax(-1) == merged.argmax(-1)).float().mean())
     display.note(
-        f"verified on {ids.shape[1]} tokens: log probabilities differ by {mean:.2e} on average ({largest:.2e} at most), the "
+        f"verified on {there.shape[1]} tokens: log probabilities differ by {mean:.2e} on average ({largest:.2e} at most), the "
         f"delta moved them by {moved:.2e}; the likeliest token agrees on {agreement:.1%}"
     )
     if mean > 0.25 * moved + 1e-4:
         raise EspalierError(
-            f"{applied} does not do what the base and the delta do: log probabilities differ by {mean:.2e} on average, the "
+            f"{out} was not written: it would not do what the base and the delta do. Log probabilities differ by {mean:.2e} on average, the "
             f"delta itself moves them by {moved:.2e}. The model's dtype is too coarse for this delta; apply it at run time"
         )
-    return {"tokens": ids.shape[1], "largest": largest, "mean": mean, "moved": moved, "agreement": agreement}
+    return {"tokens": there.shape[1], "largest": largest, "mean": mean, "moved": moved, "agreement": agreement}

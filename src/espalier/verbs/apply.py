@@ -62,13 +62,15 @@ def apply(
         with display.bar("applying", len(list(directory)), "tensors") as update:
             report = materialize.write_model(directory, loaded, scale, temporary, update)
         materialize.write_card(temporary, directory, deltas, loaded, scale)
+        if verify is not None:
+            from espalier.verbs._verify import compare
+
+            verified = compare(model, deltas, scale, any_base, temporary, Path(verify), target, display)
     worst = max(report.values(), key=lambda r: r["lost"], default=None)
     result: dict[str, Any] = {"out": str(target), "changed": len(report), "bytes": directory.nbytes(), "tensors": report}
     display.note(f"{len(report)} tensors changed; the model is in {target} ({format_bytes(directory.nbytes())})")
     if worst:
         display.note(f"storing as {worst['dtype']} loses at most {worst['lost']:.2%} of an update ({worst['name']})")
     if verify is not None:
-        from espalier.verbs._verify import compare
-
-        result["verified"] = compare(model, deltas, scale, any_base, target, Path(verify), display)
+        result["verified"] = verified
     return result

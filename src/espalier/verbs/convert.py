@@ -39,7 +39,7 @@ def convert(adapter: str, out: str, *, model: str | None = None, quiet: bool = F
         what = "is already a delta" if store.is_delta(folder) else "has no adapter_config.json"
         raise EspalierError(f"{folder} {what}; convert imports PEFT adapters")
     named = model or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    if not named:
+    if not isinstance(named, str) or not named:
         raise EspalierError(f"{folder} does not name its base model; pass --model DIR")
     directory = ModelDirectory(resolve_model(named))
     live = empty_model(directory.path)

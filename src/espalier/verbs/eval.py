@@ -12,7 +12,7 @@ def eval(
     delta: list[str] | None = None,
     scale: float = 1.0,
     any_base: bool = False,
-    sequence_length: int = 512,
+    sequence_length: int | None = None,
     micro_batch_size: int = 8,
     device: str | None = None,
     dtype: Literal["bf16", "fp32"] | None = None,
@@ -27,7 +27,7 @@ def eval(
         delta: directory of a delta; may be given several times, innermost first
         scale: multiplies every delta; 0 is the base
         any_base: accept deltas that were made for another base
-        sequence_length: longest context, in tokens
+        sequence_length: longest context, in tokens; default: 512, or all positions of a model with fewer
         micro_batch_size: sequences that run at a time
         device: such as cpu or cuda; default: cuda where there is one
         dtype: what to compute in; default: as stored
@@ -54,8 +54,9 @@ def eval(
     from espalier.plan.memory import default_chunk
     from espalier.train import session
 
-    for name, value in (("sequence_length", sequence_length), ("micro_batch_size", micro_batch_size)):
-        at_least(name, value, 1)
+    at_least("micro_batch_size", micro_batch_size, 1)
+    if sequence_length is not None:
+        at_least("sequence_length", sequence_length, 1)
     display = Display(quiet)
     session.seed_everything(0, threads)
     directory = ModelDirectory(resolve_model(model))
@@ -63,6 +64,7 @@ def eval(
     encoder = Encoder(tokenizer)
     store = open_store(open_source(data), encoder)
     loaded = load_model(directory.path, dtype, device)
+    sequence_length = session.fitting_length(sequence_length, loaded.config)
     for folder in delta or ():
         manifest = put_on(loaded, Path(folder), directory, any_base=any_base, scale=scale).manifest
         session.check_tokenizer(manifest, folder, encoder, store.kind, display)
@@ -70,7 +72,7 @@ def eval(
     form = session.training_form(
         loaded, chunk=default_chunk(loaded.config.vocab_size), recompute=False, padded=padded
     )
-    with form, display.bar(f"measuring {data}", store.tokens, "tokens") as update:
+    with form, display.bar(f"measuring {data}", store.predictions, "tokens") as update:
         result = score(
             loaded, store, sequence_length, sequence_length * micro_batch_size, padded=padded,
             pad_token=session.pad_token(tokenizer), progress=update,

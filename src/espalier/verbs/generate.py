@@ -79,5 +79,11 @@ def generate(
         ids = encoder.prefix + encoder.ids([prompt])[0]
     if not ids:
         raise EspalierError("the prompt is empty, and this tokenizer has no token that begins a text")
+    longest = getattr(loaded.config, "max_position_embeddings", None)
+    if longest and len(ids) >= longest:
+        raise EspalierError(f"the prompt has {len(ids)} tokens; the model has {longest} positions: shorten the prompt")
+    if longest and len(ids) + max_tokens > longest:
+        max_tokens = longest - len(ids)
+        display.note(f"the model has {longest} positions, so at most {max_tokens} tokens follow this prompt")
     made, finished = complete(loaded, tokenizer, ids, max_tokens, temperature, top_p, seed)
     return {"prompt": prompt, "completion": tokenizer.decode(made, skip_special_tokens=True), "tokens": len(made), "finished": finished}

@@ -16,7 +16,7 @@ def tune(
     steps: int | None = None,
     epochs: float | None = None,
     batch_size: int = 8,
-    sequence_length: int = 512,
+    sequence_length: int | None = None,
     learning_rate: float | None = None,
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine",
     warmup: float = 0.05,
@@ -49,7 +49,7 @@ def tune(
         steps: optimizer steps; give this or --epochs (default: 1 epoch)
         epochs: passes over the data
         batch_size: sequences per step, each of --sequence-length tokens (packed full)
-        sequence_length: longest context, in tokens
+        sequence_length: longest context, in tokens; default: 512, or all positions of a model with fewer
         learning_rate: peak rate; default: the method's own
         schedule: course of the learning rate after warm-up
         warmup: share of the steps that warm up, in [0, 1)
