@@ -672,3 +672,11 @@ def test_ids_have_two_bytes_where_they_fit_and_else_four(tmp_path: Path, ids: li
     found = tokenized(tmp_path / "a.txt", PreTrainedTokenizerFast(tokenizer_object=words))
     assert found.dtype == dtype
     assert found.read(0, 3).tolist() == [0, last, 0]
+
+
+def test_a_json_document_is_refused(tmp_path: Path) -> None:
+    """A .json array is no JSON lines; it would otherwise be learnt as if it were prose."""
+    file = tmp_path / "data.json"
+    file.write_text('[{"text": "a"}]')
+    with pytest.raises(EspalierError, match=r"one JSON document.*\.jsonl"):
+        open_source(file)

@@ -179,8 +179,8 @@ def test_a_loss_of_nan_is_one_error_and_leaves_the_last_good_checkpoint(model: P
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr and not done.stdout
     found = re.match(
-        r"error: stopped at step (\d+): the loss is nan on its batch of (\d+) tokens in 2 micro-batches; "
-        r"(parameter|the gradient of) model\.layers\.\d+\.\S+ is not finite\. Nothing of this step was kept",
+        r"error: stopped at step (\d+): the loss is nan on its batch of (\d+) tokens in 2 micro-batches \(epoch (\d+), from window \d+ of its order\); "
+        r"(?:parameter|the gradient of) model\.layers\.\d+\.\S+ is not finite\. Nothing of this step was kept",
         errors[0],
     )
     assert found and int(found[2]) > 32

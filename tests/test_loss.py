@@ -500,7 +500,7 @@ def test_the_score_is_that_of_predicting_token_by_token(tmp_path: Path, family: 
     for padded in training_forms(model):
         for micro in (16, 40, 1000):
             found = score(model, store, 16, micro, padded=padded, progress=seen.append)
-            assert found.tokens == count == seen[-1] and found.documents == len(sizes)
+            assert found.tokens == count and seen[-1] == store.predictions and found.documents == len(sizes)
             assert found.loss == pytest.approx(total / count, rel=1e-5)
             assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
             assert found.bytes == store.nbytes.sum() > 0

@@ -88,6 +88,8 @@ def _is_json_lines(file: Path) -> bool:
 
 
 def _kind(file: Path) -> str:
+    if file.suffix == ".json":
+        raise EspalierError(f"{file} is one JSON document; write its records as JSON lines, one object per line, in a .jsonl file")
     if not _is_json_lines(file):
         return "text"
     with _open_text(file) as lines:

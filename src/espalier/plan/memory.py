@@ -100,11 +100,12 @@ def candidates(
 
 
 def choose(
-    budget: int | None,
+    budget: int,
+    what: str,
     options: Iterator[tuple[int, bool, int]],
     price: Callable[[int, bool, int], dict[str, int]],
 ) -> Plan:
-    """The first option whose predicted peak fits.
+    """The first option whose predicted peak fits into ``budget`` bytes, which an error calls ``what``.
 
     Raises:
         EspalierError: when none does, naming the least that would.
@@ -113,22 +114,22 @@ def choose(
     for micro, recompute, chunk in options:
         parts = price(micro, recompute, chunk)
         plan = Plan(micro, recompute, chunk, peak_of(parts), parts)
-        if budget is None or plan.predicted_peak <= budget:
+        if plan.predicted_peak <= budget:
             return plan
         if least is None or plan.predicted_peak < least.predicted_peak:
             least = plan
-    assert least is not None and budget is not None
+    assert least is not None
     raise EspalierError(
-        f"--budget {format_bytes(budget)} is too small: the least that would do is {format_bytes(least.predicted_peak)} "
+        f"{what} is too small: the least that would do is {format_bytes(least.predicted_peak)} "
         f"(micro-batches of {least.micro_tokens} tokens{', recomputation' if least.recompute else ''}, logits of "
         f"{least.logits_chunk} tokens at a time). Raise it, or lower --sequence-length"
     )
 
 
-def available_memory() -> int:
-    """Bytes that this machine could give a process now."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
+def available_memory(device: torch.device) -> int:
+    """Bytes that this machine could give a process on the device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024

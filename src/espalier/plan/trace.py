@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from espalier.attach.attachment import attach, release_base, trainable_parameters
 from espalier.errors import EspalierError
 from espalier.kernels.philox import Stream
-from espalier.memory import language_loss, packed_attention
+from espalier.memory.training_form import training_form
 
 
 class _NoNumbers(Stream):
@@ -148,19 +148,15 @@ def _trace(
         trained = sum(p.numel() for p in trainable_parameters(model).values())
         frozen = [t for t in (*model.parameters(), *model.buffers()) if not (t.requires_grad or t.is_meta)]
         total = sum(t.numel() * t.element_size() for t in frozen)
-        language_loss.install(model, chunk)
         rows = max(1, tokens // sequence_length)
         shape = (rows, sequence_length) if padded else (1, tokens)
         ids = torch.zeros(shape, dtype=torch.int64)
         inputs: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
         if not padded:
-            packed_attention.install(model)
             inputs = {"position_ids": ids, "segment_lengths": (sequence_length,) * rows}
-        if recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
         ledger = _Ledger()
-        with ledger:
+        with training_form(model, chunk=chunk, recompute=recompute, padded=padded), ledger:
             loss = model(input_ids=ids, targets=ids.reshape(-1), scale=1.0, **inputs)
             loss.backward()
     return Traced(total, trained, ledger.peak)

@@ -6,6 +6,7 @@ no method and no family.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -17,6 +18,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
+from espalier.checkpoint.atomic import write_text
 from espalier.data.batches import Batch, Cursor, Order, divide, make_batch, next_step
 from espalier.errors import NotFiniteError
 from espalier.memory.language_loss import run_batch
@@ -96,7 +98,7 @@ class Run:
                     kept.append(line + "\n")
             except (ValueError, KeyError):  # the line that a kill cut short
                 break
-        self.metrics.write_text("".join(kept))
+        write_text(self.metrics, "".join(kept))
 
 
 def accumulate(model: nn.Module, batches: list[Batch], resident_between: int = 0) -> tuple[float, int]:
@@ -125,7 +127,9 @@ def _first_not_finite(parameters: dict[str, nn.Parameter], gradients: bool) -> s
     return None
 
 
-def _refuse_not_finite(step: int, batches: list[Batch], loss: float, norm: float, parameters: dict[str, nn.Parameter]) -> None:
+def _refuse_not_finite(
+    step: int, begin: Cursor, batches: list[Batch], loss: float, norm: float, parameters: dict[str, nn.Parameter]
+) -> None:
     if math.isfinite(loss) and math.isfinite(norm):
         return
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
@@ -137,7 +141,8 @@ def _refuse_not_finite(step: int, batches: list[Batch], loss: float, norm: float
         where = "every trained parameter and gradient is finite"
     tokens = sum(batch.tokens for batch in batches)
     raise NotFiniteError(
-        f"stopped at step {step}: {what} on its batch of {tokens} tokens in {len(batches)} micro-batches; {where}. {_ADVICE}"
+        f"stopped at step {step}: {what} on its batch of {tokens} tokens in {len(batches)} micro-batches (epoch {begin.epoch}, "
+        f"from window {begin.position} of its order); {where}. {_ADVICE}"
     )
 
 
@@ -175,6 +180,7 @@ def train(
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate
+            begin = dataclasses.replace(state.cursor)
             windows = next_step(order, state.cursor, settings.batch_tokens)
             parts = divide(windows, settings.micro_tokens, settings.padded)
             batches = [
@@ -183,7 +189,7 @@ def train(
             ]
             loss, targets = accumulate(model, batches, settings.resident_between)
             norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), settings.clip or math.inf))
-            _refuse_not_finite(step + 1, batches, loss, norm, parameters)
+            _refuse_not_finite(step + 1, begin, batches, loss, norm, parameters)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             last = step + 1 == settings.steps

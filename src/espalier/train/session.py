@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from espalier.checkpoint.directory import read_json
 from espalier.data.batches import Order
 from espalier.data.encode import MASK_POLICY, Encoder
 from espalier.data.store import TokenStore
+from espalier.delta import store as delta_store
 from espalier.display import Display
 from espalier.errors import EspalierError, at_least
 from espalier.memory import language_loss, packed_attention
@@ -123,23 +123,6 @@ def seed_everything(seed: int, threads: int | None) -> None:
     torch.manual_seed(seed)
 
 
-@contextlib.contextmanager
-def training_form(model: PreTrainedModel, *, chunk: int, recompute: bool, padded: bool) -> Iterator[None]:
-    """Teach the model its loss, packed attention and recomputation for the time of a run."""
-    language_loss.install(model, chunk)
-    before = None if padded else packed_attention.install(model)
-    if recompute:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    try:
-        yield
-    finally:
-        if recompute:
-            model.gradient_checkpointing_disable()
-        if before is not None:
-            packed_attention.restore(model, before)
-        language_loss.remove(model)
-
-
 def must_pad(model: PreTrainedModel, vocabulary: int, display: Display) -> bool:
     """Whether this family cannot be packed; says so.
 
@@ -237,11 +220,14 @@ def _ranges(blocks: list[int | None]) -> str:
 
 def show_masks(store: TokenStore, tokenizer: Any, display: Display, tokens: int = 160) -> None:
     """A sample of the first document with its targets coloured, where not all tokens are targets."""
-    stop = min(int(store.offsets[1]), tokens)
-    flags = store.read_targets(0, stop)
+    end = int(store.offsets[1])
+    flags = store.read_targets(0, end)
     if flags is None:
         return
-    ids = store.read(0, stop)
+    begin = max(0, min(int(flags.argmax()) - tokens // 2, end - tokens))  # around the first target
+    stop = min(begin + tokens, end)
+    ids, flags = store.read(begin, stop), flags[begin:]
+    stop -= begin
     spans: list[tuple[str, bool]] = []
     start = 0
     for position in range(1, stop + 1):
@@ -268,6 +254,7 @@ def dry_run(
     trial = run.folder / "trial"
     shutil.rmtree(trial, ignore_errors=True)
     save(trial)
+    delta_store.load(trial)
     shutil.rmtree(trial)
     path = checkpoint.save(run.checkpoints, dict(parameters), optimizer, run.state)
     checkpoint.check(path)

@@ -25,6 +25,7 @@ from espalier.errors import EspalierError, at_least
 from espalier.evaluate.perplexity import score
 from espalier.exchange import save as saving
 from espalier.memory.meter import format_bytes, parse_bytes, peak_memory, resident_memory
+from espalier.memory.training_form import training_form
 from espalier.plan import memory as planning
 from espalier.plan.trace import Traced, trace_step
 from espalier.train import session
@@ -167,8 +168,9 @@ class Job:
 
         chunk = planning.default_chunk(self.config.vocab_size)
         choices = planning.candidates(a["batch_size"] * a["sequence_length"], a["sequence_length"], chunk, a)
-        bound = self.budget if self.budget is not None else round(0.8 * planning.available_memory())
-        self.plan = planning.choose(bound, choices, price)
+        bound = self.budget or round(0.8 * planning.available_memory(self.device))
+        what = f"--budget {format_bytes(bound)}" if self.budget else f"80 % of the free memory ({format_bytes(bound)})"
+        self.plan = planning.choose(bound, what, choices, price)
         a["micro_batch_size"] = self.plan.micro_tokens // a["sequence_length"]
         a["recompute"], a["logits_chunk"] = self.plan.recompute, self.plan.logits_chunk
         self._say_plan()
@@ -231,7 +233,7 @@ class Job:
 
     def measure(self, when: str) -> None:
         """Score every held-out data set."""
-        with session.training_form(self.model, chunk=self.a["logits_chunk"], recompute=False, padded=self.padded):
+        with training_form(self.model, chunk=self.a["logits_chunk"], recompute=False, padded=self.padded):
             for name, held_out in self.eval_stores.items():
                 self.evaluations.setdefault(name, {})[when] = self._score(name, held_out, when)
 
@@ -265,7 +267,7 @@ class Job:
             when = f"after step {step}"
             return {"evaluation": {name: self._score(name, held_out, when) for name, held_out in self.eval_stores.items()}}
 
-        form = session.training_form(self.model, chunk=a["logits_chunk"], recompute=bool(a["recompute"]), padded=self.padded)
+        form = training_form(self.model, chunk=a["logits_chunk"], recompute=bool(a["recompute"]), padded=self.padded)
         with form:
             on = on_evaluate if self.eval_stores and a["eval_every"] else None
             self.steps = session.run_loop(self.model, parameters, optimizer, self.order, settings, self.run, self.display, on)

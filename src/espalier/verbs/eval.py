@@ -51,6 +51,7 @@ def eval(
     from espalier.errors import at_least
     from espalier.evaluate.perplexity import score
     from espalier.memory.meter import peak_memory
+    from espalier.memory.training_form import training_form
     from espalier.plan.memory import default_chunk
     from espalier.train import session
 
@@ -69,7 +70,7 @@ def eval(
         manifest = put_on(loaded, Path(folder), directory, any_base=any_base, scale=scale).manifest
         session.check_tokenizer(manifest, folder, encoder, store.kind, display)
     padded = session.must_pad(loaded, loaded.config.vocab_size, display)
-    form = session.training_form(
+    form = training_form(
         loaded, chunk=default_chunk(loaded.config.vocab_size), recompute=False, padded=padded
     )
     with form, display.bar(f"measuring {data}", store.predictions, "tokens") as update:
