@@ -1,6 +1,6 @@
 """LoRA through Espalier, through PEFT in a plain loop, and through TRL's SFTTrainer with PEFT, side by side.
 
-    python benchmarks/tune_vs_peft.py [--rounds 2] [--steps 6] [--threads 2] [--models llama70m,seedling] [--only losses]
+    python benchmarks/tune_vs_peft.py [--rounds 2] [--steps 5] [--threads 2] [--models llama70m,seedling] [--only losses]
 
 The same model, documents, target tokens per step, adapter (rank 16, alpha 32, every matrix of the blocks), bf16 base
 with float32 factors, AdamW. Every row is the best of ``--rounds`` fresh processes, in which the systems alternate; the
@@ -287,7 +287,7 @@ def main() -> None:
     """Measure everything and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=6, help="steps of a process, two of which are not timed")
+    parser.add_argument("--steps", type=int, default=5, help="steps of a process, two of which are not timed")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--models", default="llama70m,seedling")
     parser.add_argument("--only", choices=("speed", "losses"))

@@ -21,11 +21,14 @@ from espalier.memory.meter import format_bytes
 
 MODEL, BUDGET = "seedling", "1280MiB"
 NEW, NEW_HELD_OUT, OLD_HELD_OUT = "stdlib:asyncio:train", "stdlib:asyncio:heldout", "stdlib:valid"
-PROMPT = '''class Barrier(mixins._LoopBoundMixin):
-    """Asyncio equivalent to threading.Barrier."""
+PROMPT = '''class Mailbox:
+    """A queue of messages between tasks."""
 
-    async def wait(self):
-'''
+    def __init__(self, loop):
+        self._loop = loop
+        self._waiters = collections.deque()
+
+    async def receive(self):'''
 
 
 def compare(console: Console, result: dict[str, Any]) -> None:
@@ -73,7 +76,8 @@ def main() -> None:
   needs   at most {BUDGET} of memory (held by --budget), no network, no GPU, under three minutes on two cores
 
 The same from a shell:
-  espalier tune --model {MODEL} --data {NEW} --out {arguments.out} --rank 16 --steps {arguments.steps} --budget {BUDGET}
+  espalier tune --model {MODEL} --data {NEW} --out {arguments.out} --rank 16 --alpha 32 \\
+      --steps {arguments.steps} --learning-rate 0.003 --budget {BUDGET} --eval-data {NEW_HELD_OUT} --eval-data {OLD_HELD_OUT}
 """,
         markup=False, soft_wrap=True,
     )  # fmt: skip

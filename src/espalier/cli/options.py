@@ -65,9 +65,11 @@ def _method_options(roles: tuple[str, ...], taken: set[str]) -> list[click.Optio
                 owners.setdefault(h.name, []).append((info.name, h))
     options = []
     for name, owned in owners.items():
-        of = ", ".join(f"{method} (default {h.default})" for method, h in owned)
         kind = owned[0][1].type
-        help = f"{owned[0][1].help or kind}  [{of}]"
+        meanings: dict[str, list[str]] = {}
+        for method, h in owned:
+            meanings.setdefault(h.help or kind, []).append(f"{method} (default {h.default})")
+        help = "; ".join(f"{meaning}  [{', '.join(of)}]" for meaning, of in meanings.items())
         metavar = {"int": "INTEGER", "float": "FLOAT", "str": "TEXT", "bool": "BOOLEAN"}.get(kind, kind.upper())
         if kind.startswith("Literal"):
             metavar = kind.removeprefix("Literal").replace("'", "").replace(", ", "|")

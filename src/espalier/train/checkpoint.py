@@ -26,8 +26,7 @@ from espalier.data.batches import Cursor
 from espalier.errors import EspalierError
 
 KEPT = 2
-FORMAT = 2
-"""Of ``state.json``; the first format had no hash of its own content."""
+FORMAT = 1
 _FILES = ("trained.safetensors", "optimizer.safetensors", "random.safetensors")
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -117,7 +116,7 @@ def check(path: Path) -> dict[str, Any]:
         files = content["files"]
         Cursor(**content["cursor"])
         why = next((reason for name in _FILES if (reason := _damage(path / name, files.get(name)))), None)
-        if content["format"] != 1 and content.get("sha256") != _digest(content):
+        if content["sha256"] != _digest(content):
             why = "state.json does not have the SHA-256 that it records"
     except (KeyError, TypeError, AttributeError) as error:
         why = f"state.json lacks {error}"
