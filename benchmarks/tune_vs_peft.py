@@ -1,13 +1,15 @@
 """LoRA through Espalier, through PEFT in a plain loop, and through TRL's SFTTrainer with PEFT, side by side.
 
-    python benchmarks/tune_vs_peft.py [--rounds 2] [--steps 5] [--threads 2] [--models llama70m,seedling] [--only losses]
+    python benchmarks/tune_vs_peft.py [--rounds 2] [--steps 5] [--threads 2] [--models llama70m,seedling]
+                                      [--measures fixed,variable,losses]
 
 The same model, documents, target tokens per step, adapter (rank 16, alpha 32, every matrix of the blocks), bf16 base
 with float32 factors, AdamW. Every row is the best of ``--rounds`` fresh processes, in which the systems alternate; the
 first two steps of each process are not timed. Tokens are real ones: padding is not counted. ``peak`` is the process's
 VmHWM. No system recomputes activations, but "TRL, defaults", which is SFTTrainer with nothing set but the batch.
 
-``losses``: 50 float32 steps of Espalier's verb (packed) and of a PEFT loop (padded) from one adapter over the same batches
+Each measure's rows are put into ``results/tune_vs_peft.json`` when it is done. The 70 M model pads variable documents into
+up to 20 GB. ``losses``: 50 float32 steps of Espalier's verb (packed) and of a PEFT loop (padded) from one adapter over the same batches
 of documents of variable length.
 """
 
@@ -25,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import machine, make_llama, table, write_result
+from common import RESULTS, machine, make_llama, table, write_result
 
 LENGTH, BATCH, RANK, ALPHA, RATE, UNTIMED = 512, 8, 16, 32, 1e-4, 2
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -290,7 +292,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps of a process, two of which are not timed")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--models", default="llama70m,seedling")
-    parser.add_argument("--only", choices=("speed", "losses"))
+    parser.add_argument("--measures", default="fixed,variable,losses")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--data", help=argparse.SUPPRESS)
@@ -298,8 +300,6 @@ def main() -> None:
     if a.worker:
         worker(a.worker, a.models, a.folder, a.data, a.steps, a.threads)
         return
-    columns = ("model", "documents", "system", "real tokens/s", "vs PEFT loop", "peak MiB", "vs PEFT loop", "mean loss")
-    rows, losses = [], []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_documents(folder, 1200)
@@ -307,28 +307,38 @@ def main() -> None:
         for name in a.models.split(","):
             if name == "llama70m":
                 make_llama(folder / "llama70m")
-            for data, systems in SYSTEMS.items():
-                if a.only != "losses":
-                    found: dict[str, list[dict[str, float]]] = {system: [] for system in systems}
-                    for _ in range(a.rounds):
-                        for system in systems:
-                            found[system].append(measure(system, models[name], folder, data, a.steps, a.threads))
-                            print(name, data, system, found[system][-1], file=sys.stderr, flush=True)
-                    best = {s: (max(f["tokens_per_second"] for f in fs), min(f["peak"] for f in fs)) for s, fs in found.items()}
-                    peft_speed, peft_peak = best["peft loop"]
-                    for system, (speed, peak) in best.items():
-                        rows.append([
-                            name, data, system, round(speed), f"{speed / peft_speed:.2f}", round(peak / 2**20), f"{peak / peft_peak:.2f}",
-                            f"{found[system][0]['loss']:.3f}",
-                        ])  # fmt: skip
-            if a.only != "speed":
-                losses.append({"model": name, **compare_losses(models[name], folder, "variable", 50, a.threads)})
-                print(losses[-1], file=sys.stderr, flush=True)
-    print(table(columns, rows))
-    for line in losses:
-        print(line)
-    if a.only is None:
-        write_result("tune_vs_peft", {"machine": machine(), "threads": a.threads, "columns": columns, "rows": rows, "losses": losses})
+            for measured in a.measures.split(","):
+                if measured == "losses":
+                    rows = [{"model": name, **compare_losses(models[name], folder, "variable", 50, a.threads)}]
+                else:
+                    rows = compare_speed(name, models[name], folder, measured, a)
+                print(table(list(rows[0]), [list(row.values()) for row in rows]), flush=True)
+                record(f"{name} {measured}", {"machine": machine(), "threads": a.threads, "rounds": a.rounds, "steps": a.steps, "rows": rows})
+
+
+def compare_speed(name: str, model: str, folder: Path, data: str, a: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row per system, after rounds in which they alternate."""
+    found: dict[str, list[dict[str, float]]] = {system: [] for system in SYSTEMS[data]}
+    for _ in range(a.rounds):
+        for system, results in found.items():
+            results.append(measure(system, model, folder, data, a.steps, a.threads))
+            print(name, data, system, results[-1], file=sys.stderr, flush=True)
+    best = {s: (max(f["tokens_per_second"] for f in fs), min(f["peak"] for f in fs)) for s, fs in found.items()}
+    peft_speed, peft_peak = best["peft loop"]
+    return [
+        {
+            "model": name, "documents": data, "system": system, "real tokens/s": round(speed), "of PEFT's": round(speed / peft_speed, 2),
+            "peak MiB": round(peak / 2**20), "of PEFT's peak": round(peak / peft_peak, 2), "mean loss": round(found[system][0]["loss"], 3),
+        }
+        for system, (speed, peak) in best.items()
+    ]  # fmt: skip
+
+
+def record(measured: str, content: dict[str, Any]) -> None:
+    """Put one measure into the results beside the others."""
+    path = RESULTS / "tune_vs_peft.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    write_result("tune_vs_peft", {**before, measured: content})
 
 
 if __name__ == "__main__":
