@@ -137,7 +137,7 @@ def run_peft(model: str, folder: Path, data: str, steps: int, out: Path, threads
         torch.nn.utils.clip_grad_norm_([p for p in wrapped.parameters() if p.requires_grad], 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        result.append((time.perf_counter() - began, sum(len(row) - 1 for row in rows), float(loss)))
+        result.append((time.perf_counter() - began, sum(len(row) - 1 for row in rows), loss.item()))
     return result
 
 
@@ -175,7 +175,7 @@ def run_trl(model: str, folder: Path, data: str, steps: int, out: Path, threads:
             mask = inputs.get("attention_mask")
             tokens = int(mask.sum() - len(mask)) if mask is not None else int((inputs["labels"] != -100).sum())
             loss = super().training_step(model, inputs, *more, **named)
-            pending.append((tokens, float(loss)))
+            pending.append((tokens, loss.item()))
             return loss
 
     class Clock(transformers.TrainerCallback):
@@ -271,7 +271,7 @@ def compare_losses(model: str, folder: Path, data: str, steps: int, threads: int
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        theirs.append(float(loss))
+        theirs.append(loss.item())
     worst = max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
     return {"steps": steps, "first": ours[0], "last": ours[-1], "peft_last": theirs[-1], "largest_relative_difference": worst}
 

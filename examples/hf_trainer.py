@@ -2,7 +2,7 @@
 
     python examples/hf_trainer.py [--steps 20] [--out hf-trainer-out]
 
-Needs the packages ``accelerate`` and ``datasets`` (``pip install "espalier[bench]"`` has both).
+Needs the package ``accelerate``, as the Trainer does.
 """
 
 from __future__ import annotations

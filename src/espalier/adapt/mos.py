@@ -66,12 +66,12 @@ class MoS(Adapter):
             layers = sum(math.prod(t.lead) for t in group)
             count = layers * self.equivalent_rank * self.shards
             inputs, outputs = group[0].inputs, group[0].outputs
-            stream = stream.named(f"mos {name}")
-            start = stream.kaiming_uniform(count, inputs // self.shards, fan_in=inputs)
+            own = stream.named(f"mos {name}")
+            start = own.kaiming_uniform(count, inputs // self.shards, fan_in=inputs)
             tensors[f"A_{name}"] = nn.Parameter(start)
             tensors[f"B_{name}"] = nn.Parameter(torch.zeros(count, outputs // self.shards))
             for factor in "AB":
-                rows = [self._index(k, layers, stream) for k in range(layers)]
+                rows = [self._index(k, layers, own) for k in range(layers)]
                 tensors[f"index_{factor}_{name}"] = torch.stack(rows)
         return tensors
 

@@ -195,13 +195,14 @@ def _fresh_name(model: nn.Module, name: str) -> str:
 def _refuse_dropout(attachment: Attachment) -> None:
     if attachment.pool is not None:
         attachment.pool.prepare()
-    for position, slot in enumerate(attachment.slots.values()):
-        with torch.no_grad():
-            if position == 0 and slot.update().depends_on_base:  # one method: what holds for one update holds for all
-                raise EspalierError(
-                    f"dropout {slot.dropout} does not go with {attachment.method.name}: its update depends on the base, "
-                    "so the update's input is the base's; set dropout to 0"
-                )
+    first = next(iter(attachment.slots.values()))  # one method: what holds for one update holds for all
+    with torch.no_grad():
+        if first.update().depends_on_base:
+            raise EspalierError(
+                f"dropout {first.dropout} does not go with {attachment.method.name}: its update depends on the base, "
+                "so the update's input is the base's; set dropout to 0"
+            )
+    for slot in attachment.slots.values():
         if "weight" in slot.target.routes or "lookup" in slot.target.routes:
             raise EspalierError(
                 f"dropout {slot.dropout} cannot act on {slot.target.name}, which is no plain product; set dropout to 0"

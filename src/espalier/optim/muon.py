@@ -65,4 +65,4 @@ class Muon:
 
     def state_bytes(self, trained: int) -> int:
         """Bytes of state for ``trained`` float32 numbers, at most."""
-        return 8 * trained
+        return self._rest().state_bytes(trained)

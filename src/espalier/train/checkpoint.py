@@ -26,7 +26,6 @@ from espalier.data.batches import Cursor
 from espalier.errors import EspalierError
 
 KEPT = 2
-FORMAT = 1
 _FILES = ("trained.safetensors", "optimizer.safetensors", "random.safetensors")
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -76,7 +75,7 @@ def save(folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: tor
             random["cuda"] = torch.cuda.get_rng_state()
         write_safetensors(temporary / "random.safetensors", random)
         digests = {file.name: file_digest(file) for file in sorted(temporary.iterdir())}
-        content = {"format": FORMAT, **asdict(state), "environment": environment(), "files": digests}
+        content = {"format": 1, **asdict(state), "environment": environment(), "files": digests}
         content["sha256"] = _digest(content)
         (temporary / "state.json").write_text(json.dumps(content, indent=1))
     for old in steps(folder)[:-KEPT]:

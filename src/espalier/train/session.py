@@ -225,13 +225,12 @@ def show_masks(store: TokenStore, tokenizer: Any, display: Display, tokens: int 
     if flags is None:
         return
     begin = max(0, min(int(flags.argmax()) - tokens // 2, end - tokens))  # around the first target
-    stop = min(begin + tokens, end)
-    ids, flags = store.read(begin, stop), flags[begin:]
-    stop -= begin
+    count = min(tokens, end - begin)
+    ids, flags = store.read(begin, begin + count), flags[begin : begin + count]
     spans: list[tuple[str, bool]] = []
     start = 0
-    for position in range(1, stop + 1):
-        if position == stop or flags[position] != flags[start]:
+    for position in range(1, count + 1):
+        if position == count or flags[position] != flags[start]:
             spans.append((tokenizer.decode(ids[start:position].tolist()), bool(flags[start])))
             start = position
     display.spans("the first example; only the marked text is learnt:", spans)

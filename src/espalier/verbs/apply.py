@@ -62,6 +62,7 @@ def apply(
         with display.bar("applying", len(list(directory)), "tensors") as update:
             report = materialize.write_model(directory, loaded, scale, temporary, update)
         materialize.write_card(temporary, directory, deltas, loaded, scale)
+        verified = None
         if verify is not None:
             from espalier.verbs._verify import compare
 
@@ -71,6 +72,6 @@ def apply(
     display.note(f"{len(report)} tensors changed; the model is in {target} ({format_bytes(directory.nbytes())})")
     if worst:
         display.note(f"storing as {worst['dtype']} loses at most {worst['lost']:.2%} of an update ({worst['name']})")
-    if verify is not None:
+    if verified is not None:
         result["verified"] = verified
     return result
