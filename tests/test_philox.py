@@ -7,14 +7,22 @@ is a change of every seeded basis, index and starting value that a delta on disk
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from espalier.kernels.philox import Stream, philox
+from espalier.errors import EspalierError
+from espalier.kernels.hadamard import SignedHadamard, hadamard
+from espalier.kernels.philox import SMALL, Device, Distribution, Stream, numbers, philox, plain_numbers
 
 # (counter, key, output): the philox4x32 lines of tests/kat_vectors in DEShawResearch/random123
 KNOWN_ANSWERS = {
@@ -122,13 +130,13 @@ def test_a_stream_gives_streams_of_other_names_from_their_beginning() -> None:
     """Of its own class, so that whoever replaces the source of numbers replaces all of them."""
 
     class Zeros(Stream):
-        def integers32(self, count: int) -> torch.Tensor:
-            return torch.zeros(count, dtype=torch.int64)
+        def numbers(self, count: int, distribution: Distribution, device: Device) -> torch.Tensor:
+            return torch.zeros(count, dtype=distribution.dtype, device=device)
 
     source = Stream(3, "weight")
     source.integers32(5)
     assert torch.equal(source.named("bias").integers32(4), Stream(3, "bias").integers32(4))
-    assert not Zeros(3, "weight").named("bias").integers32(4).any()
+    assert not Zeros(3, "weight").named("bias").integers32(4).any() and not Zeros(3, "weight").at(9).uniform(2, 3).any()
 
 
 COUNT = 200_000
@@ -196,3 +204,202 @@ def test_a_choice_is_distinct_and_sorted(count: int, chosen: int, seed: int) -> 
     found = Stream(seed, "choice").choice(count, chosen).tolist()
     assert found == sorted(set(found)) and len(found) == min(count, chosen)
     assert all(0 <= member < count for member in found)
+
+
+# any place of a stream, any device
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 40), st.integers(0, 12))
+def test_a_stretch_of_a_stream_is_drawn_without_what_is_before_it(position: int, count: int) -> None:
+    source = stream()
+    assert torch.equal(source.at(position).gaussian(count), stream().gaussian(60)[position : position + count])
+    assert source.position == 0 and source.at(position).position == position
+
+
+def test_counters_pass_32_bits() -> None:
+    far = 4 * ((1 << 32) - 2)
+    expected = philox(torch.tensor([[0xFFFFFFFE, 0, 0, 0], [0xFFFFFFFF, 0, 0, 0], [0, 1, 0, 0], [1, 1, 0, 0]]), stream().key)
+    assert torch.equal(stream().at(far).integers32(16), expected.reshape(-1))
+    assert torch.equal(numbers(stream().key, far - 4 * SMALL, 4 * SMALL + 16, Distribution("integers32"))[-16:], expected.reshape(-1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameters"),
+    [("normal", ()), ("uniform", ()), ("uniform", (0.0, math.inf)), ("gaussian", (1.0,)), ("sparse_rademacher", (0.5,))],
+)
+def test_a_distribution_that_is_none_is_refused(kind: str, parameters: tuple[float, ...]) -> None:
+    with pytest.raises(EspalierError, match=f"{kind}|sparsity"):
+        Distribution(kind, parameters)
+
+
+DISTRIBUTIONS = [
+    Distribution("integers32"),
+    Distribution("uniform", (0.0, 1.0)),
+    Distribution("uniform", (-0.3, 0.7)),
+    Distribution("rademacher"),
+    Distribution("sparse_rademacher", (3.0,)),
+    Distribution("sparse_rademacher", (1.0,)),
+    Distribution("sparse_rademacher", (47.3,)),
+    Distribution("gaussian"),
+]
+every_distribution = pytest.mark.parametrize("distribution", DISTRIBUTIONS, ids=lambda d: f"{d.kind}{d.parameters}")
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """So that 0 and -0 differ."""
+    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else tensor.dtype)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@every_distribution
+def test_a_gpu_makes_the_same_bits(distribution: Distribution) -> None:
+    for position, count in ((0, 1), (3, 1000), (5, 300_001)):
+        found = Stream(11, "gpu", position).draw(distribution, count, device="cuda")
+        assert found.is_cuda
+        assert torch.equal(bits(found.cpu()), bits(plain_numbers(Stream(11, "gpu").key, position, count, distribution)))
+
+
+def test_draws_are_made_on_the_device_that_is_asked_for() -> None:
+    """Torch's device without storage stands for any other."""
+    source = stream()
+    drawn = [source.uniform(2, 3, device="meta"), source.gaussian(SMALL, device="meta"), source.integers32(4, device="meta")]
+    assert all(d.is_meta for d in drawn) and source.position == 6 + SMALL + 4
+
+
+# the compiled twin
+
+
+@pytest.fixture(scope="module")
+def twin():  # type: ignore[no-untyped-def]
+    pytest.importorskip("numba")
+    from espalier.kernels import philox_fast
+
+    return philox_fast
+
+
+@every_distribution
+@settings(deadline=None, max_examples=40)
+@given(
+    position=st.one_of(st.integers(0, 7), st.integers(0, 2**34), st.integers(2**34 - 4000, 2**34)),
+    count=st.one_of(st.integers(0, 40), st.integers(1000, 4200)), seed=st.integers(-(2**40), 2**40),
+)  # fmt: skip
+def test_the_compiled_twin_makes_the_same_bits(twin, distribution: Distribution, position: int, count: int, seed: int) -> None:  # type: ignore[no-untyped-def]
+    key = Stream(seed, "twins").key
+    found = torch.full((count + 2,), 77, dtype=distribution.dtype)
+    twin.fill(found[1:-1], key, position, distribution)
+    assert torch.equal(bits(found[1:-1]), bits(plain_numbers(key, position, count, distribution)))
+    assert found[0] == 77 and found[-1] == 77, "nothing beside the numbers is written"
+
+
+@every_distribution
+def test_the_compiled_twin_makes_the_same_bits_on_any_number_of_threads(twin, distribution: Distribution) -> None:  # type: ignore[no-untyped-def]
+    count, threads = 3 * twin.PART + 5, torch.get_num_threads()
+    expected = plain_numbers(stream().key, 6, count, distribution)
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found = torch.empty(count, dtype=distribution.dtype)
+            twin.fill(found, stream().key, 6, distribution)
+            assert torch.equal(bits(found), bits(expected))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@every_distribution
+def test_large_draws_are_the_numbers_of_small_ones(distribution: Distribution) -> None:
+    """Whichever twin makes them."""
+    source = stream()
+    parts = [source.draw(distribution, SMALL - 7), source.draw(distribution, 2 * SMALL + 3), source.draw(distribution, 5)]
+    assert torch.equal(bits(torch.cat(parts)), bits(stream().draw(distribution, 3 * SMALL + 1)))
+
+
+RUN = """
+import sys
+import espalier.adapt.lora, torch
+from espalier.kernels import philox
+stream = philox.Stream(5, "a")
+stream.gaussian(philox.SMALL - 1)
+assert sys.modules.get("numba") is None, "a small draw imported numba"
+drawn = stream.gaussian(philox.SMALL)
+assert (sys.modules.get("numba") is not None) == (sys.argv[1] == "there"), "numba"
+expected = philox.plain_numbers(stream.key, philox.SMALL - 1, philox.SMALL, philox.GAUSSIAN)
+assert torch.equal(drawn, expected)
+"""
+
+
+def run_drawing(numba: str, **environment: str) -> None:
+    hidden = "" if numba == "there" else "import sys; sys.modules['numba'] = None\n"
+    script = hidden + RUN
+    done = subprocess.run(
+        [sys.executable, "-c", script, numba], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_numba_the_plain_twin_draws() -> None:
+    run_drawing("not there")
+
+
+def test_numba_is_imported_by_large_draws_only() -> None:
+    pytest.importorskip("numba")
+    run_drawing("there")
+
+
+def test_a_cache_of_compiled_code_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    run_drawing("there", NUMBA_CACHE_DIR=str(blocked / "cache"), NUMBA_CACHE_LOCATOR_CLASSES="UserProvidedCacheLocator")
+
+
+def test_a_forked_process_draws_the_same_numbers(twin) -> None:  # type: ignore[no-untyped-def]
+    count = 2 * twin.PART
+    expected = stream().gaussian(count)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert torch.equal(torch.from_numpy(pool.apply(_gaussian_array, (count,))), expected)
+
+
+def _gaussian_array(count: int) -> np.ndarray:
+    return stream().gaussian(count).numpy()
+
+
+# orthonormal rows
+
+
+def sylvester(size: int) -> torch.Tensor:
+    """The Hadamard matrix by its recursion, float64, divided by sqrt(size)."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix / math.sqrt(size)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 32, 256])
+def test_the_fast_transform_is_the_product_with_the_hadamard_matrix(size: int) -> None:
+    x = torch.randn(3, 2, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(hadamard(x), x @ sylvester(size))
+    torch.testing.assert_close(hadamard(hadamard(x)), x)
+    assert torch.autograd.gradcheck(hadamard, x[:1, :, :8].clone().requires_grad_())
+
+
+@pytest.mark.parametrize(("count", "size"), [(0, 4), (1, 1), (5, 16), (64, 64), (100, 1024)])
+def test_signed_permuted_hadamard_rows_are_orthonormal(count: int, size: int) -> None:
+    basis = SignedHadamard.draw(stream(), count, size)
+    Q = basis.dense()
+    assert Q.shape == (count, size)
+    torch.testing.assert_close(Q @ Q.T, torch.eye(count), rtol=0, atol=1e-5)
+    torch.testing.assert_close(Q.abs(), torch.full((count, size), size**-0.5))
+    x, c = torch.randn(7, size), torch.randn(7, count)
+    torch.testing.assert_close(basis.project(x), x @ Q.T, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(basis.lift(c), c @ Q, rtol=1e-4, atol=1e-5)
+    assert torch.equal(SignedHadamard.draw(stream(), count, size).dense(), Q)
+
+
+def test_hadamard_rows_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(EspalierError, match="size 12; it must be a power of two"):
+        SignedHadamard.draw(stream(), 3, 12)
+    with pytest.raises(EspalierError, match="power of two"):
+        hadamard(torch.zeros(3, 0))
+    with pytest.raises(EspalierError, match="5 orthonormal rows of length 4"):
+        SignedHadamard.draw(stream(), 5, 4)

@@ -4,6 +4,9 @@ A stream is named by (seed, name); its n-th number never depends on device, dtyp
 version, sharding or on what was drawn before. Everything that belongs to a method (starting values,
 indices, seeded bases, masks) comes from here, never from a framework's global generator.
 
+What is here is plain torch and runs on any device. Where numba is installed, large draws on the CPU run in
+its compiled twin, ``philox_fast.py``: the same bits, some tens of times faster.
+
 J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the known-answer vectors of
 its reference implementation are in the tests.
 """
@@ -13,14 +16,24 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from statistics import NormalDist
+from types import ModuleType
+from typing import Self
 
 import torch
+
+from espalier.errors import EspalierError, at_least, one_of
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_BLOCK = 1 << 18
+_BLOCK = 1 << 16
+SMALL = 1 << 16
+"""Draws of fewer numbers never wait for numba to be imported or to compile."""
+
+Device = torch.device | str
 
 
 def philox(counters: torch.Tensor, key: tuple[int, int], rounds: int = 10) -> torch.Tensor:
@@ -46,12 +59,117 @@ def philox(counters: torch.Tensor, key: tuple[int, int], rounds: int = 10) -> to
 
 
 @functools.cache
-def _gaussian_table() -> torch.Tensor:
+def gaussian_table(device: Device = "cpu") -> torch.Tensor:
     """Quantiles of the standard normal at the 65,536 midpoints, rounded to float32 once."""
     inverse = NormalDist().inv_cdf
     upper = [inverse((i + 0.5) / 65536) for i in range(32768, 65536)]
-    half = torch.tensor(upper, dtype=torch.float32)
+    half = torch.tensor(upper, dtype=torch.float32, device=device)
     return torch.cat((-half.flip(0), half))
+
+
+def _integers32(words: torch.Tensor) -> torch.Tensor:
+    return words
+
+
+def _uniform(words: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    return (words >> 8).to(torch.float32) * 2.0**-24 * (high - low) + low
+
+
+def _rademacher(words: torch.Tensor) -> torch.Tensor:
+    return ((words >> 31) * 2 - 1).to(torch.float32)
+
+
+def _sparse_rademacher(words: torch.Tensor, sparsity: float) -> torch.Tensor:
+    sign = (words >> 31) * 2 - 1
+    kept = (words & 0x7FFFFFFF) < round(2**31 / sparsity)
+    return (sign * kept).to(torch.float32)
+
+
+def _gaussian(words: torch.Tensor) -> torch.Tensor:
+    return gaussian_table(words.device)[words >> 16]
+
+
+_OF_WORDS: dict[str, tuple[Callable[..., torch.Tensor], int]] = {
+    "integers32": (_integers32, 0),
+    "uniform": (_uniform, 2),
+    "rademacher": (_rademacher, 0),
+    "sparse_rademacher": (_sparse_rademacher, 1),
+    "gaussian": (_gaussian, 0),
+}
+"""Kind -> (numbers from 32-bit words in int64, how many parameters it takes)."""
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """What is made of each 32-bit word of a stream.
+
+    ``kind`` and its ``parameters``: ``uniform`` (low, high), ``rademacher`` (none: -1 or +1), ``sparse_rademacher``
+    (s >= 1: +1, 0, -1 with probabilities 1/(2s), 1 - 1/s, 1/(2s)), ``gaussian`` (none: standard normal, quantised to
+    65,536 equiprobable values of a fixed table), all float32; ``integers32`` (none: the words, as int64).
+
+    Raises:
+        EspalierError: for an unknown kind, and for parameters that it does not take.
+    """
+
+    kind: str
+    parameters: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        one_of("distribution", self.kind, list(_OF_WORDS))
+        takes = _OF_WORDS[self.kind][1]
+        if len(self.parameters) != takes or not all(math.isfinite(p) for p in self.parameters):
+            raise EspalierError(f"{self.kind} has parameters {self.parameters}; it takes {takes} finite numbers")
+        if self.kind == "sparse_rademacher":
+            at_least("sparsity", self.parameters[0], 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.int64 if self.kind == "integers32" else torch.float32
+
+
+INTEGERS32 = Distribution("integers32")
+RADEMACHER = Distribution("rademacher")
+GAUSSIAN = Distribution("gaussian")
+
+
+@functools.cache
+def _compiled_twin() -> ModuleType | None:
+    try:
+        from espalier.kernels import philox_fast
+    except ImportError:
+        return None
+    return philox_fast
+
+
+def numbers(key: tuple[int, int], position: int, count: int, distribution: Distribution, device: Device = "cpu") -> torch.Tensor:
+    """The ``count`` numbers from ``position`` on of the stream with that key, (count,), on ``device``.
+
+    They are the same bits on every device, and whether or not numba is there.
+    """
+    if count >= SMALL and torch.device(device).type == "cpu" and (twin := _compiled_twin()):
+        result = torch.empty(count, dtype=distribution.dtype)
+        twin.fill(result, key, position, distribution)
+        return result
+    return plain_numbers(key, position, count, distribution, device)
+
+
+def plain_numbers(
+    key: tuple[int, int], position: int, count: int, distribution: Distribution, device: Device = "cpu"
+) -> torch.Tensor:
+    """:func:`numbers` in torch alone."""
+    result = torch.empty(count, dtype=distribution.dtype, device=device)
+    of_words = _OF_WORDS[distribution.kind][0]
+    done = 0
+    while done < count:
+        block, offset = divmod(position + done, 4)
+        blocks = min(_BLOCK, -(-(offset + count - done) // 4))
+        counters = torch.zeros(blocks, 4, dtype=torch.int64, device=device)
+        index = torch.arange(block, block + blocks, dtype=torch.int64, device=device)
+        counters[:, 0], counters[:, 1] = index & _MASK, index >> 32
+        words = philox(counters, key).reshape(-1)[offset : offset + count - done]
+        result[done : done + len(words)] = of_words(words, *distribution.parameters)
+        done += len(words)
+    return result
 
 
 class Stream:
@@ -60,54 +178,54 @@ class Stream:
     Args:
         seed: any integer.
         name: what the numbers are for, usually a parameter's name; other names, other numbers.
+        position: of the first number to be drawn.
     """
 
-    def __init__(self, seed: int, name: str) -> None:
+    def __init__(self, seed: int, name: str, position: int = 0) -> None:
         self.seed = seed
+        self.name = name
+        self.position = position
         digest = hashlib.sha256(f"espalier-1|{seed}|{name}".encode()).digest()
-        self._key = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little"))
-        self._position = 0
+        self.key = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little"))
 
-    def named(self, name: str) -> Stream:
+    def named(self, name: str) -> Self:
         """The stream of another name, of the same seed."""
         return type(self)(self.seed, name)
 
-    def integers32(self, count: int) -> torch.Tensor:
-        """``count`` uniform integers in [0, 2^32) as int64; the basis of every other draw."""
-        result = torch.empty(count, dtype=torch.int64)
-        done = 0
-        while done < count:
-            block, offset = divmod(self._position, 4)
-            blocks = min(_BLOCK, -(-(offset + count - done) // 4))
-            counters = torch.zeros(blocks, 4, dtype=torch.int64)
-            index = torch.arange(block, block + blocks, dtype=torch.int64)
-            counters[:, 0], counters[:, 1] = index & _MASK, index >> 32
-            words = philox(counters, self._key).reshape(-1)[offset:]
-            taken = min(len(words), count - done)
-            result[done : done + taken] = words[:taken]
-            done += taken
-            self._position += taken
-        return result
+    def at(self, position: int) -> Self:
+        """The same sequence from its ``position``-th number on; this stream stays where it is."""
+        return type(self)(self.seed, self.name, position)
 
-    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
+    def numbers(self, count: int, distribution: Distribution, device: Device) -> torch.Tensor:
+        """``count`` numbers from where the stream stands; the basis of every draw."""
+        return numbers(self.key, self.position, count, distribution, device)
+
+    def draw(self, distribution: Distribution, *shape: int, device: Device = "cpu") -> torch.Tensor:
+        """A tensor of ``shape``, in order of its entries."""
+        count = math.prod(shape)
+        result = self.numbers(count, distribution, device)
+        self.position += count
+        return result.reshape(shape)
+
+    def integers32(self, count: int, device: Device = "cpu") -> torch.Tensor:
+        """``count`` uniform integers in [0, 2^32) as int64."""
+        return self.draw(INTEGERS32, count, device=device)
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0, device: Device = "cpu") -> torch.Tensor:
         """Uniform float32 in [low, high), from 24 random bits each."""
-        bits = self.integers32(math.prod(shape)) >> 8
-        return (bits.to(torch.float32) * 2.0**-24 * (high - low) + low).reshape(shape)
+        return self.draw(Distribution("uniform", (low, high)), *shape, device=device)
 
-    def rademacher(self, *shape: int) -> torch.Tensor:
+    def rademacher(self, *shape: int, device: Device = "cpu") -> torch.Tensor:
         """Float32 entries -1 or +1 with equal probability."""
-        return ((self.integers32(math.prod(shape)) >> 31) * 2 - 1).to(torch.float32).reshape(shape)
+        return self.draw(RADEMACHER, *shape, device=device)
 
-    def sparse_rademacher(self, *shape: int, sparsity: float = 3.0) -> torch.Tensor:
+    def sparse_rademacher(self, *shape: int, sparsity: float = 3.0, device: Device = "cpu") -> torch.Tensor:
         """Float32 entries +1, 0, -1 with probabilities 1/(2s), 1 - 1/s, 1/(2s) for ``s = sparsity`` >= 1."""
-        bits = self.integers32(math.prod(shape))
-        sign = (bits >> 31) * 2 - 1
-        kept = (bits & 0x7FFFFFFF) < round(2**31 / sparsity)
-        return (sign * kept).to(torch.float32).reshape(shape)
+        return self.draw(Distribution("sparse_rademacher", (sparsity,)), *shape, device=device)
 
-    def gaussian(self, *shape: int) -> torch.Tensor:
+    def gaussian(self, *shape: int, device: Device = "cpu") -> torch.Tensor:
         """Standard normal float32, quantised to 65,536 equiprobable values of a fixed table."""
-        return _gaussian_table()[self.integers32(math.prod(shape)) >> 16].reshape(shape)
+        return self.draw(GAUSSIAN, *shape, device=device)
 
     def kaiming_uniform(self, *shape: int, fan_in: int | None = None) -> torch.Tensor:
         """Uniform in +-1/sqrt(fan_in): the start of ``nn.Linear`` and of LoRA's A; fan_in defaults to the last size."""

@@ -23,15 +23,15 @@ from torch.utils._pytree import tree_leaves
 
 from espalier.attach.attachment import attach, release_base, trainable_parameters
 from espalier.errors import EspalierError
-from espalier.kernels.philox import Stream
+from espalier.kernels.philox import Device, Distribution, Stream
 from espalier.memory.training_form import training_form
 
 
 class _NoNumbers(Stream):
     """Random numbers for tensors that hold none."""
 
-    def integers32(self, count: int) -> torch.Tensor:
-        return torch.zeros(count, dtype=torch.int64)
+    def numbers(self, count: int, distribution: Distribution, device: Device) -> torch.Tensor:
+        return torch.zeros(count, dtype=distribution.dtype, device=device)
 
 
 def _even_counts(numbers: torch.Tensor, weights: Any = None, minlength: int = 0) -> torch.Tensor:
