@@ -9,6 +9,7 @@ from espalier.delta.forms.low_rank import LowRank, Pooled
 from espalier.delta.forms.magnitude import Magnitude
 from espalier.delta.forms.permute import Permute
 from espalier.delta.forms.quantized import Quantized
+from espalier.delta.forms.seeded import Seeded, SeededLowRank
 from espalier.delta.forms.sparse import Columns, Rows, Sparse
 from espalier.delta.forms.support import compact
 from espalier.delta.forms.ternary import Ternary
@@ -30,6 +31,8 @@ __all__ = [
     "Quantized",
     "Replace",
     "Rows",
+    "Seeded",
+    "SeededLowRank",
     "Sparse",
     "Sum",
     "Ternary",

@@ -1,0 +1,248 @@
+"""Updates whose bases are seeds: only what is trained is stored, and the rest is drawn again where it is needed.
+
+The bases come from the generator (``kernels/philox.py``), so a seed and a name mean the same numbers everywhere.
+Seeds of other programs' generators mean nothing here: import their bases as tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from espalier.delta.base import BaseWeight
+from espalier.delta.forms.low_rank import LowRank
+from espalier.delta.forms.update import (
+    Gain,
+    Update,
+    embedding_rows,
+    expect,
+    gain_like,
+    linear_onto,
+    matrix_shape,
+    register_form,
+    working_dtype,
+)
+from espalier.errors import EspalierError
+from espalier.kernels.philox import Distribution, Stream
+from espalier.kernels.seeded import SeededMatrix, seeded_combination, seeded_linear, seeded_matmul
+
+
+def _described(matrix: SeededMatrix) -> dict[str, Any]:
+    """A seeded matrix as JSON values; its shape follows from the update's."""
+    kind, parameters = matrix.distribution.kind, list(matrix.distribution.parameters)
+    place = {"seed": matrix.seed, "name": matrix.name, "position": matrix.position}
+    return {**place, "distribution": kind, "parameters": parameters, "scale": matrix.scale}
+
+
+def _read(described: Mapping[str, Any], rows: int, columns: int) -> SeededMatrix:
+    seed, name, position, scale = (described[key] for key in ("seed", "name", "position", "scale"))
+    if type(seed) is not int or not isinstance(name, str):
+        raise EspalierError(f"seed is {seed!r} and name {name!r}; they must be an integer and a string")
+    if type(position) is not int or not 0 <= position < 2**63 - rows * columns:
+        raise EspalierError(f"position is {position!r}; it must be an integer from 0 on, such that the basis ends below 2^63")
+    if not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise EspalierError(f"scale is {scale!r}; it must be a finite number")
+    distribution = Distribution(described["distribution"], tuple(float(p) for p in described["parameters"]))
+    return SeededMatrix.of(Stream(seed, name, position), rows, columns, distribution, float(scale))
+
+
+@register_form
+class Seeded(Update):
+    """``gain * sum_i coefficients[i] * P_i``: coefficients (k,), P_i of the weight's shape, any shape.
+
+    P_i is column i of ``matrix``, (entries of the weight, k), so that rows and experts are drawn without the others.
+    The update of #5 and #192 (arXiv:1804.08838, arXiv:2012.13255) with a dense P. Experts share the coefficients.
+    Products and ``materialize`` draw k numbers an entry each time; no more than some rows of the update are held.
+    """
+
+    form = "seeded"
+    fields = ("coefficients",)
+
+    def __init__(self, coefficients: torch.Tensor, matrix: SeededMatrix, shape: tuple[int, ...], gain: Gain = 1.0) -> None:
+        self.coefficients = coefficients
+        self.matrix = matrix
+        self.shape = tuple(shape)
+        self.gain = gain
+
+    @classmethod
+    def from_tensors(cls, tensors, constants, shape, gain):  # type: ignore[no-untyped-def]
+        coefficients = tensors["coefficients"]
+        expect("coefficients", coefficients, (coefficients.numel(),))
+        return cls(coefficients, _read(constants, math.prod(shape), len(coefficients)), shape, gain)
+
+    def constants(self) -> dict[str, Any]:
+        return _described(self.matrix)
+
+    def _part(self, start: int, stop: int) -> Seeded:
+        """The update of ``W[start:stop]``."""
+        size = math.prod(self.shape[1:])
+        return Seeded(self.coefficients, self.matrix.narrow(start * size, stop * size), (stop - start, *self.shape[1:]), self.gain)
+
+    def _slice(self, start: int, stop: int) -> Update | None:
+        return self._part(start, stop)
+
+    def unbind(self) -> list[Update]:
+        experts: list[Update] = [self._part(e, e + 1) for e in range(self.shape[0])]
+        for expert in experts:
+            expert.shape = self.shape[1:]
+        return experts
+
+    def materialize(self, weight: torch.Tensor) -> torch.Tensor:
+        return seeded_combination(self.coefficients.to(working_dtype(weight)) * self.gain, self.matrix, *self.shape)
+
+    def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        y = seeded_linear(x, self.coefficients * self.gain, self.matrix)
+        return y if onto is None else onto + y
+
+    def lookup(self, ids: torch.Tensor, base: BaseWeight) -> torch.Tensor:
+        rows = base.rows(ids)
+        return rows + embedding_rows(ids, self.materialize(rows), rows)
+
+
+@register_form
+class SeededLowRank(Update):
+    """``gain * diag(b) B diag(d) A`` with B (..., out, rank) and A (..., rank, in), of which some is a seed.
+
+    Each factor is one of three: a tensor (``B``, ``A``); a frozen basis, drawn and never trained; or a combination of
+    k bases with coefficients (..., k). Vectors b (..., out) and d (..., rank) are left out where they are not used.
+    A frozen A with a tensor B is LoRA-FA (arXiv:2308.03303), two combinations are NOLA (arXiv:2310.02556, #199), two
+    frozen factors with b and d are VeRA (arXiv:2310.11454).
+
+    Args:
+        shape: of the weight.
+        rank: at least 1 and, where it is read from a file, at most ``min(out, in)``, so that no factor is larger than
+            the weight.
+        bases: ``B`` or ``A`` to the matrix of a factor that is no tensor: (its rows, its columns) where it is frozen,
+            (its entries, k) where ``coefficients_B`` or ``coefficients_A`` are given, experts one after the other.
+        tensors: any of ``B``, ``A``, ``coefficients_B``, ``coefficients_A``, ``b``, ``d``; at least one.
+    """
+
+    form = "seeded_low_rank"
+    fields = ("B", "A", "coefficients_B", "coefficients_A", "b", "d")
+
+    B: torch.Tensor | None
+    A: torch.Tensor | None
+    coefficients_B: torch.Tensor | None
+    coefficients_A: torch.Tensor | None
+    b: torch.Tensor | None
+    d: torch.Tensor | None
+
+    def __init__(
+        self, shape: tuple[int, ...], rank: int, bases: Mapping[str, SeededMatrix], tensors: Mapping[str, torch.Tensor], gain: Gain = 1.0
+    ) -> None:
+        self.shape = tuple(shape)
+        self.rank = rank
+        self.bases = dict(bases)
+        self.gain = gain
+        for name in self.fields:
+            setattr(self, name, tensors.get(name))
+
+    @classmethod
+    def from_tensors(cls, tensors, constants, shape, gain):  # type: ignore[no-untyped-def]
+        *lead, outputs, inputs = matrix_shape(shape)
+        rank, described = constants["rank"], constants["bases"]
+        if type(rank) is not int or not 1 <= rank <= min(outputs, inputs):
+            raise EspalierError(f"rank is {rank!r}; it must be an integer from 1 to {min(outputs, inputs)}")
+        shapes = {"B": (*lead, outputs, rank), "A": (*lead, rank, inputs)}
+        bases = {}
+        for factor, factor_shape in shapes.items():
+            coefficients = tensors.get(f"coefficients_{factor}")
+            if (factor in described) == (factor in tensors) or (factor in tensors and coefficients is not None):
+                raise EspalierError(f"the factor {factor} must be either a tensor or a basis, and only a basis has coefficients")
+            if factor in tensors:
+                expect(factor, tensors[factor], factor_shape)
+            elif coefficients is None:
+                bases[factor] = _read(described[factor], math.prod(factor_shape[:-1]), factor_shape[-1])
+            else:
+                expect(f"coefficients_{factor}", coefficients, (*lead, coefficients.shape[-1] if coefficients.ndim else -1))
+                bases[factor] = _read(described[factor], math.prod(factor_shape), coefficients.shape[-1])
+        for name, size in (("b", outputs), ("d", rank)):
+            if name in tensors:
+                expect(name, tensors[name], (*lead, size))
+        if not tensors:
+            raise EspalierError("an update of seeds alone has no tensor; store at least one")
+        return cls(tuple(shape), rank, bases, tensors, gain)
+
+    def constants(self) -> dict[str, Any]:
+        return {"rank": self.rank, "bases": {factor: _described(basis) for factor, basis in self.bases.items()}}
+
+    def _over(self, shape: tuple[int, ...], bases: Mapping[str, SeededMatrix], tensors: Mapping[str, torch.Tensor]) -> SeededLowRank:
+        other = copy.copy(self)
+        other.__init__(shape, self.rank, bases, tensors, self.gain)  # type: ignore[misc]
+        return other
+
+    def _slice(self, start: int, stop: int) -> Update | None:
+        tensors, bases = self.tensors(), dict(self.bases)
+        tensors |= {name: tensors[name][start:stop] for name in ("B", "b") if name in tensors}
+        if "B" in bases:
+            rows = bases["B"].rows // self.shape[0]
+            bases["B"] = bases["B"].narrow(start * rows, stop * rows)
+        return self._over((stop - start, *self.shape[1:]), bases, tensors)
+
+    def unbind(self) -> list[Update]:
+        count = self.shape[0]
+        parts = {name: tensor.unbind(0) for name, tensor in self.tensors().items()}
+        bases = {f: (m.rows // count, m) for f, m in self.bases.items()}
+        return [
+            self._over(
+                self.shape[1:], {f: m.narrow(e * rows, (e + 1) * rows) for f, (rows, m) in bases.items()}, {n: t[e] for n, t in parts.items()}
+            )
+            for e in range(count)
+        ]
+
+    def _factor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """B or A as a tensor, (..., out, rank) or (..., rank, in)."""
+        stored = getattr(self, name)
+        if stored is not None:
+            return stored.to(dtype)
+        *lead, outputs, inputs = matrix_shape(self.shape)
+        basis, size = self.bases[name], (outputs, self.rank) if name == "B" else (self.rank, inputs)
+        coefficients = getattr(self, f"coefficients_{name}")
+        if coefficients is None:
+            device = next(iter(self.tensors().values())).device
+            return basis.dense(device).to(dtype).reshape(*lead, *size)
+        rows = math.prod(size)
+        flat = coefficients.to(dtype).reshape(-1, coefficients.shape[-1])
+        made = [seeded_combination(c, basis.narrow(e * rows, (e + 1) * rows), *size) for e, c in enumerate(flat.unbind(0))]
+        return torch.stack(made).reshape(*lead, *size)
+
+    def low_rank(self) -> LowRank:
+        """The same update with both factors as tensors, in float32 (float64 where any of its tensors is)."""
+        return self._low_rank(working_dtype(*self.tensors().values()))
+
+    def _low_rank(self, dtype: torch.dtype) -> LowRank:
+        B = self._factor("B", dtype)
+        if self.d is not None:
+            B = B * self.d.to(dtype).unsqueeze(-2)
+        if self.b is not None:
+            B = B * self.b.to(dtype).unsqueeze(-1)
+        return LowRank(B, self._factor("A", dtype), self.gain, self.shape)
+
+    def materialize(self, weight: torch.Tensor) -> torch.Tensor:
+        return self._low_rank(working_dtype(weight)).materialize(weight)
+
+    def _is_frozen(self, name: str) -> bool:
+        return name in self.bases and getattr(self, f"coefficients_{name}") is None
+
+    def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        if self._is_frozen("A"):
+            hidden = seeded_matmul(x, self.bases["A"])
+        else:
+            hidden = functional.linear(x, self._factor("A", x.dtype))
+        hidden = hidden * gain_like(self.gain, x)
+        if self.d is not None:
+            hidden = hidden * self.d.to(x.dtype)
+        if not self._is_frozen("B") and self.b is None:
+            return linear_onto(hidden, self._factor("B", x.dtype), onto)
+        y = seeded_matmul(hidden, self.bases["B"]) if self._is_frozen("B") else functional.linear(hidden, self._factor("B", x.dtype))
+        if self.b is not None:
+            y = y * self.b.to(x.dtype)
+        return y if onto is None else onto + y
+
+    def lookup(self, ids: torch.Tensor, base: BaseWeight) -> torch.Tensor:
+        return self.low_rank().lookup(ids, base)
