@@ -43,7 +43,7 @@ def generators(count: int, threads: int) -> Systems:
     for name, distribution in DISTRIBUTIONS.items():
         for number in sorted({1, threads}):
             systems[name, "espalier, compiled", number] = lambda d=distribution: philox_fast.fill(out, KEY, 3, d)
-            systems[name, "espalier, torch alone", number] = lambda d=distribution: plain_numbers(KEY, 3, count // 8, d)
+        systems[name, "espalier, torch alone", 1] = lambda d=distribution: plain_numbers(KEY, 3, count // 8, d)
     systems["uniform", "torch", 1] = lambda: torch.rand(count, out=out)
     systems["rademacher", "torch", 1] = lambda: out.bernoulli_().mul_(2).sub_(1)
     systems["gaussian", "torch", 1] = lambda: torch.randn(count, out=out)
