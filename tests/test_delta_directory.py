@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import resource
 import shutil
@@ -21,13 +22,12 @@ from espalier.anatomy.parameters import parameters
 from espalier.attach.attachment import attach, detach, trainable_parameters
 from espalier.attach.load import load, put_on
 from espalier.checkpoint.directory import ModelDirectory
-from espalier.checkpoint.fingerprint import file_digest
-from espalier.checkpoint.safetensors_file import read_safetensors, write_safetensors
+from espalier.checkpoint.safetensors_file import read_safetensors, tensor_bytes, write_safetensors
 from espalier.delta import store
 from espalier.delta.forms import Columns, Dense, LowRank, Magnitude, Pooled, Replace, Sparse
 from espalier.delta.store import Delta, Layout
 from espalier.errors import EspalierError
-from espalier.exchange.materialize import write_card, write_model
+from espalier.exchange.materialize import write_model
 from espalier.exchange.save import save
 from espalier.verbs.apply import apply
 
@@ -83,7 +83,15 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 
 def rewrite(folder: Path, manifest: Any) -> None:
+    """Write a manifest with the digest that belongs to it, as a forger would."""
+    if isinstance(manifest, dict):
+        rest = {key: value for key, value in manifest.items() if key != "sha256"}
+        manifest = {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
     (folder / "delta.json").write_text(json.dumps(manifest))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {name: hashlib.sha256(tensor_bytes(t)).hexdigest() for name, t in read_safetensors(folder / store.TENSORS).items()}
 
 
 # whole and unharmed
@@ -139,9 +147,9 @@ def cut(path: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a bit flipped in the data": (lambda d: flip(d / store.TENSORS, -1), r"delta\.safetensors is damaged"),
-    "a bit flipped in the header": (lambda d: flip(d / store.TENSORS, 20), r"delta\.safetensors is damaged"),
-    "the last byte missing": (lambda d: cut(d / store.TENSORS), r"delta\.safetensors is damaged"),
-    "an empty tensors file": (lambda d: (d / store.TENSORS).write_bytes(b""), r"delta\.safetensors is damaged"),
+    "a bit flipped in the header": (lambda d: flip(d / store.TENSORS, 20), r"delta\.safetensors"),
+    "the last byte missing": (lambda d: cut(d / store.TENSORS), r"delta\.safetensors is not a valid safetensors file.*truncated|needs .* bytes"),
+    "an empty tensors file": (lambda d: (d / store.TENSORS).write_bytes(b""), r"delta\.safetensors is not a valid"),
     "no tensors file": (lambda d: (d / store.TENSORS).unlink(), r"delta\.safetensors is missing"),
     "no manifest": (lambda d: (d / store.MANIFEST).unlink(), r"is no delta: it has no delta\.json"),
     "a manifest cut short": (lambda d: cut(d / store.MANIFEST) or cut(d / store.MANIFEST), r"delta\.json is not JSON"),
@@ -162,7 +170,18 @@ def test_a_delta_is_refused_that_has(what: str, delta: Path) -> None:
 @pytest.mark.parametrize("where", [0, 7, 8, 9, 1000, 2000, -2000, -2])
 def test_any_flipped_bit_of_the_tensors_is_noticed(where: int, delta: Path) -> None:
     flip(delta / store.TENSORS, where)
-    with pytest.raises(EspalierError, match="damaged"):
+    with pytest.raises(EspalierError, match=r"delta\.safetensors|delta\.json|q_proj|:A"):
+        store.load(delta)
+
+
+@pytest.mark.parametrize("what", ["gain", "shape", "method"])
+def test_a_manifest_that_was_changed_by_accident_is_noticed(what: str, delta: Path) -> None:
+    text = (delta / store.MANIFEST).read_text()
+    (delta / store.MANIFEST).write_text({
+        "gain": text.replace('"gain": 0.5', '"gain": 0.7').replace('"gain": 1.0', '"gain": 1.5'),
+        "shape": text.replace("32", "31", 1), "method": text.replace('"method": "', '"method": "x', 1),
+    }[what])  # fmt: skip
+    with pytest.raises(EspalierError, match=r"delta\.json is damaged"):
         store.load(delta)
 
 
@@ -184,8 +203,16 @@ QUERY, VALUE, OUTPUT, DOWN = (f"parameters/{LAYER}{m}.weight" for m in ("self_at
 CHANGES: list[tuple[str, Any, str]] = [
     ("espalier_delta", 2, "has format 2; this version reads 1"),
     ("espalier_delta", KeyError, "has format None"),
-    ("sha256", "0" * 64, "damaged"),
-    ("sha256", KeyError, "damaged"),
+    ("tensors", {}, "damaged"),
+    ("tensors", KeyError, "damaged"),
+    ("tensors/" + QUERY.removeprefix("parameters/") + ":A", "0" * 64, "damaged"),
+    ("removed", "all", "removed is 'all'; it must be a list"),
+    ("removed", [3], r"removed is \[3\]"),
+    ("files", {"../config.json": None}, "plain relative file name"),
+    ("files", {"/etc/passwd": None}, "plain relative file name"),
+    ("files", {"model.safetensors": None}, "no weights"),
+    ("files", {"config.json": 3}, "is 3"),
+    (QUERY + "/dtype", "F31", "dtype is 'F31'"),
     ("parameters", [], "does not describe a delta"),
     ("base", None, "base is None; it must be a dict"),
     ("base", "seedling", "base is 'seedling'"),
@@ -248,7 +275,7 @@ def test_an_update_of_a_parameter_that_the_model_lacks_is_refused(delta: Path, b
     tensors = {n.replace("layers.0", "layers.7"): t for n, t in read_safetensors(delta / store.TENSORS).items()}
     write_safetensors(delta / store.TENSORS, tensors)
     manifest["parameters"] = {n.replace("layers.0", "layers.7"): e for n, e in manifest["parameters"].items()}
-    manifest["sha256"] = file_digest(delta / store.TENSORS)
+    manifest["tensors"] = digests(delta)
     rewrite(delta, manifest)
     with pytest.raises(EspalierError, match=r"updates 'model\.layers\.7.*', which the model does not have"):
         load(base, [delta])
@@ -475,7 +502,6 @@ def uses_or_refuses(folder: Path, base: Path, model: torch.nn.Module, out: Path)
     out.mkdir()
     try:
         write_model(directory, [delta], 1.0, out, lambda done: None)
-        write_card(out, directory, [str(folder)], [delta], 1.0)
     except EspalierError:
         return
 
@@ -525,7 +551,7 @@ def test_no_forged_tensors_make_anything_else_than_a_refusal(data: st.DataObject
         tensors[data.draw(st.text(max_size=3) | st.just(f"{name}x"))] = tensors.pop(name)
     write_safetensors(folder / store.TENSORS, tensors)
     manifest = manifest_of(pristine)
-    manifest["sha256"] = file_digest(folder / store.TENSORS)
+    manifest["tensors"] = digests(folder)
     rewrite(folder, manifest)
     with torch.no_grad():
         uses_or_refuses(folder, base, shared_model(), tmp_path / "out")

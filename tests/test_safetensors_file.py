@@ -144,16 +144,31 @@ def test_the_writer_refuses_another_dtype_or_shape_than_declared(wrong: torch.Te
 
 
 def test_the_writer_refuses_to_finish_without_every_tensor(tmp_path: Path) -> None:
-    writer = SafetensorsWriter(tmp_path / "t.safetensors", {"a": ("F32", (2,)), "b": ("F32", (0,))})
+    writer = SafetensorsWriter(tmp_path / "t.safetensors", {"a": ("F32", (2,)), "b": ("F32", (3,)), "c": ("F32", (0,))})
     writer.write("a", torch.zeros(2))
+    writer.write_bytes("b", b"12345678", 4)
+    writer.close()
     with pytest.raises(ValueError, match=r"never written.*'b'"):
-        writer.close()
+        writer.require_complete()
+
+
+def test_parts_of_a_tensor_may_be_written_in_any_order_and_stay_inside_it(tmp_path: Path) -> None:
+    writer = SafetensorsWriter(tmp_path / "t.safetensors", {"a": ("U8", (5,)), "b": ("U8", (2,))})
+    writer.write_bytes("a", b"cde", 2)
+    with pytest.raises(ValueError, match="do not belong"):
+        writer.write_bytes("a", b"xy", 4)
+    writer.write_bytes("b", b"fg")
+    writer.write_bytes("a", b"ab")
+    writer.close()
+    writer.require_complete()
+    found = safetensors.torch.load_file(tmp_path / "t.safetensors")
+    assert bytes(found["a"].tolist()) == b"abcde" and bytes(found["b"].tolist()) == b"fg"
 
 
 def test_the_writer_refuses_a_tensor_twice_or_undeclared(tmp_path: Path) -> None:
     writer = SafetensorsWriter(tmp_path / "t.safetensors", {"a": ("F32", (2,))})
     writer.write("a", torch.zeros(2))
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="written twice"):
         writer.write("a", torch.zeros(2))
     with pytest.raises(KeyError):
         writer.write("b", torch.zeros(2))

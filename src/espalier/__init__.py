@@ -17,11 +17,13 @@ __version__ = "0.1.0"
 _WHERE = {
     "apply": "espalier.verbs.apply",
     "convert": "espalier.verbs.convert",
+    "diff": "espalier.verbs.diff",
     "eval": "espalier.verbs.eval",
     "generate": "espalier.verbs.generate",
     "info": "espalier.verbs.info",
     "methods": "espalier.verbs.methods",
     "pretrain": "espalier.verbs.pretrain",
+    "revert": "espalier.verbs.revert",
     "tune": "espalier.verbs.tune",
     "attach": "espalier.attach.attachment",
     "detach": "espalier.attach.attachment",

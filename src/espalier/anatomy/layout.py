@@ -85,3 +85,17 @@ def locate(name: str, aliases: Sequence[str], experts: int | None, names: Contai
                 if all(n in names for piece in pieces for n in piece.names):
                     return pieces
     raise EspalierError(f"the checkpoint holds no tensor for the parameter {name!r}")
+
+
+_TRANSPOSED = {
+    "gpt2": r"(.*\.)?(c_attn|q_attn|c_proj|c_fc)\.weight",
+    "openai-gpt": r"(.*\.)?(c_attn|c_proj|c_fc)\.weight",
+    "gpt_oss": r".*\.experts\.(gate_up_proj|down_proj)",
+    "llama4": r".*\.experts\.(gate_up_proj|down_proj)",
+    "llama4_text": r".*\.experts\.(gate_up_proj|down_proj)",
+}
+
+
+def is_transposed(model_type: str, name: str) -> bool:
+    """Whether the files of a family store this matrix as (..., in, out): GPT-2's Conv1D, some fused experts."""
+    return re.fullmatch(_TRANSPOSED.get(model_type, "(?!)"), name) is not None

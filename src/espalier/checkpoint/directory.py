@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LINEAGE = "espalier.json"
+"""What a model was made of, when Espalier made it."""
 
 
 def read_json(path: Path) -> Any:
@@ -114,11 +116,10 @@ class ModelDirectory:
         return combine({name: self.info(name) for name in self}, hashes)
 
     def side_files(self) -> list[Path]:
-        """Everything beside the weights that belongs to the model: configs, tokenizer, templates."""
+        """Everything beside the weights that belongs to the model: configs, tokenizer, templates; not its card and index."""
         keep = {".json", ".jinja", ".txt", ".model", ".py", ".md", ".tiktoken"}
-        skip = {INDEX}
         return sorted(
-            p for p in self.path.iterdir() if p.is_file() and p.suffix in keep and p.name not in skip | {"README.md"}
+            p for p in self.path.iterdir() if p.is_file() and p.suffix in keep and p.name not in (INDEX, LINEAGE, "README.md")
         )
 
 

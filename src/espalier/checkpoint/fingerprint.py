@@ -7,6 +7,7 @@ its tensors, so re-sharding does not change it. Hashes of tensors are cached per
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -37,22 +38,36 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _cached(file: SafetensorsFile) -> Path:
+    identity = file_identity(file.path)
+    return cache_directory() / "hashes" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+
+
+def known_hashes(file: SafetensorsFile) -> dict[str, str] | None:
+    """SHA-256 of each tensor's bytes when the cache has them for this very file, else ``None``."""
+    try:
+        hashes = json.loads(_cached(file).read_text())
+        return hashes if hashes.keys() == file.tensors.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def remember_hashes(file: SafetensorsFile, hashes: Mapping[str, str]) -> None:
+    """Put the hashes of all of a file's tensors into the cache, where that can be written."""
+    with contextlib.suppress(OSError):
+        write_text(_cached(file), json.dumps(dict(hashes)))
+
+
 def tensor_hashes(file: SafetensorsFile) -> dict[str, str]:
     """SHA-256 of each tensor's bytes, from the cache when the file is the one that was hashed."""
-    identity = file_identity(file.path)
-    cached = cache_directory() / "hashes" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
-    try:
-        hashes = json.loads(cached.read_text())
-        if hashes.keys() == file.tensors.keys():
-            return hashes
-    except (OSError, ValueError):
-        pass
+    if (hashes := known_hashes(file)) is not None:
+        return hashes
     hashes = {}
     for name in file.tensors:
         digest = hashlib.sha256()
         file.read_bytes(name, digest.update)
         hashes[name] = digest.hexdigest()
-    write_text(cached, json.dumps(hashes))
+    remember_hashes(file, hashes)
     return hashes
 
 

@@ -1,20 +1,23 @@
 """Reading and writing one safetensors file with positioned reads and nothing trusted.
 
 The header is checked in full before a byte of data is allocated: known dtypes, sizes that match shapes,
-offsets inside the file, no overlap, no hole. Reads are ``pread`` into a fresh buffer (never a map), so
-the memory of a process is what it asked for. Format: https://huggingface.co/docs/safetensors
+offsets inside the file, no overlap, no hole. ``read`` is ``pread`` into fresh memory, ``read_into`` into a buffer
+that is used again; ``map`` is a view of the file's own pages, which are no memory of the process.
+Format: https://huggingface.co/docs/safetensors
 """
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import reprlib
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from espalier.errors import EspalierError
 
@@ -89,6 +92,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        self._map: mmap.mmap | None = None
         try:
             self._descriptor = os.open(self.path, os.O_RDONLY)
         except (OSError, ValueError) as error:
@@ -213,9 +217,31 @@ class SafetensorsFile:
 
         info = self.info(name)
         flat = torch.empty(info.nbytes, dtype=torch.uint8)
-        if info.nbytes:
-            self._fill(flat.numpy().data, info.start, name)
+        self.read_into(flat.numpy(), name)
         return flat.view(torch_dtype(info.dtype)).reshape(info.shape)
+
+    def read_into(self, buffer: Any, name: str, offset: int = 0) -> None:
+        """Fill a writable byte buffer with the tensor's bytes from ``offset`` on."""
+        info = self.info(name)
+        view = memoryview(buffer)
+        if offset < 0 or offset + len(view) > info.nbytes:
+            raise ValueError(f"{name}: bytes {offset} to {offset + len(view)} of {info.nbytes}")
+        self._fill(view, info.start + offset, name)
+
+    def map(self, name: str) -> torch.Tensor:
+        """The tensor as a view of the file's pages, private to this process: reading it allocates nothing."""
+        import torch
+
+        info = self.info(name)
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+        if self._map is None:
+            self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_COPY)
+        item = DTYPES[info.dtype][1]
+        if info.start % item:  # a foreign header may leave its data unaligned
+            return self.read(name)
+        flat = torch.frombuffer(self._map, dtype=torch_dtype(info.dtype), count=info.nbytes // item, offset=info.start)
+        return flat.reshape(info.shape)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -227,10 +253,10 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 class SafetensorsWriter:
-    """Write a file whose tensors' names, dtypes and shapes are known first and whose data come one by one.
+    """Write a file whose tensors' names, dtypes and shapes are known first and whose data come in any order.
 
-    ``layout`` maps each name to (file dtype name, shape). Tensors are written in any order, each exactly
-    once, so a model is streamed with one tensor in memory. The caller makes the file durable.
+    ``layout`` maps each name to (file dtype name, shape). Every byte is written exactly once, whole tensors or parts
+    of them, from any number of threads, so that a model is streamed. The caller makes the file durable.
     """
 
     def __init__(
@@ -249,30 +275,57 @@ class SafetensorsWriter:
         raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         raw += b" " * (-len(raw) % 8)
         self._begin = 8 + len(raw)
-        self._file: IO[bytes] = path.open("wb")
-        self._file.write(len(raw).to_bytes(8, "little") + raw)
+        self._missing = {name: length for name, (_, length) in self._spans.items()}
+        self._counting = threading.Lock()
         self.nbytes = self._begin + position
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        os.ftruncate(self._descriptor, self.nbytes)
+        self._pwrite(memoryview(len(raw).to_bytes(8, "little") + raw), 0)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor at its place; it must have the declared dtype and shape."""
         dtype, shape = self._layout[name]
         if (dtype_name(tensor.dtype), tuple(tensor.shape)) != (dtype, tuple(shape)):
             raise ValueError(f"{name}: declared {dtype} {shape}, given {tensor.dtype} {tuple(tensor.shape)}")
-        start, length = self._spans.pop(name)
-        content = tensor_bytes(tensor)
-        assert len(content) == length
-        self._file.seek(self._begin + start)
-        self._file.write(content)
+        self.write_bytes(name, tensor_bytes(tensor))
+
+    def write_bytes(self, name: str, content: Any, offset: int = 0) -> None:
+        """Write a part of a tensor, the bytes that belong at ``offset`` of it.
+
+        Raises:
+            ValueError: when they reach out of it, or more bytes come than it has.
+        """
+        start, length = self._spans[name]
+        view = memoryview(content).cast("B")
+        with self._counting:
+            if offset < 0 or offset + len(view) > length or self._missing[name] < len(view):
+                raise ValueError(f"{name}: bytes {offset} to {offset + len(view)} do not belong into its {length}, or were written twice")
+            self._missing[name] -= len(view)
+        self._pwrite(view, self._begin + start + offset)
+
+    def _pwrite(self, view: memoryview, position: int) -> None:
+        while len(view):
+            done = os.pwrite(self._descriptor, view, position)
+            view, position = view[done:], position + done
+
+    def start_flushing(self) -> None:
+        """Have the bytes that are written so far on their way to the disk (blocks this thread, not the writers)."""
+        os.fdatasync(self._descriptor)
 
     def close(self) -> None:
-        """Finish the file.
+        """Close the file, whatever has been written."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def require_complete(self) -> None:
+        """Refuse a file that is not whole.
 
         Raises:
             ValueError: when a declared tensor was not written.
         """
-        self._file.close()
-        if self._spans:
-            raise ValueError(f"{self.path}: never written: {sorted(self._spans)[:5]}")
+        if missing := sorted(name for name, length in self._missing.items() if length):
+            raise ValueError(f"{self.path}: never written: {missing[:5]}")
 
 
 def write_safetensors(
@@ -284,6 +337,7 @@ def write_safetensors(
     for name, tensor in tensors.items():
         writer.write(name, tensor)
     writer.close()
+    writer.require_complete()
 
 
 def read_safetensors(path: Path, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:

@@ -43,6 +43,13 @@ def applied(result: dict[str, Any]) -> None:
     print(f"{result['out']}: {result['changed']} tensors changed")
 
 
+def differed(result: dict[str, Any]) -> None:
+    """Where the delta is, and how much of the model it changes."""
+    from espalier.memory.meter import format_bytes
+
+    print(f"{result['out']}: {format_bytes(result['bytes'])}, {len(result['tensors'])} tensors changed, {result['unchanged']:.2%} of the entries did not")
+
+
 def methods(result: list[dict[str, Any]]) -> None:
     """A line per method and one per option."""
     for method in result:

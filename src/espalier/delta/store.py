@@ -1,15 +1,20 @@
 """A delta on disk: ``delta.safetensors`` (plain tensors), ``delta.json`` (what they mean), a model card.
 
-``delta.json`` is written last and holds the SHA-256 of the tensors, so a directory that has it is whole.
-Tensors are named ``PARAMETER:FIELD``; factors that several parameters share are stored once, as
-``shared:NAME``. Where the delta is plain LoRA the directory also loads in PEFT as it is.
+``delta.json`` is written last; it holds the SHA-256 of every tensor and of itself, so a directory that has it is
+whole, and what is read is what was written. Tensors are named ``PARAMETER:FIELD``; factors that several parameters
+share are stored once, as ``shared:NAME``. A delta between two checkpoints may also remove tensors (``removed``),
+set tensors that the base does not have or has in another shape or dtype (``dtype`` of a layout), and bring the
+files beside the weights that differ (``files``: name to SHA-256, or null where the base's is dropped; their content
+is in ``files/``). Where the delta is plain LoRA the directory also loads in PEFT as it is.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,23 +24,36 @@ import torch
 from espalier.anatomy.target import Target
 from espalier.checkpoint.atomic import atomic_file, write_text
 from espalier.checkpoint.directory import read_json
-from espalier.checkpoint.fingerprint import file_digest
-from espalier.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
+from espalier.checkpoint.safetensors_file import (
+    DTYPES,
+    SafetensorsFile,
+    SafetensorsWriter,
+    dtype_name,
+    tensor_bytes,
+)
 from espalier.delta.forms import Update, form
 from espalier.errors import EspalierError
 
 FORMAT = 1
-TENSORS, MANIFEST = "delta.safetensors", "delta.json"
-_KINDS = {"base": dict, "method": str, "hyperparameters": dict, "settings": dict, "training": dict, "special_tokens": dict}
+TENSORS, MANIFEST, FILES = "delta.safetensors", "delta.json", "files"
+_KINDS = {
+    "base": dict, "method": str, "hyperparameters": dict, "settings": dict, "training": dict, "special_tokens": dict,
+    "tensors": dict, "removed": list, "files": dict,
+}  # fmt: skip
 
 
 @dataclass
 class Layout:
-    """Where an update belongs in the stored model: other names of the parameter, and how its matrix lies."""
+    """Where an update belongs in the stored model: other names of the parameter, and how its matrix lies.
+
+    ``dtype`` (a name of safetensors) says that the update sets the tensor as a whole, in that dtype, whatever the
+    base holds there, if anything.
+    """
 
     names: tuple[str, ...] = ()
     transposed: bool = False
     gate_up: str = ""
+    dtype: str = ""
 
     @classmethod
     def of(cls, target: Target) -> Layout:
@@ -46,7 +64,7 @@ class Layout:
 class Delta:
     """Updates by parameter name, with where each lies, and everything else that ``delta.json`` says."""
 
-    updates: dict[str, Update]
+    updates: Mapping[str, Update]
     layouts: dict[str, Layout]
     manifest: dict[str, Any] = field(default_factory=dict)
 
@@ -61,43 +79,97 @@ class Delta:
         return self.manifest.get("base", {}).get("fingerprint")
 
 
-def _stored(name: str, key: str, update: Update) -> str:
-    """The name in the file of one tensor of a parameter's update."""
-    return f"shared:{update.shared[key]}" if key in update.shared else f"{name}:{key}"
+@dataclass(frozen=True)
+class Entry:
+    """What ``delta.json`` says of one parameter, and the (dtype, shape) of each tensor of its update."""
+
+    form: str
+    shape: tuple[int, ...]
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    layout: Layout
+    gain: float = 1.0
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, update: Update, layout: Layout) -> Entry:
+        tensors = {key: (dtype_name(t.dtype), tuple(t.shape)) for key, t in update.tensors().items()}
+        return cls(update.form, tuple(update.shape), tensors, layout, float(update.gain), update.constants(), dict(update.shared))
+
+    def stored(self, name: str, key: str) -> str:
+        """The name in the file of one tensor of the update of the parameter ``name``."""
+        return f"shared:{self.shared[key]}" if key in self.shared else f"{name}:{key}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "form": self.form,
+            "shape": list(self.shape),
+            "gain": self.gain,
+            "constants": dict(self.constants),
+            "shared": dict(self.shared),
+            "names": list(self.layout.names),
+            "transposed": self.layout.transposed,
+            "gate_up": self.layout.gate_up,
+            "dtype": self.layout.dtype,
+        }
+
+
+Append = Callable[[str, Any], None]
+
+
+@contextlib.contextmanager
+def writing(folder: Path, entries: Mapping[str, Entry], manifest: dict[str, Any], card: str) -> Iterator[Append]:
+    """Write a delta into a directory (made when missing), whose tensors come in parts.
+
+    Yields ``append(stored name, bytes)``, which puts the next bytes of a tensor behind those before; different tensors
+    may be written by different threads. On leaving, every file is written atomically, ``delta.json`` last, with what
+    ``manifest`` holds then.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    layout = {e.stored(name, key): spec for name, e in entries.items() for key, spec in e.tensors.items()}
+    hashes = {stored: hashlib.sha256() for stored in layout}
+    written = dict.fromkeys(layout, 0)
+    with atomic_file(folder / TENSORS) as temporary:
+        writer = SafetensorsWriter(temporary, layout, {"espalier_delta": str(FORMAT)})
+
+        def append(stored: str, content: Any) -> None:
+            hashes[stored].update(content)
+            writer.write_bytes(stored, content, written[stored])
+            written[stored] += memoryview(content).nbytes
+
+        try:
+            yield append
+        finally:
+            writer.close()
+        writer.require_complete()
+        (folder / MANIFEST).unlink(missing_ok=True)  # no delta from here on, until its manifest is written
+    write_text(folder / "README.md", card)
+    facts = {
+        "espalier_delta": FORMAT,
+        **{key: value for key, value in manifest.items() if key not in ("espalier_delta", "sha256")},
+        "tensors": {stored: h.hexdigest() for stored, h in hashes.items()},
+        "parameters": {name: entry.as_json() for name, entry in entries.items()},
+    }
+    write_text(folder / MANIFEST, json.dumps({**facts, "sha256": _digest(facts)}, indent=1) + "\n")
 
 
 def save(folder: Path, delta: Delta, card: str) -> int:
-    """Write a delta into a directory (made when missing); returns the bytes of its tensors' file.
+    """Write a delta that is in memory into a directory; returns the bytes of its tensors' file."""
+    entries = {name: Entry.of(update, delta.layouts[name]) for name, update in delta.updates.items()}
+    with writing(folder, entries, delta.manifest, card) as append:
+        done: set[str] = set()
+        for name, update in delta.updates.items():
+            for key, tensor in update.tensors().items():
+                if (stored := entries[name].stored(name, key)) not in done:
+                    append(stored, tensor_bytes(tensor))
+                    done.add(stored)
+    return (folder / TENSORS).stat().st_size
 
-    Every file is written atomically, ``delta.json`` last.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, torch.Tensor] = {}
-    described = {}
-    for name, update in delta.updates.items():
-        for key, tensor in update.tensors().items():
-            tensors[_stored(name, key, update)] = tensor.detach()
-        layout = delta.layouts[name]
-        described[name] = {
-            "form": update.form,
-            "shape": list(update.shape),
-            "gain": float(update.gain),
-            "constants": update.constants(),
-            "shared": dict(update.shared),
-            "names": list(layout.names),
-            "transposed": layout.transposed,
-            "gate_up": layout.gate_up,
-        }
-    with atomic_file(folder / TENSORS) as temporary:
-        write_safetensors(temporary, tensors, {"espalier_delta": str(FORMAT)})
-        digest = file_digest(temporary)
-        size = temporary.stat().st_size
-        (folder / MANIFEST).unlink(missing_ok=True)  # no delta from here on, until its manifest is written
-    write_text(folder / "README.md", card)
-    facts = {"espalier_delta": FORMAT, "sha256": digest}
-    manifest = {**facts, **delta.manifest, **facts, "parameters": described}  # a delta that was read has older facts
-    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    return size
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of the content of ``delta.json``, but for the digest itself."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def is_delta(folder: Path) -> bool:
@@ -125,71 +197,128 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     for key, kind in _KINDS.items():
         if not isinstance(manifest.get(key, kind()), kind):
             raise EspalierError(f"{folder / MANIFEST}: {key} is {manifest[key]!r}; it must be a {kind.__name__}")
+    if manifest.get("sha256") != _digest(manifest):
+        raise EspalierError(f"{folder / MANIFEST} is damaged: its SHA-256 is not the one that it records")
+    _check_files(folder / MANIFEST, manifest)
     return manifest
 
 
-def load(folder: Path) -> Delta:
+def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:
+    if not all(isinstance(name, str) for name in manifest.get("removed", [])):
+        raise EspalierError(f"{path}: removed is {manifest['removed']!r}; it must be a list of tensor names")
+    for name, digest in manifest.get("files", {}).items():
+        parts = name.split("/")
+        if any(part in ("", ".", "..") or "\\" in part for part in parts) or name.endswith(".safetensors") or "\0" in name:
+            raise EspalierError(f"{path}: files names {name!r}; it must be a plain relative file name, and no weights")
+        if digest is not None and not isinstance(digest, str):
+            raise EspalierError(f"{path}: the SHA-256 of the file {name!r} is {digest!r}")
+
+
+def load(folder: Path, *, mapped: bool = False) -> Delta:
     """Read a delta.
+
+    Args:
+        mapped: leave the tensors in the file's pages and make each update when it is asked for, so that a delta may be
+            larger than memory.
 
     Raises:
         EspalierError: when anything is missing, damaged or inconsistent, naming file and parameter.
     """
     manifest = manifest_of(folder)
-    described = manifest.pop("parameters")
+    described, hashes = manifest.pop("parameters"), manifest.pop("tensors", {})
     path = folder / TENSORS
     if not path.is_file():
         raise EspalierError(f"{path} is missing")
-    if file_digest(path) != manifest.get("sha256"):
-        raise EspalierError(f"{path} is damaged: its SHA-256 is not the one that {MANIFEST} records")
-    updates: dict[str, Update] = {}
-    layouts: dict[str, Layout] = {}
-    with SafetensorsFile(path) as file:
-        shared: dict[str, torch.Tensor] = {}
-        fields: dict[str, list[str]] = {}
-        for stored in file.tensors:
+    updates = _Updates(folder, described, hashes, mapped)
+    made: dict[str, Update] = {}
+    for name in updates:  # each is made once at least, so that all are checked
+        update = updates[name]
+        if not mapped:
+            made[name] = update
+    layouts = {name: updates.layout(name) for name in updates}
+    updates.refuse_strays()
+    return Delta(updates if mapped else made, layouts, manifest)
+
+
+class _Updates(Mapping[str, Update]):
+    """The updates of a delta's directory, each made from the file when it is asked for."""
+
+    def __init__(self, folder: Path, described: Mapping[str, Any], hashes: Mapping[str, Any], mapped: bool) -> None:
+        self.folder, self.described, self.mapped = folder, described, mapped
+        self.file = SafetensorsFile(folder / TENSORS)
+        self.fields: dict[str, list[str]] = {}
+        for stored in self.file.tensors:
             parameter, _, key = stored.rpartition(":")
-            fields.setdefault(parameter, []).append(key)
-        for name, entry in described.items():
-            try:
-                updates[name] = _update(file, name, entry, fields.get(name, []), shared)
-                layouts[name] = _layout(entry)
-            except EspalierError as error:
-                raise EspalierError(f"{folder}: the update of {name!r}: {error}") from error
-            except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
-                raise EspalierError(f"{folder / MANIFEST}: the entry of {name!r} is malformed ({error!r})") from error
-        if stray := sorted(set(file.tensors) - {_stored(name, key, u) for name, u in updates.items() for key in u.tensors()}):
-            raise EspalierError(f"{path} holds {stray[0]!r}, which {MANIFEST} does not describe")
-    return Delta(updates, layouts, manifest)
+            self.fields.setdefault(parameter, []).append(key)
+        self.hashes, self.checked = hashes, set[str]()
+        self.shared: dict[str, torch.Tensor] = {}
+        self.named: set[str] = set()
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.described)
 
-def _update(
-    file: SafetensorsFile, name: str, entry: Mapping[str, Any], private: list[str], shared: dict[str, torch.Tensor]
-) -> Update:
-    tensors = {key: file.read(f"{name}:{key}") for key in private}
-    for key, factor in entry["shared"].items():
-        if factor not in shared:
-            shared[factor] = file.read(f"shared:{factor}")
-        tensors[key] = shared[factor]
-    shape, gain = entry["shape"], entry["gain"]
-    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**62 for n in shape):
-        raise EspalierError(f"shape is {shape!r}; it must be a list of sizes")
-    if not isinstance(gain, int | float) or not math.isfinite(gain):
-        raise EspalierError(f"gain is {gain!r}; it must be a finite number")
-    update = form(entry["form"]).from_tensors(tensors, entry["constants"], tuple(shape), float(gain))
-    if unknown := sorted(set(tensors) - set(update.tensors())):
-        raise EspalierError(f"the form {update.form!r} has no tensor {unknown[0]!r}")
-    if entry["shared"]:
-        update.shared = dict(entry["shared"])
-    return update
+    def __len__(self) -> int:
+        return len(self.described)
+
+    def __getitem__(self, name: str) -> Update:
+        entry = self.described[name]
+        try:
+            return self._make(name, entry)
+        except EspalierError as error:
+            raise EspalierError(f"{self.folder}: the update of {name!r}: {error}") from error
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise EspalierError(f"{self.folder / MANIFEST}: the entry of {name!r} is malformed ({error!r})") from error
+
+    def layout(self, name: str) -> Layout:
+        try:
+            return _layout(self.described[name])
+        except EspalierError as error:
+            raise EspalierError(f"{self.folder}: the update of {name!r}: {error}") from error
+        except (KeyError, TypeError) as error:
+            raise EspalierError(f"{self.folder / MANIFEST}: the entry of {name!r} is malformed ({error!r})") from error
+
+    def refuse_strays(self) -> None:
+        """Refuse tensors that belong to no update; to be asked when every update has been made."""
+        if stray := sorted(set(self.file.tensors) - self.named):
+            raise EspalierError(f"{self.file.path} holds {stray[0]!r}, which {MANIFEST} does not describe")
+
+    def _tensor(self, stored: str) -> torch.Tensor:
+        tensor = self.file.map(stored) if self.mapped else self.file.read(stored)
+        if stored not in self.checked:
+            if hashlib.sha256(tensor_bytes(tensor)).hexdigest() != self.hashes.get(stored):
+                raise EspalierError(f"{self.file.path} is damaged: the SHA-256 of {stored!r} is not the one that {MANIFEST} records")
+            self.checked.add(stored)
+        self.named.add(stored)
+        return tensor
+
+    def _make(self, name: str, entry: Mapping[str, Any]) -> Update:
+        tensors = {key: self._tensor(f"{name}:{key}") for key in self.fields.get(name, [])}
+        for key, factor in entry["shared"].items():
+            if factor not in self.shared:
+                self.shared[factor] = self._tensor(f"shared:{factor}")
+            tensors[key] = self.shared[factor]
+        shape, gain = entry["shape"], entry["gain"]
+        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**62 for n in shape):
+            raise EspalierError(f"shape is {shape!r}; it must be a list of sizes")
+        if not isinstance(gain, int | float) or not math.isfinite(gain):
+            raise EspalierError(f"gain is {gain!r}; it must be a finite number")
+        update = form(entry["form"]).from_tensors(tensors, entry["constants"], tuple(shape), float(gain))
+        if unknown := sorted(set(tensors) - set(update.tensors())):
+            raise EspalierError(f"the form {update.form!r} has no tensor {unknown[0]!r}")
+        if entry["shared"]:
+            update.shared = dict(entry["shared"])
+        return update
 
 
 def _layout(entry: Mapping[str, Any]) -> Layout:
-    names, transposed, gate_up = entry["names"], entry["transposed"], entry["gate_up"]
+    names, transposed, gate_up, dtype = entry["names"], entry["transposed"], entry["gate_up"], entry.get("dtype", "")
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise EspalierError(f"names is {names!r}; it must be a list of parameter names")
     if not isinstance(transposed, bool) or not isinstance(gate_up, str):
         raise EspalierError(f"transposed is {transposed!r} and gate_up {gate_up!r}; they must be a truth value and a string")
-    return Layout(tuple(names), transposed, gate_up)
+    if dtype and (not isinstance(dtype, str) or dtype not in DTYPES):
+        raise EspalierError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}, or empty")
+    return Layout(tuple(names), transposed, gate_up, dtype)
 
 
 def check_base(delta: Delta, folder: Path, base: Path, found: str) -> None:

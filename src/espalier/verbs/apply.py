@@ -1,8 +1,8 @@
-"""Apply: write the model that a base becomes under a delta, tensor by tensor."""
+"""Apply: write the model that a base becomes under deltas, in slices, at the speed of the disk."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 
 def apply(
@@ -11,17 +11,21 @@ def apply(
     out: str,
     *,
     scale: float = 1.0,
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+    shard_size: str | None = None,
     any_base: bool = False,
     verify: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Write the model that a base becomes under a delta, one tensor in memory at a time.
+    """Write the model that a base becomes under a delta, without having either in memory.
 
     Args:
         model: a directory, `seedling`, or a hub id
         delta: directory of a delta; may be given several times, innermost first
         out: directory of the new model
         scale: multiplies every delta
+        dtype: stores every floating point tensor so; default: as the base, or as the delta says
+        shard_size: cut the weights into files of at most this size, such as 5GB; default: as the base
         any_base: accept deltas that were made for another base
         verify: a text file on which the logits of the new model and of base and delta are compared
         quiet: print nothing but the result
@@ -35,42 +39,39 @@ def apply(
     """
     from pathlib import Path
 
-    from espalier.checkpoint.atomic import atomic_directory, refuse_existing, require_free_space
+    from espalier.checkpoint.atomic import atomic_directory, refuse_existing
     from espalier.checkpoint.directory import ModelDirectory, resolve_model
     from espalier.delta import store
     from espalier.display import Display
     from espalier.errors import EspalierError
     from espalier.exchange import materialize
-    from espalier.memory.meter import format_bytes
+    from espalier.memory.meter import format_bytes, parse_bytes
 
     display = Display(quiet)
-    deltas = [delta] if isinstance(delta, str) else list(delta)
-    if not deltas:
+    folders = [Path(delta)] if isinstance(delta, str) else [Path(d) for d in delta]
+    if not folders:
         raise EspalierError("apply needs a delta: --delta DIR")
     target = Path(out)
     refuse_existing(target)
     if verify is not None and not Path(verify).is_file():
         raise EspalierError(f"--verify {verify} is no file; give a text file")
     directory = ModelDirectory(resolve_model(model))
-    loaded = []
-    for folder in deltas:
-        loaded.append(store.load(Path(folder)))
-        if not any_base:
-            store.check_base(loaded[-1], Path(folder), directory.path, directory.fingerprint())
-    require_free_space(target, directory.nbytes() + (8 << 20), f"the new model in {target}")
+    deltas = [store.load(folder, mapped=True) for folder in folders]
+    recipe = materialize.Recipe(
+        directory, str(model), folders, deltas, scale, dtype, parse_bytes(shard_size) if shard_size else None, any_base
+    )
+    verified = None
     with atomic_directory(target) as temporary:
-        with display.bar("applying", len(list(directory)), "tensors") as update:
-            report = materialize.write_model(directory, loaded, scale, temporary, update)
-        materialize.write_card(temporary, directory, deltas, loaded, scale)
-        verified = None
+        report = materialize.write(recipe, temporary, target, display)
         if verify is not None:
             from espalier.verbs._verify import compare
 
-            verified = compare(model, deltas, scale, any_base, temporary, Path(verify), target, display)
+            verified = compare(model, [str(f) for f in folders], scale, any_base, temporary, Path(verify), target, display)
+    nbytes = ModelDirectory(target).nbytes()
     worst = max(report.values(), key=lambda r: r["lost"], default=None)
-    result: dict[str, Any] = {"out": str(target), "changed": len(report), "bytes": directory.nbytes(), "tensors": report}
-    display.note(f"{len(report)} tensors changed; the model is in {target} ({format_bytes(directory.nbytes())})")
-    if worst:
+    result: dict[str, Any] = {"out": str(target), "changed": len(report), "bytes": nbytes, "tensors": report}
+    display.note(f"{len(report)} tensors changed; the model is in {target} ({format_bytes(nbytes)})")
+    if worst and worst["lost"]:
         display.note(f"storing as {worst['dtype']} loses at most {worst['lost']:.2%} of an update ({worst['name']})")
     if verified is not None:
         result["verified"] = verified

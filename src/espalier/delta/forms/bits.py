@@ -19,6 +19,8 @@ def packed_size(count: int, bits: int = 1) -> int:
 
 def pack_bits(codes: torch.Tensor, bits: int = 1) -> torch.Tensor:
     """Codes (n,) of any integer dtype or bool, each below ``2 ** bits``, as bytes (uint8)."""
+    if bits == 1 and codes.device.type == "cpu":
+        return torch.from_numpy(numpy.packbits(codes.to(torch.bool).numpy(), bitorder="little"))
     packed = torch.empty(packed_size(len(codes), bits), dtype=torch.uint8, device=codes.device)
     for chunk in range(0, len(codes), _CHUNK):
         part = codes[chunk : chunk + _CHUNK].long()
@@ -32,6 +34,8 @@ def pack_bits(codes: torch.Tensor, bits: int = 1) -> torch.Tensor:
 
 def unpack_bits(packed: torch.Tensor, count: int, bits: int = 1) -> torch.Tensor:
     """The first ``count`` codes (uint8) of packed bytes."""
+    if bits == 1 and packed.device.type == "cpu":
+        return torch.from_numpy(numpy.unpackbits(packed.numpy(), count=count, bitorder="little"))
     if 8 % bits == 0:
         steps = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
         return ((packed[: packed_size(count, bits)].unsqueeze(-1) >> steps) & (2**bits - 1)).flatten()[:count]

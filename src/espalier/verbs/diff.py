@@ -1,0 +1,93 @@
+"""Diff: the delta that makes one checkpoint into another, bit for bit or approximately."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+
+def diff(
+    base: str,
+    tuned: str,
+    out: str,
+    *,
+    to: Literal["auto", "dense", "lowrank", "sparse", "rows", "columns", "ternary", "quantized"] = "auto",
+    rank: int | None = None,
+    energy: float | None = None,
+    density: float | None = None,
+    bits: int = 4,
+    group: int = 64,
+    seed: int = 0,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Write the delta that makes one checkpoint into another, without having either in memory.
+
+    With `auto` the delta is exact: applied to BASE it gives every tensor, config and tokenizer file of TUNED bit for bit,
+    and it holds only what changed. The other forms approximate the matrices and say how well; everything else stays exact.
+
+    Args:
+        base: a directory, `seedling`, or a hub id: what the delta is to be applied to
+        tuned: a directory, `seedling`, or a hub id: what it is to become
+        out: directory of the delta
+        to: form of the updates of matrices; `auto` is exact
+        rank: of lowrank
+        energy: of lowrank, instead of a rank: the share of the update's squared norm to keep, in (0, 1]
+        density: of sparse, rows, columns and ternary: the share of entries, rows or columns to keep, in (0, 1]
+        bits: of quantized, 1 to 8
+        group: of quantized: entries that share a scale
+        seed: of what is random
+        quiet: print nothing but the result
+
+    Returns:
+        `out`, `bytes`, `unchanged` (share of all entries whose bits are equal), `added`, `removed`, `files`, and `tensors`: for
+        each that changed its `form`, `dtype`, how many `entries` `changed` and moved less than 1e-5, norms, effective
+        rank, and for approximating forms the relative `error` of the update (Frobenius norms).
+
+    Raises:
+        EspalierError: when one is no model, they have no tensor in common, a value is not finite, or the disk is too small.
+    """
+    from pathlib import Path
+
+    from espalier.checkpoint.atomic import atomic_directory, refuse_existing, require_free_space
+    from espalier.checkpoint.directory import ModelDirectory, resolve_model
+    from espalier.display import Display
+    from espalier.exchange import difference
+    from espalier.memory.meter import format_bytes
+
+    display = Display(quiet)
+    target = Path(out)
+    refuse_existing(target)
+    pair = difference.Pair(ModelDirectory(resolve_model(base)), ModelDirectory(resolve_model(tuned)))
+    size = pair.tuned.nbytes()
+    with display.bar("comparing", max(size >> 20, 1), "MiB") as update:
+        changes = difference.measure(pair, lambda done: update(done >> 20))
+    options = {"rank": rank, "energy": energy, "density": density, "bits": bits, "group": group, "seed": seed}
+    errors: dict[str, float] = {}
+    with atomic_directory(target) as temporary, display.bar("writing", max(size >> 20, 1), "MiB") as update:
+        described = difference.entries(pair, changes, to)
+        require_free_space(temporary, difference.nbytes(described) + (8 << 20), f"the delta in {target}")
+        errors = difference.write(pair, described, changes, to, options, (base, tuned), temporary, lambda done: update(done >> 20))
+    nbytes = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    entries = sum(c.entries for c in changes)
+    unchanged = 1 - sum(c.changed for c in changes) / entries if entries else 1.0
+    tensors = [{**c.as_json(), "error": errors.get(c.name)} for c in changes if c.changed]
+    if not quiet:
+        display.table(
+            f"{len(tensors)} of {len(changes)} tensors changed; {unchanged:.2%} of their entries did not",
+            ("tensors", "count", "dtype", "entries", "unchanged", "moved by", "largest", "effective rank"),
+            difference.summary(changes),
+        )
+    if pair.whole:
+        display.note(f"{len(pair.whole)} tensors are new or of another shape or dtype and are stored whole ({pair.whole[0]}, ...)")
+    if errors:
+        worst = max(errors, key=lambda n: errors[n])
+        display.note(f"the {to} form misses at most {errors[worst]:.2%} of an update ({worst})")
+    display.note(f"the delta is in {target} ({format_bytes(nbytes)}; {tuned} has {format_bytes(size)})")
+    return {
+        "out": str(target),
+        "bytes": nbytes,
+        "unchanged": unchanged,
+        "added": [n for n in pair.whole if n not in pair.base],
+        "removed": pair.removed,
+        "files": sorted(pair.files),
+        "tensors": tensors,
+    }

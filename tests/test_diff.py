@@ -1,0 +1,277 @@
+"""``diff`` and ``apply``: TUNED comes back from BASE and the delta, byte for byte; nothing is in memory as a whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import tiny, tokens
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from espalier.anatomy.layout import is_transposed
+from espalier.anatomy.parameters import parameters
+from espalier.attach.load import load, load_model
+from espalier.checkpoint import stream
+from espalier.checkpoint.directory import INDEX, ModelDirectory
+from espalier.checkpoint.safetensors_file import read_safetensors, write_safetensors
+from espalier.delta import store
+from espalier.errors import EspalierError
+from espalier.verbs.apply import apply
+from espalier.verbs.diff import diff
+from espalier.verbs.revert import revert
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1, **config: Any) -> Path:
+    """A checkpoint of these tensors with a config, cut into files."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    names = sorted(tensors)
+    if shards == 1:
+        write_safetensors(folder / "model.safetensors", tensors)
+        return folder
+    files = {n: f"model-{i % shards:05d}.safetensors" for i, n in enumerate(names)}
+    for file in set(files.values()):
+        write_safetensors(folder / file, {n: tensors[n] for n in names if files[n] == file})
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return folder
+
+
+def all_bytes(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    directory = ModelDirectory(folder)
+    return {n: (directory.info(n).dtype, directory.info(n).shape, directory.read(n).reshape(-1).view(torch.uint8).numpy().tobytes()) for n in directory}
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    assert all_bytes(found) == all_bytes(expected)
+    a, b = ({p.name: p.read_bytes() for p in ModelDirectory(f).side_files()} for f in (found, expected))
+    assert a == b
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn]
+
+
+def values(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 9)))) * 20
+    return (made > 0) if dtype == torch.bool else made.abs().to(dtype) if dtype == torch.uint8 else made.to(dtype)
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Two checkpoints: tensors that stay, change here and there, change everywhere, come, go, or get another shape or dtype."""
+    base: dict[str, torch.Tensor] = {"always": randn(3)}
+    tuned: dict[str, torch.Tensor] = {"always": randn(3)}
+    for number in range(draw(st.integers(1, 6))):
+        name, dtype = f"layer.{number}.weight", draw(st.sampled_from(DTYPES))
+        shape = draw(st.sampled_from([(), (1,), (0,), (7,), (3, 5), (16, 64), (2, 3, 4), (2, 3, 2, 2)]))
+        old = values(draw, shape, dtype)
+        kind = draw(st.sampled_from(["same", "some", "all", "added", "removed", "resized", "retyped", "sign of zero", "NaN"]))
+        if kind != "added":
+            base[name] = old
+        if kind == "removed":
+            continue
+        new = old.clone()
+        if kind == "some" and new.numel():
+            where = draw(st.integers(0, new.numel() - 1))
+            flat = new.view(-1)
+            flat[where] = ~flat[where] if dtype == torch.bool else (flat[where].float() + 3).to(dtype)
+        elif kind == "all":
+            new = values(draw, shape, dtype)
+        elif kind == "resized":
+            new = values(draw, (4, *shape), dtype)
+        elif kind == "retyped":
+            new = values(draw, shape, draw(st.sampled_from(DTYPES)))
+        elif kind == "sign of zero" and dtype.is_floating_point and new.numel() and dtype != torch.float8_e4m3fn:
+            base[name].view(-1)[0], new.view(-1)[0] = 0.0, -0.0
+        elif kind == "NaN" and dtype.is_floating_point and new.numel() and dtype != torch.float8_e4m3fn:
+            new.view(-1)[-1] = float("nan")
+        tuned[name] = new
+    return base, tuned
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+@given(pair=pairs(), shards=st.tuples(st.integers(1, 3), st.integers(1, 3)), small=st.booleans())
+def test_applying_the_difference_gives_the_tuned_model_byte_for_byte(pair: Any, shards: Any, small: bool, tmp_path_factory: Any) -> None:
+    folder = tmp_path_factory.mktemp("pair")
+    base = write(folder / "base", pair[0], shards[0])
+    tuned = write(folder / "tuned", pair[1], shards[1], note="tuned")
+    (tuned / "chat_template.jinja").write_text("{{ messages }}")
+    (base / "generation_config.json").write_text("{}")
+    with pytest.MonkeyPatch.context() as patch:
+        if small:
+            patch.setattr(stream, "SLICE", 24)
+        result = diff(str(base), str(tuned), str(folder / "delta"), quiet=True)
+        apply(str(base), [str(folder / "delta")], str(folder / "out"), quiet=True)
+    assert_same(folder / "out", tuned)
+    assert result["removed"] == sorted(set(pair[0]) - set(pair[1])) and result["added"] == sorted(set(pair[1]) - set(pair[0]))
+    changed = {n for n in set(pair[0]) & set(pair[1]) if all_bytes(base)[n][:2] == all_bytes(tuned)[n][:2] and all_bytes(base)[n] != all_bytes(tuned)[n]}
+    assert {t["name"] for t in result["tensors"]} == changed
+    revert(str(folder / "out"), str(folder / "back"), quiet=True)
+    assert_same(folder / "back", base)
+
+
+@pytest.fixture(scope="module")
+def tuned_pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """family -> (base, tuned): transformers' checkpoints in bf16, of which some weights moved."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def get(family: str) -> tuple[Path, Path]:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            model = tiny(family).to(torch.bfloat16)
+            model.save_pretrained(folder / "base")
+            with torch.no_grad():
+                for number, (name, parameter) in enumerate(model.named_parameters()):
+                    if number % 2 or "expert" in name:
+                        parameter.add_(randn(*parameter.shape, seed=number) * 0.05)
+            model.save_pretrained(folder / "tuned")
+            made[family] = folder / "base", folder / "tuned"
+        return made[family]
+
+    return get
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_a_transformers_checkpoint_comes_back_and_loads_as_it_is(family: str, tuned_pair: Any, tmp_path: Path) -> None:
+    base, tuned = tuned_pair(family)
+    diff(str(base), str(tuned), str(tmp_path / "delta"), quiet=True)
+    apply(str(base), [str(tmp_path / "delta")], str(tmp_path / "out"), shard_size="20KB", quiet=True)
+    assert_same(tmp_path / "out", tuned)
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1 and (tmp_path / "out" / INDEX).is_file()
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "out")(tokens()).logits, load_model(tuned)(tokens()).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_difference_goes_onto_a_live_model(family: str, tuned_pair: Any, tmp_path: Path) -> None:
+    base, tuned = tuned_pair(family)
+    diff(str(base), str(tuned), str(tmp_path / "delta"), quiet=True)
+    with torch.no_grad():
+        torch.testing.assert_close(load(base, [tmp_path / "delta"])(tokens()).logits, load_model(tuned)(tokens()).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss", "mixtral", "qwen3"])
+def test_the_table_of_transposed_matrices_is_that_of_the_modules(family: str) -> None:
+    model = tiny(family)
+    for target in parameters(model):
+        assert is_transposed(model.config.model_type, target.name) == target.transposed, target.name
+
+
+def test_a_sparse_update_is_stored_by_positions_or_bitmap_and_a_dense_one_whole(tmp_path: Path) -> None:
+    base = {"few": randn(64, 64), "many": randn(64, 64), "all": randn(64, 64)}
+    tuned = {n: t.clone() for n, t in base.items()}
+    tuned["few"].view(-1)[::200] += 1
+    tuned["many"].view(-1)[::4] += 1
+    tuned["all"] += 1
+    result = diff(str(write(tmp_path / "b", base)), str(write(tmp_path / "t", tuned)), str(tmp_path / "d"), quiet=True)
+    assert {t["name"]: t["form"] for t in result["tensors"]} == {
+        "few": "values at positions", "many": "values by bitmap", "all": "all values",
+    }  # fmt: skip
+    sizes = {n: u.nbytes for n, u in store.load(tmp_path / "d").updates.items()}
+    assert sizes == {"few": 21 * (4 + 2), "many": 1024 * 2 + 4096 // 8, "all": 4096 * 2}
+    assert result["unchanged"] == 1 - (21 + 1024 + 4096) / (3 * 4096)
+
+
+def test_the_effective_rank_is_that_of_the_update(tmp_path: Path) -> None:
+    base = {"one": randn(200, 150, dtype=torch.float32), "flat": randn(200, 150, dtype=torch.float32)}
+    orthonormal = torch.linalg.qr(randn(200, 40, seed=3, dtype=torch.float32)).Q @ torch.linalg.qr(randn(150, 40, seed=4, dtype=torch.float32)).Q.T
+    tuned = {"one": base["one"] + randn(200, 1, seed=1, dtype=torch.float32) @ randn(1, 150, seed=2, dtype=torch.float32), "flat": base["flat"] + orthonormal}
+    result = diff(str(write(tmp_path / "b", base)), str(write(tmp_path / "t", tuned)), str(tmp_path / "d"), quiet=True)
+    ranks = {t["name"]: t["effective_rank"] for t in result["tensors"]}
+    assert 1 <= ranks["one"] < 2.5 and 30 < ranks["flat"] < 53  # 1 and 40, from 16 random probes
+
+
+def test_small_moves_are_counted_as_the_paper_counts_them(tmp_path: Path) -> None:
+    base = {"w": torch.zeros(10, 10)}
+    tuned = {"w": torch.zeros(10, 10)}
+    tuned["w"].view(-1)[:30] = 5e-6
+    tuned["w"].view(-1)[30:50] = 1.0
+    (tensor,) = diff(str(write(tmp_path / "b", base)), str(write(tmp_path / "t", tuned)), str(tmp_path / "d"), quiet=True)["tensors"]
+    assert tensor["changed"] == 50 and tensor["moved_less_than_1e-5"] == 80
+
+
+@pytest.mark.parametrize(("to", "options"), [("dense", {}), ("lowrank", {"rank": 4}), ("sparse", {"density": 0.3}), ("columns", {"density": 0.3})])
+def test_a_lossy_form_reports_the_error_that_applying_it_makes(to: Any, options: Any, tmp_path: Path) -> None:
+    base = {"a.weight": randn(24, 16, dtype=torch.float32), "norm.weight": randn(16, dtype=torch.float32)}
+    tuned = {n: t + randn(*t.shape, seed=5, dtype=torch.float32) * 0.1 for n, t in base.items()}
+    paths = write(tmp_path / "b", base), write(tmp_path / "t", tuned)
+    result = diff(str(paths[0]), str(paths[1]), str(tmp_path / "d"), to=to, **options, quiet=True)
+    apply(str(paths[0]), [str(tmp_path / "d")], str(tmp_path / "out"), quiet=True)
+    out = read_safetensors(tmp_path / "out" / "model.safetensors")
+    moved = tuned["a.weight"] - base["a.weight"]
+    error = float((out["a.weight"] - tuned["a.weight"]).norm() / moved.norm())
+    assert torch.equal(out["norm.weight"], tuned["norm.weight"])
+    assert {t["name"]: t["error"] for t in result["tensors"]} == {"a.weight": pytest.approx(error, abs=1e-5), "norm.weight": None}
+
+
+def test_models_whose_names_differ_by_a_prefix_are_refused_by_name(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", {"model.x.weight": randn(2, 2)}), write(tmp_path / "b", {"x.weight": randn(2, 2)})
+    with pytest.raises(EspalierError, match=r"'model\.x\.weight' that .* calls 'x\.weight'"):
+        diff(str(a), str(b), str(tmp_path / "d"), quiet=True)
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_delta_that_sets_whole_tensors_cannot_be_scaled(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", {"w": randn(2, 2)}), write(tmp_path / "b", {"w": randn(3, 2)})
+    diff(str(a), str(b), str(tmp_path / "d"), quiet=True)
+    with pytest.raises(EspalierError, match=r"'w' as a whole, which cannot be scaled by 0\.5"):
+        apply(str(a), [str(tmp_path / "d")], str(tmp_path / "out"), scale=0.5, quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_side_file_of_a_delta_is_refused(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", {"w": randn(2, 2)}), write(tmp_path / "b", {"w": randn(2, 2)}, more=1)
+    diff(str(a), str(b), str(tmp_path / "d"), quiet=True)
+    (tmp_path / "d" / "files" / "config.json").write_text("{}")
+    with pytest.raises(EspalierError, match=r"files/config\.json is missing or damaged"):
+        apply(str(a), [str(tmp_path / "d")], str(tmp_path / "out"), quiet=True)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_another_base_is_refused_also_when_its_hash_comes_with_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b, c = (write(tmp_path / n, {"w": randn(20, 20, seed=i)}) for i, n in enumerate("abc"))
+    diff(str(a), str(b), str(tmp_path / "d"), quiet=True)
+    monkeypatch.setenv("ESPALIER_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(EspalierError, match="made for the base"):
+        apply(str(c), [str(tmp_path / "d")], str(tmp_path / "out"), quiet=True)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+    with pytest.raises(EspalierError, match="made for the base"):  # now from the cache
+        apply(str(c), [str(tmp_path / "d")], str(tmp_path / "out"), quiet=True)
+
+
+def test_reverting_one_of_two_deltas_leaves_the_other(tmp_path: Path) -> None:
+    base = {"w": randn(8, 8), "v": randn(8, 8)}
+    a = write(tmp_path / "a", base)
+    for name in base:
+        diff(str(a), str(write(tmp_path / f"t{name}", {**base, name: base[name] + 1})), str(tmp_path / f"d{name}"), quiet=True)
+    apply(str(a), [str(tmp_path / "dw"), str(tmp_path / "dv")], str(tmp_path / "both"), quiet=True)
+    result = revert(str(tmp_path / "both"), str(tmp_path / "one"), delta=[str(tmp_path / "dw")], quiet=True)
+    assert result["kept"] == [str(tmp_path / "dv")]
+    assert all_bytes(tmp_path / "one") == all_bytes(tmp_path / "tv")
+
+
+@pytest.mark.parametrize("harm", ["no record", "another base", "another delta"])
+def test_revert_refuses(harm: str, tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", {"w": randn(8, 8)}), write(tmp_path / "b", {"w": randn(8, 8) + 1})
+    diff(str(a), str(b), str(tmp_path / "d"), quiet=True)
+    diff(str(a), str(write(tmp_path / "c", {"w": randn(8, 8) + 2})), str(tmp_path / "e"), quiet=True)
+    apply(str(a), [str(tmp_path / "d"), str(tmp_path / "e")], str(tmp_path / "m"), quiet=True)
+    if harm == "no record":
+        (tmp_path / "m" / "espalier.json").unlink()
+    elif harm == "another base":
+        write_safetensors(a / "model.safetensors", {"w": randn(8, 8, seed=9)})
+    else:
+        shutil.rmtree(tmp_path / "e")
+        shutil.copytree(tmp_path / "d", tmp_path / "e")
+    complaint = {"no record": "was not written by espalier apply", "another base": "records the base", "another delta": "is not the delta that was applied"}
+    with pytest.raises(EspalierError, match=complaint[harm]):
+        revert(str(tmp_path / "m"), str(tmp_path / "back"), delta=[str(tmp_path / "d")], quiet=True)
+    assert not (tmp_path / "back").exists()
