@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -275,3 +278,50 @@ def test_revert_refuses(harm: str, tmp_path: Path) -> None:
     with pytest.raises(EspalierError, match=complaint[harm]):
         revert(str(tmp_path / "m"), str(tmp_path / "back"), delta=[str(tmp_path / "d")], quiet=True)
     assert not (tmp_path / "back").exists()
+
+
+def test_apply_and_diff_import_neither_transformers_nor_peft(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", {"w": randn(8, 8)}), write(tmp_path / "b", {"w": randn(8, 8) + 1})
+    code = (
+        "import sys, espalier\n"
+        f"espalier.diff({str(a)!r}, {str(b)!r}, {str(tmp_path / 'd')!r}, quiet=True)\n"
+        f"espalier.apply({str(a)!r}, [{str(tmp_path / 'd')!r}], {str(tmp_path / 'out')!r}, quiet=True)\n"
+        "assert not {'transformers', 'peft'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+KILLED = """
+import os, signal, sys
+from espalier.checkpoint.safetensors_file import SafetensorsWriter
+import espalier
+
+left = int(sys.argv[4])
+plain = SafetensorsWriter._pwrite
+
+def write(self, view, position):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    plain(self, view, position)
+
+SafetensorsWriter._pwrite = write
+base, delta, out = sys.argv[1:4]
+espalier.apply(base, [delta], out, quiet=True) if out.endswith("out") else espalier.diff(base, delta, out, quiet=True)
+"""
+
+
+@pytest.mark.parametrize("verb", ["apply", "diff"])
+def test_a_killed_run_leaves_the_target_untouched_and_the_next_one_sweeps_up(verb: str, tmp_path: Path) -> None:
+    tensors = {f"{n}.w": randn(8, 8, seed=n) for n in range(6)}
+    a, b = write(tmp_path / "a", tensors), write(tmp_path / "b", {n: t + 1 for n, t in tensors.items()})
+    diff(str(a), str(b), str(tmp_path / "d"), quiet=True)
+    given_second, out = (tmp_path / "d", tmp_path / "out") if verb == "apply" else (b, tmp_path / "again")
+    for count in (0, 3):
+        done = subprocess.run([sys.executable, "-c", KILLED, str(a), str(given_second), str(out), str(count)], check=False)
+        assert done.returncode == -signal.SIGKILL
+        assert not out.exists()
+    (apply(str(a), [str(tmp_path / "d")], str(out), quiet=True) if verb == "apply" else diff(str(a), str(b), str(out), quiet=True))
+    assert out.is_dir() and not list(tmp_path.glob(".*tmp*"))
