@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from espalier.delta.forms import Columns, Dense, LowRank, Rows, Sparse, Update, working_dtype
 from espalier.delta.forms.support import compact
-from espalier.delta.forms.update import as_matrix, matrix_shape
+from espalier.delta.forms.update import as_matrix
 from espalier.errors import EspalierError, at_least, one_of
 from espalier.kernels.philox import Stream
 
