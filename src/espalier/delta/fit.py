@@ -16,9 +16,23 @@ from typing import Literal
 
 import torch
 
-from espalier.delta.forms import Columns, Dense, LowRank, Rows, Sparse, Update, working_dtype
-from espalier.delta.forms.support import compact
+from espalier.delta.forms import (
+    Columns,
+    Dense,
+    Golomb,
+    LowRank,
+    Quantized,
+    Rows,
+    Sparse,
+    Ternary,
+    Update,
+    compact,
+    working_dtype,
+)
+from espalier.delta.forms.golomb import ternary as spelled
+from espalier.delta.forms.quantized import Codebook
 from espalier.delta.forms.update import as_matrix
+from espalier.delta.selection import kept, largest
 from espalier.errors import EspalierError, at_least, one_of
 from espalier.kernels.philox import Stream
 
@@ -51,7 +65,7 @@ def fit(
         rank: of a low-rank fit, at least 1. A lower one that the update has already is kept.
         energy: in (0, 1]: the lowest rank that keeps this share of the squared Frobenius norm.
         density: in [0, 1]: share of the entries, rows or columns that are kept, at least one of them unless it is 0;
-            by default all that are not zero, which is exact.
+            by default all that are not zero, which is exact, or for signs the share of least error.
         bits, group: of a quantized fit: bits a code, codes that share a scale.
         seed, name: of the random numbers of a randomised decomposition: other names, other numbers.
         weight: the base's weight in its logical shape; only updates that depend on it need it.
@@ -94,35 +108,6 @@ def relative_error(fitted: Source, update: Source, weight: torch.Tensor | None =
     dense, made = densify(update, weight), densify(fitted, weight)
     size = float(torch.linalg.vector_norm(dense))
     return float(torch.linalg.vector_norm(made.to(dense.dtype) - dense)) / (size or 1.0)
-
-
-def kept(count: int, density: float) -> int:
-    """How many of ``count`` a density keeps: the nearest number, but one at least unless the density is 0.
-
-    Raises:
-        EspalierError: for a density that is not in [0, 1].
-    """
-    if not 0 <= density <= 1:
-        raise EspalierError(f"density is {density!r}; it must be from 0 to 1")
-    return min(count, max(1, round(density * count))) if density else 0
-
-
-def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Positions of the ``count`` largest of ``scores`` (..., n), ascending, (..., count); of equal ones the first."""
-    length = scores.shape[-1]
-    if count >= length:
-        return torch.arange(length, device=scores.device).expand(*scores.shape[:-1], length)
-    if not count:
-        return torch.empty(*scores.shape[:-1], 0, dtype=torch.int64, device=scores.device)
-    threshold = scores.kthvalue(length - count + 1, dim=-1, keepdim=True).values
-    chosen = scores > threshold
-    ties = scores == threshold
-    missing = count - chosen.sum(-1, keepdim=True)
-    if scores.ndim == 1:
-        chosen[ties.nonzero()[: int(missing)]] = True
-        return chosen.nonzero().squeeze(-1)
-    chosen |= ties & (ties.cumsum(-1) <= missing)
-    return chosen.nonzero()[:, -1].reshape(*scores.shape[:-1], count)
 
 
 # forms
@@ -317,6 +302,67 @@ def _randomized(
         size *= 2
 
 
+def ternary(
+    update: Source,
+    density: float | None = None,
+    scale: Literal["mean", "std"] = "mean",
+    alpha: float = 1.0,
+    code: str = "smallest",
+) -> Update:
+    """The signs of the entries of largest magnitude, and one scale.
+
+    Args:
+        density: share of the entries that keep their sign; by default the one of least error, which is exact for an
+            update that has but one magnitude.
+        scale: ``alpha`` times the mean of the kept magnitudes (of least error), or times the standard deviation of all
+            entries (ComPEFT, arXiv:2311.13171).
+        code: ``bitmaps``, ``golomb``, or what is smaller.
+    """
+    if isinstance(update, Ternary | Golomb) and density is None:
+        return update
+    values = densify(update)
+    flat = values.flatten()
+    magnitudes = flat.abs()
+    chosen = largest(magnitudes, _best_count(magnitudes) if density is None else kept(len(flat), density))
+    signs = torch.zeros(len(flat), dtype=torch.int8, device=flat.device)
+    signs[chosen] = flat[chosen].sign().to(torch.int8)
+    if scale == "std":
+        size = flat.double().std(correction=0) if len(flat) else flat.new_zeros(())
+    else:
+        size = magnitudes[chosen].double().mean() if len(chosen) else flat.new_zeros(())
+    return spelled(signs.reshape(values.shape), (size * alpha).float(), code)
+
+
+def _best_count(magnitudes: torch.Tensor) -> int:
+    """How many of the largest to keep for the least error of signs times their mean: (sum of k)^2 / k at its greatest."""
+    sums = magnitudes.sort(descending=True).values.double().cumsum(0)
+    gains = sums.square() / torch.arange(1, len(sums) + 1, dtype=torch.float64, device=sums.device)
+    return int(gains.argmax()) + 1 if len(sums) and float(sums[-1]) > 0 else 0
+
+
+def quantized(update: Source, bits: int = 4, group: int = 64, codebook: Codebook = "uniform") -> Update:
+    """The same form with its matrices and values as codes of ``bits`` bits, ``group`` of them with a scale in common.
+
+    What else a form holds (indices, scales, magnitudes) stays; a form of which nothing can be coded stays as it is.
+    """
+    if not 1 <= bits <= 8:
+        raise EspalierError(f"bits is {bits!r}; it must be from 1 to 8")
+    at_least("group", group, 0)
+    if isinstance(update, torch.Tensor):
+        update = Dense(densify(update))
+    elif isinstance(update, Quantized):
+        update = update.inner
+    tensors = update.tensors()
+    fields = [name for name, tensor in tensors.items() if _is_codable(name, tensor)]
+    _require_finite(*(tensors[name] for name in fields))
+    return Quantized.of(update, bits, group, codebook, fields) if fields else update
+
+
+def _is_codable(name: str, tensor: torch.Tensor) -> bool:
+    last = name.rpartition(".")[2]
+    return tensor.is_floating_point() and last not in ("scale", "mean", "magnitude") and (tensor.ndim >= 2 or last == "values")
+
+
 # what every form needs
 
 
@@ -338,5 +384,7 @@ TARGETS: dict[str, tuple[Callable[..., Update], tuple[str, ...]]] = {
     "sparse": (sparse, ("density",)),
     "rows": (rows, ("density",)),
     "columns": (columns, ("density",)),
+    "ternary": (ternary, ("density",)),
+    "quantized": (quantized, ("bits", "group")),
 }
 """What an update can be fitted to: the function of the form, and those options of :func:`fit` that it has."""

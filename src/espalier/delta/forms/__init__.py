@@ -4,6 +4,8 @@ from espalier.delta.forms.block_affine import BlockAffine
 from espalier.delta.forms.combined import Chain, Sum
 from espalier.delta.forms.dense import Dense, Replace
 from espalier.delta.forms.diagonal import Diagonal
+from espalier.delta.forms.factored import Factored
+from espalier.delta.forms.golomb import Golomb
 from espalier.delta.forms.kronecker import Kronecker
 from espalier.delta.forms.low_rank import LowRank, Pooled
 from espalier.delta.forms.magnitude import Magnitude
@@ -22,7 +24,9 @@ __all__ = [
     "Columns",
     "Dense",
     "Diagonal",
+    "Factored",
     "Gain",
+    "Golomb",
     "Kronecker",
     "LowRank",
     "Magnitude",
