@@ -21,7 +21,8 @@ VERBS = {
     "apply": "write the model that a base becomes under deltas",
     "revert": "take deltas off a model that apply wrote",
     "diff": "the delta between two checkpoints",
-    "convert": "import a PEFT LoRA adapter as a delta",
+    "convert": "a delta into another form or a PEFT adapter; a PEFT adapter into a delta",
+    "compress": "make a delta smaller",
     "info": "what is in a model, a delta, a run or a data set",
     "methods": "list every method, its papers and options",
 }
