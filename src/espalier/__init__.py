@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "apply": "espalier.verbs.apply",
+    "calibrate": "espalier.verbs.calibrate",
     "convert": "espalier.verbs.convert",
     "eval": "espalier.verbs.eval",
     "generate": "espalier.verbs.generate",

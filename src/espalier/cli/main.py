@@ -19,6 +19,7 @@ VERBS = {
     "eval": "loss, perplexity and bits per byte, with or without deltas",
     "generate": "continue a prompt, with or without deltas",
     "apply": "write the model that a base becomes under a delta",
+    "calibrate": "statistics of what data do inside a model, block by block",
     "convert": "import a PEFT LoRA adapter as a delta",
     "info": "what is in a model, a delta, a run or a data set",
     "methods": "list every method, its papers and options",

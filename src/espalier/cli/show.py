@@ -43,6 +43,11 @@ def applied(result: dict[str, Any]) -> None:
     print(f"{result['out']}: {result['changed']} tensors changed")
 
 
+def calibrated(result: dict[str, Any]) -> None:
+    """Where the statistics are, and of what."""
+    print(f"{result['out']}: {', '.join(result['statistics'])} over {result['tokens']:,} tokens")
+
+
 def methods(result: list[dict[str, Any]]) -> None:
     """A line per method and one per option."""
     for method in result:
