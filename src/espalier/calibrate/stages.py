@@ -167,7 +167,11 @@ class Run:
         self.walker.load(self.walker.embedding)
         with self._recorder(self._outer()) as recorder, self.states("hidden", 0).write() as append:
             for index in self._each(recorder):
-                append(self._finite(self.walker.embed(self._tokens(index)[0]), "the hidden states", "before the first block", index))
+                ids = self._tokens(index)[0]
+                recorder.is_on = False
+                self.walker.calls(len(ids))  # runs what is before the blocks, on zeros
+                recorder.is_on = True
+                append(self._finite(self.walker.embed(ids), "the hidden states", "before the first block", index))
         self.walker.drop(self.walker.embedding)
         tensors, coverage = recorder.results()
         self._save(tensors, coverage=coverage)
