@@ -244,8 +244,9 @@ class Run:
                 hidden = walker.embed(ids)
                 if hidden.requires_grad:
                     hidden.backward(gradients(index).to(walker.device))
-                if walker.is_tied:
-                    self._loss(walker.logits(rows(index).to(walker.device)), goals).backward()
+                logits = walker.logits(rows(index).to(walker.device)) if walker.is_tied else hidden
+                if walker.is_tied and logits.requires_grad:
+                    self._loss(logits, goals).backward()
                 own.take()
                 self._finite(hidden, "the hidden states", "before the first block", index)
         walker.drop(walker.embedding)

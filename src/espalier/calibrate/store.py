@@ -143,7 +143,7 @@ class Calibration:
     def copy_to(self, path: Path, want: Sequence[str]) -> None:
         """Write a calibration of fewer statistics."""
         facts = {**self.facts, "request": {**self.facts["request"], "want": list(want)}}
-        write(path, facts, {name: self._file for name in expected(facts)})
+        write(path, facts, dict.fromkeys(expected(facts), self._file))
 
 
 def load(path: str | Path) -> Calibration:

@@ -12,22 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import nn
 
-from espalier.anatomy.layout import locate
-from espalier.anatomy.parameters import BLOCK, parameters
+from espalier.anatomy.parameters import BLOCK
 from espalier.anatomy.target import Target
-from espalier.attach.load import MALFORMED, load_config
 from espalier.attach.routes import ExpertsRoute, adapted_class
+from espalier.calibrate.parts import Parts
 from espalier.checkpoint.directory import ModelDirectory
 from espalier.errors import EspalierError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is called with beside the hidden states."""
@@ -53,34 +48,6 @@ class WatchedExperts(ExpertsRoute):
         return watched
 
 
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules made here have parameters on the meta device, and buffers (rotary frequencies, say) with their numbers."""
-    register = nn.Module.register_parameter
-
-    def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # one that is there already may be a tied one
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(self, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def _skeleton(directory: ModelDirectory, dtype: torch.dtype) -> PreTrainedModel:
-    import transformers
-
-    config = load_config(directory.path)
-    try:
-        with _parameters_on_meta():
-            return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    except MALFORMED as error:
-        raise EspalierError(f"transformers cannot make a causal language model of {directory.path}: {error}") from error
-
-
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Call]:
     """The hidden states of a block's call, and the rest of it."""
     if args:
@@ -98,7 +65,7 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or a == b
 
 
-class Walker:
+class Walker(Parts):
     """A model whose parts are read when they are needed.
 
     Args:
@@ -107,18 +74,14 @@ class Walker:
         device: where parts run.
 
     ``blocks`` are its blocks in order, ``inside[i]`` the parameters of block i, ``embedding``, ``head`` and
-    ``small`` those outside (``small`` stay in memory). ``most_resident`` is the largest number of bytes of
-    parameters that were in memory at once.
+    ``small`` those outside (``small`` stay in memory).
 
     Raises:
         EspalierError: when the model cannot be made, lacks a tensor, or cannot be walked.
     """
 
     def __init__(self, directory: ModelDirectory, dtype: torch.dtype, device: torch.device) -> None:
-        self.directory, self.dtype, self.device = directory, dtype, device
-        self.model: Any = _skeleton(directory, dtype)
-        self.resident = self.most_resident = 0
-        self.targets = parameters(self.model)
+        super().__init__(directory, dtype, device)
         self.blocks, self.inside = self._find_blocks()
         outside = [target for target in self.targets if target.block is None]
         self.embedding = [target for target in outside if "embedding" in target.roles]
@@ -129,14 +92,13 @@ class Walker:
             if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed"):
                 module.__dict__["_espalier"] = {}
                 module.__class__ = adapted_class(type(module), WatchedExperts, frozenset())
-        self._read_buffers()
         self.load(self.small)
         self._calls: tuple[int, list[Call]] = (0, [])
         self._wraps = False
         self.width = self._find_width()
 
-    def refuse(self, why: str) -> NoReturn:
-        raise EspalierError(f"{type(self.model).__name__} cannot be walked block by block: {why}")
+    def refusal(self, why: str) -> EspalierError:
+        return EspalierError(f"{type(self.model).__name__} cannot be walked block by block: {why}")
 
     # -- what there is
 
@@ -147,11 +109,11 @@ class Walker:
             found = {match for name in target.names if (match := BLOCK.search(name))}
             stacks |= {match.string[: match.start(1) - 1] for match in found}
             if found and {match.group(1) for match in found} != {str(target.block)}:
-                self.refuse(f"its blocks share {target.name}")
+                raise self.refusal(f"its blocks share {target.name}")
             if target.block is not None:
                 inside.setdefault(target.block, []).append(target)
         if len(stacks) != 1:
-            self.refuse(f"it has {len(stacks)} stacks of blocks ({', '.join(sorted(stacks)) or 'none found'}); one is needed")
+            raise self.refusal(f"it has {len(stacks)} stacks of blocks ({', '.join(sorted(stacks)) or 'none found'}); one is needed")
         blocks = list(self.model.get_submodule(stacks.pop()))
         return blocks, [inside.get(index, []) for index in range(len(blocks))]
 
@@ -159,67 +121,6 @@ class Walker:
         """The name of a block."""
         found = BLOCK.search(self.inside[index][0].name)
         return found.string[: found.end(1)] if found else str(index)
-
-    def _owner(self, name: str) -> tuple[nn.Module, str]:
-        path, _, local = name.rpartition(".")
-        return self.model.get_submodule(path), local
-
-    def parameter(self, target: Target) -> nn.Parameter:
-        """The parameter as the model has it now, with its numbers or on the meta device."""
-        owner, local = self._owner(target.name)
-        return owner._parameters[local]  # type: ignore[return-value]
-
-    # -- numbers
-
-    def load(self, targets: Iterable[Target]) -> None:
-        """Read parameters from disk."""
-        for target in targets:
-            tensor = self._read(target).to(self.device, self.dtype)
-            self._set(target, nn.Parameter(tensor, requires_grad=False))
-            self.resident += tensor.nbytes
-        self.most_resident = max(self.resident, self.most_resident)
-
-    def drop(self, targets: Iterable[Target]) -> None:
-        """Forget the numbers of parameters, and their gradients."""
-        for target in targets:
-            parameter = self.parameter(target)
-            self.resident -= 0 if parameter.is_meta else parameter.nbytes
-            self._set(target, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
-
-    def _set(self, target: Target, parameter: nn.Parameter) -> None:
-        for name in target.names:
-            owner, local = self._owner(name)
-            owner._parameters[local] = parameter
-
-    def _read(self, target: Target) -> torch.Tensor:
-        shape = tuple(self.parameter(target).shape)
-        pieces = locate(target.name, target.names, target.lead[0] if target.lead else None, self.directory)
-        if pieces[0].expert is None:
-            return self._stored(pieces[0].names[0], shape)
-        rows = shape[1] // len(pieces[0].names)
-        fused: torch.Tensor | None = None
-        for piece in pieces:
-            for position, name in enumerate(piece.names):
-                part = self._stored(name, (rows, *shape[2:]))
-                fused = torch.empty(shape, dtype=part.dtype) if fused is None else fused
-                fused[piece.expert, position * rows : (position + 1) * rows] = part
-        assert fused is not None
-        return fused
-
-    def _stored(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        found = self.directory.info(name).shape
-        if found != shape:
-            raise EspalierError(f"{self.directory.path}: tensor {name!r} has shape {list(found)}, the config makes it {list(shape)}")
-        return self.directory.read(name)
-
-    def _read_buffers(self) -> None:
-        persistent = self.model.state_dict(keep_vars=True)
-        for name, buffer in list(self.model.named_buffers()):
-            owner, local = self._owner(name)
-            if name in persistent:
-                (piece, *_) = locate(name, (), None, self.directory)
-                buffer = self._stored(piece.names[0], tuple(buffer.shape)).to(buffer.dtype)
-            owner._buffers[local] = buffer.to(self.device)
 
     # -- forward passes of which the blocks are no part
 
@@ -248,7 +149,7 @@ class Walker:
     def _find_width(self) -> int:
         """Width of the hidden states; finds out whether blocks return them in a tuple, and that each block's go to the next."""
         if not self.embedding or not self.head:
-            self.refuse("it has no token embedding or no language-model head")
+            raise self.refusal("it has no token embedding or no language-model head")
         marks: list[torch.Tensor] = []
 
         def mark(index: int, hidden: Any, call: Call) -> torch.Tensor:
@@ -269,7 +170,7 @@ class Walker:
                     return marks[0].shape[-1]
             except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError):
                 continue
-        self.refuse("what a block returns is not what the next one gets")
+        raise self.refusal("what a block returns is not what the next one gets")
 
     def calls(self, length: int) -> list[Call]:
         """What each block is called with for a sequence of so many tokens, hidden states left out."""
@@ -293,7 +194,7 @@ class Walker:
 
         def stop(index: int, hidden: torch.Tensor, call: Call) -> torch.Tensor:
             if not _same(call, expected):
-                self.refuse("its blocks are told something that depends on the tokens")
+                raise self.refusal("its blocks are told something that depends on the tokens")
             raise _Reached(hidden)
 
         try:
@@ -301,7 +202,7 @@ class Walker:
                 self.model(input_ids=ids[None], use_cache=False)
         except _Reached as reached:
             return reached.args[0]
-        self.refuse("its forward pass does not reach its blocks")
+        raise self.refusal("its forward pass does not reach its blocks")
 
     def block(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """The hidden states (1, n, width) after a block, from those before it."""
