@@ -21,6 +21,8 @@ from espalier.errors import EspalierError, suggestion
 Kind = Literal["input", "output", "gradient"]
 ROWS = 1024
 """Rows that are converted to float64 at a time."""
+PIECE = 1 << 20
+"""Entries of a gradient that are converted to float64 at a time."""
 
 
 class Statistic:
@@ -39,7 +41,7 @@ class Statistic:
         self.sum = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def add(self, rows: torch.Tensor) -> None:
-        """Take in rows, (n, features) in float64; or one sequence's gradient."""
+        """Take in rows, (n, features) in float64; or one sequence's gradient, as computed."""
         raise NotImplementedError
 
     def result(self) -> torch.Tensor:
@@ -195,7 +197,9 @@ class Fisher(Statistic):
     """
 
     def add(self, rows: torch.Tensor) -> None:
-        self.sum.addcmul_(rows, rows)
+        for total, part in zip(self.sum.view(-1).split(PIECE), rows.reshape(-1).split(PIECE), strict=True):
+            part = part.double()
+            total.addcmul_(part, part)
 
 
 @register("gradient_norm", "gradient")
@@ -206,7 +210,8 @@ class GradientNorm(Statistic):
         self.norms: list[torch.Tensor] = []
 
     def add(self, rows: torch.Tensor) -> None:
-        self.norms.append(torch.linalg.vector_norm(rows))
+        parts = [torch.linalg.vector_norm(part.double()) for part in rows.reshape(-1).split(PIECE)]
+        self.norms.append(torch.linalg.vector_norm(torch.stack(parts)))
 
     def result(self) -> torch.Tensor:
         return torch.stack(self.norms)

@@ -117,7 +117,7 @@ class Gradients:
                 self.seen.add(name)
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             for statistic in self._sums[name].values():
-                statistic.add(gradient.double())
+                statistic.add(gradient)
             parameter.grad = None
 
     def results(self, names: Iterable[str] | None = None) -> Tensors:
