@@ -21,6 +21,7 @@ FLOORS = (
     ("bundled", "anatomy"),
     ("data", "delta"),
     ("attach", "memory"),
+    ("calibrate",),
     registry.ROOMS,
     ("train", "evaluate", "exchange"),
     ("plan",),

@@ -63,6 +63,20 @@ def load_model(model: str | Path, dtype: str | torch.dtype | None = None, device
     return nn.Module.to(loaded, pick_device(device)).eval()
 
 
+def load_config(path: Path) -> Any:
+    """The config of a model directory.
+
+    Raises:
+        EspalierError: when transformers cannot read it.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except MALFORMED as error:
+        raise EspalierError(f"transformers cannot read the config of {path}: {error}") from error
+
+
 def empty_model(path: Path) -> PreTrainedModel:
     """The model of a directory without its numbers (on the meta device): for names and shapes.
 

@@ -55,6 +55,11 @@ def refitted(result: dict[str, Any]) -> None:
     facts({key: value for key, value in result.items() if key not in ("tensors", "tried") and value != []})
 
 
+def calibrated(result: dict[str, Any]) -> None:
+    """Where the statistics are, and of what."""
+    print(f"{result['out']}: {', '.join(result['statistics'])} over {result['tokens']:,} tokens")
+
+
 def methods(result: list[dict[str, Any]]) -> None:
     """A line per method and one per option."""
     for method in result:

@@ -1,0 +1,1 @@
+"""What calibration data do inside a model: statistics by name, gathered one block at a time."""
