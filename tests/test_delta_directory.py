@@ -24,14 +24,32 @@ from espalier.attach.load import load, put_on
 from espalier.checkpoint.directory import ModelDirectory
 from espalier.checkpoint.safetensors_file import read_safetensors, tensor_bytes, write_safetensors
 from espalier.delta import store
-from espalier.delta.forms import Columns, Dense, LowRank, Magnitude, Pooled, Replace, Sparse
+from espalier.delta.forms import (
+    BlockAffine,
+    Chain,
+    Columns,
+    Dense,
+    Diagonal,
+    Kronecker,
+    LowRank,
+    Magnitude,
+    Permute,
+    Pooled,
+    Quantized,
+    Replace,
+    Rows,
+    Sparse,
+    Sum,
+    Ternary,
+    compact,
+)
 from espalier.delta.store import Delta, Layout
 from espalier.errors import EspalierError
 from espalier.exchange.materialize import write_model
 from espalier.exchange.save import save
 from espalier.verbs.apply import apply
 
-LAYER = "model.layers.0."
+LAYER, SECOND = "model.layers.0.", "model.layers.1."
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -53,6 +71,18 @@ def every_form(fingerprint: str) -> Delta:
         LAYER + "mlp.down_proj.weight": Pooled(pools["B"], pools["A"], index["index_B"], index["index_A"], 1.5, shared),
         "model.layers.1.mlp.down_proj.weight": Pooled(pools["B"], pools["A"], index["index_A"], index["index_B"], 1.5, shared),
         "model.norm.weight": Replace(randn(32)),
+        SECOND + "self_attn.q_proj.weight": Kronecker(randn(2, 4, 8), randn(2, 8, 4)),
+        SECOND + "self_attn.k_proj.weight": Rows(randn(3, 32), torch.tensor([0, 9, 15]), 16, 0.5),
+        SECOND + "self_attn.v_proj.weight": Ternary.of(randn(16, 32).sign() * (randn(16, 32).abs() > 0.1), torch.tensor(0.02)),
+        SECOND + "self_attn.o_proj.weight": Chain(
+            [Permute(None, torch.arange(31, -1, -1), (32, 32)), BlockAffine(randn(8, 4, 4), (32, 32))], 0.5
+        ),
+        SECOND + "mlp.gate_proj.weight": Quantized.of(LowRank(randn(48, 2), randn(2, 32), 2.0), 3, 16),
+        SECOND + "mlp.up_proj.weight": Sum(
+            [LowRank(randn(48, 2), randn(2, 32)), Sparse(randn(768), shape=(48, 32), **{"index": None, **compact(torch.arange(0, 1536, 2), 1536)})]
+        ),
+        SECOND + "input_layernorm.weight": Diagonal(randn(32) + 1, None, (32,), 0.5),
+        SECOND + "post_attention_layernorm.weight": Replace(randn(4), index=torch.tensor([1, 3, 8, 31]), shape=(32,)),
     }
     targets = {t.name: t for t in parameters(tiny("llama"))}
     manifest = {"method": "several", "hyperparameters": {"rank": 2}, "base": {"name": "tiny", "fingerprint": fingerprint}, "training": {"data": "none"}}
@@ -426,7 +456,7 @@ def test_a_shard_may_hold_tensors_that_the_index_leaves_out(base: Path, pristine
 
 def test_applied_equals_loaded_for_every_form(base: Path, pristine: Path, tmp_path: Path) -> None:
     result = apply(str(base), [str(pristine)], str(tmp_path / "out"), quiet=True)
-    assert result["changed"] == 9
+    assert result["changed"] == 17
     with torch.no_grad():
         there, here = load(base, [pristine])(tokens()).logits, load(tmp_path / "out")(tokens()).logits
         bare = load(base)(tokens()).logits

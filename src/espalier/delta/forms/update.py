@@ -261,14 +261,14 @@ def expect_shape(what: str, tensor: torch.Tensor, shape: Sequence[int]) -> torch
 
 
 def expect(what: str, tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Refuse a tensor of another shape, or one of integers.
+    """Refuse a tensor of another shape, or one of integers or of 8-bit numbers, which no arithmetic takes.
 
     Raises:
         EspalierError: naming shape or dtype.
     """
     expect_shape(what, tensor, shape)
-    if not tensor.is_floating_point():
-        raise EspalierError(f"{what} is {tensor.dtype}; it must be floating point")
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise EspalierError(f"{what} is {tensor.dtype}; it must be floating point of 16 bits or more")
     return tensor
 
 
