@@ -32,6 +32,7 @@ from espalier.checkpoint.safetensors_file import SafetensorsFile, write_safetens
 from espalier.data.batches import IGNORED, Window
 from espalier.data.store import TokenStore
 from espalier.errors import EspalierError, NotFiniteError
+from espalier.memory.meter import release_free_memory
 
 
 @contextmanager
@@ -149,11 +150,13 @@ class Run:
             write_safetensors(temporary, tensors, {"facts": json.dumps(facts)})
 
     def _each(self, recorder: Recorder | None = None) -> Iterator[int]:
-        """The sequences' numbers; what a recorder holds is added up after each batch."""
+        """The sequences' numbers; after each batch, what a recorder holds is added up."""
         for index in range(len(self.windows)):
             yield index
-            if recorder is not None and (index + 1) % self.batch_size == 0:
-                recorder.add_up()
+            if (index + 1) % self.batch_size == 0:
+                if recorder is not None:
+                    recorder.add_up()
+                release_free_memory()  # sequences of many lengths leave holes
             self.progress(self._done + index + 1, self._stage)
 
     def _loss(self, logits: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
