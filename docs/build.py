@@ -23,9 +23,10 @@ TITLES = {
     "adapt": "Methods of `adapt/`: updates with tensors of their own",
     "select": "Methods of `select/`: some of the model's own numbers train",
     "optim": "Methods of `optim/`: optimizers",
+    "compress": "Methods of `compress/`: smaller deltas",
 }
 """Kind -> title of its page; any other kind that has methods gets a plain one."""
-OPTION_OF = {"adapter": "--method", "optimizer": "--optimizer"}
+OPTION_OF = {"adapter": "--method", "optimizer": "--optimizer", "compressor": "--method"}
 """Role -> the option that chooses a method of it."""
 
 

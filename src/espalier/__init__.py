@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "apply": "espalier.verbs.apply",
+    "compress": "espalier.verbs.compress",
     "calibrate": "espalier.verbs.calibrate",
     "convert": "espalier.verbs.convert",
     "diff": "espalier.verbs.diff",

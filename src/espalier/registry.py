@@ -25,11 +25,11 @@ from typing import Any, TypeVar, get_type_hints
 from espalier.errors import EspalierError, suggestion
 
 ROOMS = (
-    "adapt", "branch", "select", "optim", "prune", "quantize", "share", "merge", "edit", "align", "grow", "laws",
+    "adapt", "branch", "select", "optim", "compress", "prune", "quantize", "share", "merge", "edit", "align", "grow", "laws",
 )  # fmt: skip
 """The rooms of methods; a room's name is the kind of its methods."""
 
-DECORATORS = ("adapter", "optimizer")
+DECORATORS = ("adapter", "optimizer", "compressor")
 _PACKAGE = Path(__file__).parent
 _plugins: list[Path] = []
 T = TypeVar("T")
@@ -103,6 +103,7 @@ def declaration(role: str) -> Callable[..., Callable[[T], T]]:
 
 adapter = declaration("adapter")
 optimizer = declaration("optimizer")
+compressor = declaration("compressor")
 
 
 def _docstring_after(body: list[ast.stmt], position: int) -> str:

@@ -3,4 +3,4 @@
 from espalier.cli import options, show
 from espalier.verbs.convert import convert
 
-command = options.command(convert, show.facts, positional=("adapter",))
+command = options.command(convert, show.refitted, positional=("source",))

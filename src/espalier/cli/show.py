@@ -50,6 +50,11 @@ def differed(result: dict[str, Any]) -> None:
     print(f"{result['out']}: {format_bytes(result['bytes'])}, {len(result['tensors'])} tensors changed, {result['unchanged']:.2%} of the entries did not")
 
 
+def refitted(result: dict[str, Any]) -> None:
+    """Facts about a compressed or converted delta; the list of its tensors is for ``--json``."""
+    facts({key: value for key, value in result.items() if key not in ("tensors", "tried") and value != []})
+
+
 def calibrated(result: dict[str, Any]) -> None:
     """Where the statistics are, and of what."""
     print(f"{result['out']}: {', '.join(result['statistics'])} over {result['tokens']:,} tokens")

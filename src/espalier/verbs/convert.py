@@ -1,43 +1,128 @@
-"""Convert: a PEFT LoRA adapter into a delta."""
+"""Convert: a delta into other forms or into a PEFT adapter, a PEFT adapter into a delta."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 
-def convert(adapter: str, out: str, *, model: str | None = None, quiet: bool = False) -> dict[str, Any]:
-    """Import a PEFT LoRA (or DoRA) adapter as a delta.
+def convert(
+    source: str,
+    out: str,
+    *,
+    to: Literal["lora", "peft", "dense", "lowrank", "sparse", "rows", "columns", "ternary", "quantized"] | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    density: float | None = None,
+    bits: int = 4,
+    group: int = 64,
+    model: str | None = None,
+    seed: int = 0,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Turn a delta into one of another form, exactly where the form allows; or import a PEFT adapter as a delta.
 
     Args:
-        adapter: directory with adapter_config.json and adapter_model.safetensors
-        out: directory of the delta
-        model: the base model; default: the one that the adapter names
+        source: directory of a delta, or of a PEFT adapter (adapter_config.json and adapter_model.safetensors)
+        out: directory of the new delta
+        to: form of every update; `lora`: two factors for every matrix; `peft`: these, and the files that PEFT loads
+        rank: of lora, peft and lowrank: the rank; exact for updates of that rank or less
+        energy: of lora, peft and lowrank, instead of a rank: share of the squared norm to keep, in (0, 1]
+        density: of sparse, rows, columns and ternary: share to keep; default: whatever is not zero (ternary: of least error)
+        bits: of quantized: bits of a number, 1 to 8
+        group: of quantized: numbers that share a scale; 0: all of a tensor
+        model: the base model; needed by updates that depend on it; default for an adapter: the one that it names
+        seed: of randomised decompositions
         quiet: print nothing but the result
 
     Returns:
-        `out`, `method`, `parameters` (how many are updated), `bytes`.
+        `out`, `method`, `parameters` (how many are updated), `bytes`, and, for another form, `to`, `worst` (the largest
+        relative error) and `tensors`: for each its forms, bytes and the relative error (Frobenius norms).
 
     Raises:
-        EspalierError: when the adapter is of another kind, or does not fit the model.
+        EspalierError: when an update cannot have that form, or an adapter cannot be imported.
     """
     from pathlib import Path
 
-    from espalier.anatomy.parameters import parameters
-    from espalier.attach.load import empty_model
-    from espalier.checkpoint.atomic import refuse_existing
-    from espalier.checkpoint.directory import ModelDirectory, read_json, resolve_model
+    from espalier.checkpoint.atomic import atomic_directory, refuse_existing
     from espalier.delta import store
     from espalier.display import Display
+    from espalier.errors import EspalierError
+    from espalier.exchange import conversion
+    from espalier.memory.meter import format_bytes
+    from espalier.verbs._outcomes import show_worst
+
+    display = Display(quiet)
+    folder, target = Path(source), Path(out)
+    refuse_existing(target)
+    if not store.is_delta(folder) and (folder / "adapter_config.json").is_file():
+        if to is not None:
+            raise EspalierError(f"{folder} is a PEFT adapter; import it first, without --to, and convert what comes of it")
+        return _import(folder, target, model, display)
+    if to is None:
+        store.manifest_of(folder)
+        raise EspalierError(f"{folder} is already a delta; say which form it shall have: --to lora, peft, dense, ...")
+    delta = store.load(folder)
+    weights = conversion.BaseWeights(delta, folder, model) if model else None
+    options = {"rank": rank, "energy": energy, "density": density, "bits": bits, "group": group, "seed": seed}
+    with display.bar("converting", len(delta.updates), "parameters") as update:
+        updates, outcomes = conversion.converted(delta, to, options, weights, update)
+    used = {key: options[key] for key in _OPTIONS.get(conversion.SYNONYMS.get(to, to), ()) if options[key] is not None}
+    manifest = conversion.manifest_after(delta, folder, "convert", {"to": to, **used}, seed)
+    made = store.Delta(updates, delta.layouts, manifest)
+    with atomic_directory(target) as temporary:
+        size = conversion.write(folder, temporary, made, f"Converted to `{to}`.")
+        if to == "peft":
+            _export(temporary, made, model)
+    show_worst(outcomes, display)
+    display.note(f"{len(updates)} updates converted; the delta is in {target} ({format_bytes(size)})")
+    return {
+        "out": str(target),
+        "method": "convert",
+        "parameters": len(updates),
+        "bytes": size,
+        "to": to,
+        "worst": max((o.error for o in outcomes if o.error is not None), default=0.0),
+        "tensors": [outcome.as_json() for outcome in outcomes],
+    }
+
+
+_OPTIONS = {
+    "lowrank": ("rank", "energy"), "sparse": ("density",), "rows": ("density",), "columns": ("density",), "ternary": ("density",),
+    "quantized": ("bits", "group"),
+}  # fmt: skip
+"""What is recorded of each form's options."""
+
+
+def _export(folder: Any, delta: Any, model: str | None) -> None:
+    """PEFT's files beside the delta's.
+
+    Raises:
+        EspalierError: saying why PEFT cannot hold it.
+    """
+    from espalier.anatomy.parameters import parameters
+    from espalier.attach.load import empty_model
+    from espalier.checkpoint.directory import resolve_model
+    from espalier.errors import EspalierError
+    from espalier.exchange.peft_lora import export
+
+    name = model or str(delta.manifest.get("base", {}).get("name", ""))
+    if not name:
+        raise EspalierError("the delta does not name its base; pass --model DIR")
+    live = empty_model(resolve_model(name))
+    if reason := export(folder, delta, {t.name: t for t in parameters(live)}, name, live):
+        raise EspalierError(f"PEFT cannot hold this delta: {reason}")
+
+
+def _import(folder: Any, target: Any, model: str | None, display: Any) -> dict[str, Any]:
+    """A PEFT LoRA (or DoRA) adapter as a delta."""
+    from espalier.anatomy.parameters import parameters
+    from espalier.attach.load import empty_model
+    from espalier.checkpoint.directory import ModelDirectory, read_json, resolve_model
+    from espalier.delta import store
     from espalier.errors import EspalierError
     from espalier.exchange.peft_lora import export, import_lora
     from espalier.memory.meter import format_bytes
 
-    display = Display(quiet)
-    folder, target = Path(adapter), Path(out)
-    refuse_existing(target)
-    if not (folder / "adapter_config.json").is_file():
-        what = "is already a delta" if store.is_delta(folder) else "has no adapter_config.json"
-        raise EspalierError(f"{folder} {what}; convert imports PEFT adapters")
     named = model or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise EspalierError(f"{folder} does not name its base model; pass --model DIR")

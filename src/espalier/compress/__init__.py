@@ -1,0 +1,1 @@
+"""Methods that make a finished delta smaller. A file each, imported by nothing."""

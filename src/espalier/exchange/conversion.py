@@ -1,0 +1,117 @@
+"""Deltas into deltas: other forms of the same updates, and where such a delta comes from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from espalier.anatomy.layout import locate
+from espalier.checkpoint.directory import ModelDirectory, resolve_model
+from espalier.delta import store
+from espalier.delta.compression import Outcome
+from espalier.delta.fit import fit, relative_error
+from espalier.delta.forms import LowRank, Magnitude, Update
+from espalier.delta.store import Delta, Layout
+from espalier.errors import EspalierError
+
+SYNONYMS = {"lora": "lowrank", "peft": "lowrank"}
+
+
+class BaseWeights:
+    """The weights of a delta's base, read when they are asked for, in their logical shapes.
+
+    Args:
+        delta, folder: the delta, and where it is.
+        model: directory, ``seedling`` or hub id.
+
+    Raises:
+        EspalierError: when the model is not the delta's base.
+    """
+
+    def __init__(self, delta: Delta, folder: Path, model: str) -> None:
+        self.directory = ModelDirectory(resolve_model(model))
+        store.check_base(delta, folder, self.directory.path, self.directory.fingerprint())
+
+    def __call__(self, name: str, layout: Layout, shape: tuple[int, ...]) -> torch.Tensor:
+        pieces = locate(name, layout.names, shape[0] if len(shape) == 3 else None, self.directory)
+        if pieces[0].expert is not None:
+            return torch.stack([torch.cat([self.directory.read(part) for part in piece.names]) for piece in pieces])
+        weight = self.directory.read(pieces[0].names[0])
+        weight = weight.transpose(-1, -2) if layout.transposed else weight
+        if tuple(weight.shape) != tuple(shape):
+            raise EspalierError(f"the update of {name} is for shape {tuple(shape)}; the base has {tuple(weight.shape)}")
+        return weight
+
+
+def converted(
+    delta: Delta, to: str, options: Mapping[str, Any], weights: BaseWeights | None, progress: Callable[[int], Any]
+) -> tuple[dict[str, Update], list[Outcome]]:
+    """Every update of a delta in another form, and what became of each.
+
+    Integers and tensors that the base does not have stay as they are. ``peft`` keeps a low-rank magnitude and
+    direction, which PEFT knows as DoRA.
+
+    Raises:
+        EspalierError: naming the parameter, when one cannot have that form.
+    """
+    made: dict[str, Update] = {}
+    outcomes = []
+    for done, (name, update) in enumerate(delta.updates.items()):
+        layout, new = delta.layouts[name], update
+        whole = not update.dtype.is_floating_point or bool(getattr(layout, "dtype", ""))
+        dora = to == "peft" and isinstance(update, Magnitude) and isinstance(update.inner, LowRank)
+        error = 0.0
+        if not whole and not dora:
+            try:
+                weight = weights(name, layout, update.shape) if weights and update.depends_on_base else None
+                new = fit(update, SYNONYMS.get(to, to), weight=weight, name=name, **options)
+                error = relative_error(new, update, weight)
+            except EspalierError as problem:
+                raise EspalierError(f"{name}: {problem}") from problem
+        made[name] = new
+        outcomes.append(Outcome(name, update.form, new.form, update.nbytes, new.nbytes, error))
+        progress(done + 1)
+    return made, outcomes
+
+
+def manifest_after(delta: Delta, folder: Path, method: str, hyperparameters: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """What ``delta.json`` says of a delta that was made of another: base and tokenizer carry over, and its ancestors.
+
+    ``lineage`` lists them, the oldest first.
+    """
+    parent = {key: delta.manifest.get(key) for key in ("method", "hyperparameters", "settings", "sha256")}
+    return {
+        **{key: value for key, value in delta.manifest.items() if key not in ("tensors", "parameters")},
+        "method": method,
+        "hyperparameters": dict(hyperparameters),
+        "settings": {"seed": seed},
+        "lineage": [*delta.manifest.get("lineage", []), {"delta": str(folder), **parent}],
+    }
+
+
+def write(source: Path, target: Path, delta: Delta, sentence: str) -> int:
+    """Write a delta that was made of the one in ``source``, with its files; returns the bytes of its tensors' file."""
+    target.mkdir(parents=True, exist_ok=True)
+    if (source / "files").is_dir():  # those that a delta between two checkpoints brings along
+        shutil.copytree(source / "files", target / "files")
+    for side in source.iterdir():
+        if side.is_file() and side.name.startswith(("tokenizer", "special_tokens", "chat_template")):
+            shutil.copyfile(side, target / side.name)
+    return store.save(target, delta, card(delta.manifest, sentence))
+
+
+def card(manifest: Mapping[str, Any], sentence: str) -> str:
+    """The model card of a delta that was made of another."""
+    base = manifest.get("base", {})
+    lineage = "".join(
+        f"- `{parent['delta']}`: {parent['method']} {json.dumps(parent['hyperparameters'] or {})}\n" for parent in manifest["lineage"]
+    )
+    return (
+        f"---\nlibrary_name: espalier\nbase_model: {base.get('name')}\ntags: [espalier, {manifest['method']}]\n---\n\n"
+        f"# A delta of {base.get('name')}\n\n{sentence} Base fingerprint `{base.get('fingerprint')}`. It comes from:\n\n{lineage}"
+    )
