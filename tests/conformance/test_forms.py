@@ -28,6 +28,7 @@ from espalier.delta.forms import FORMS, Chain, LowRank, Quantized, Sum, Update, 
 from espalier.delta.forms.bits import count_bits, pack_bits, packed_size, slice_bits, unpack_bits
 from espalier.delta.forms.quantized import levels
 from espalier.errors import EspalierError
+from espalier.kernels.philox import Stream
 
 Tensors = dict[str, torch.Tensor]
 Equation = Callable[[torch.Tensor], torch.Tensor]
@@ -282,6 +283,39 @@ def quantized(inner: str, bits: int, group: int, codebook: Any) -> Maker:
     return make
 
 
+def golomb(n: Numbers, shape: tuple[int, ...]) -> Made:
+    signs = torch.randint(-1, 2, (math.prod(shape),), generator=n.generator) * (torch.rand(math.prod(shape), generator=n.generator) < n.pick(0.1, 0.5, 1.0))
+    positions, b, scale = signs.nonzero().flatten().tolist(), n.pick(0, 1, 3), n.positive()
+    gaps = [at - before - 1 for before, at in zip([-1, *positions], positions, strict=False)]
+    bits = [int(signs[at] < 0) for at in positions] + [gap >> j & 1 for j in range(b) for gap in gaps]
+    for gap in gaps:
+        bits += [1] * (gap >> b) + [0]
+    code = pack_bits(torch.tensor(bits + [1] * (-len(bits) % 8), dtype=torch.uint8))
+    update = signs.double().reshape(shape) * scale.double()
+    return {"code": code, "scale": scale}, {"count": len(positions), "parameter": b}, lambda weight: weight + update
+
+
+def factored(B: str, A: str, start: bool) -> Maker:
+    """Factors that are the updates of other entries, of the matrices (out, rank) and (rank, in), A perhaps on a start."""
+
+    def make(n: Numbers, shape: tuple[int, ...]) -> Made:
+        *lead, outputs, inputs = shape if len(shape) <= 3 else (shape[0], math.prod(shape[1:]))
+        rank = n.pick(1, min(3, outputs, inputs))
+        made = {"B": ENTRIES[B](n, (*lead, outputs, rank)), "A": ENTRIES[A](n, (*lead, rank, inputs))}
+        tensors = {f"{name}.{key}": t for name, one in made.items() for key, t in one[0].items()}
+        constants = {
+            "parts": {name: part(one, kind, 0.5) for (name, one), kind in zip(made.items(), (B, A), strict=True)},
+            "rank": rank,
+            "start": {"seed": n.seed, "name": "x"} if start else None,
+        }
+        A0 = Stream(n.seed, "x").kaiming_uniform(*lead, rank, inputs).double() * start
+        zero_B, zero_A = torch.zeros(*lead, outputs, rank).double(), torch.zeros(*lead, rank, inputs).double()
+        dense = (0.5 * made["B"][2](zero_B)) @ (A0 + 0.5 * made["A"][2](zero_A))
+        return tensors, constants, lambda weight: weight + dense.reshape(shape)
+
+    return make
+
+
 ENTRIES: dict[str, Maker] = {
     "dense": dense,
     "replace": replace,
@@ -314,12 +348,15 @@ ENTRIES: dict[str, Maker] = {
     "sum of rows, columns and kronecker": combined("rows", "columns", "kronecker", in_order=False),
     "chain of permute and block_affine": combined("permute columns", "block_affine input", in_order=True),
     "chain of low_rank and diagonal": combined("low_rank", "diagonal rows", in_order=True),
+    "golomb": golomb,
+    "factored golomb on a start": factored("golomb", "ternary", True),
+    "factored dense and sparse": factored("dense", "sparse at an index", False),
     "quantized low_rank": quantized("low_rank", 4, 0, "normal"),
     "quantized dense": quantized("dense", 3, 8, "uniform"),
     "quantized magnitude": quantized("magnitude of low_rank", 8, 5, "uniform"),
     "quantized sum": quantized("sum of low_rank and sparse", 5, 16, "normal"),
 }
-EVERY_SHAPE = [name for name in ENTRIES if name.startswith(("dense", "replace", "sparse", "ternary", "quantized dense"))]
+EVERY_SHAPE = [name for name in ENTRIES if name.startswith(("dense", "replace", "sparse", "ternary", "golomb", "quantized dense"))]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 properties = settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.differing_executors])
 every_entry = pytest.mark.parametrize("name", ENTRIES)
@@ -394,7 +431,7 @@ def test_applying_rounds_once_to_the_weights_dtype(name: str, shape: tuple[int, 
 @properties
 @given(shape=st.lists(st.integers(0, 5), max_size=4).map(tuple), seed=seeds, gain=gains)
 def test_forms_that_act_entry_by_entry_take_every_shape(name: str, shape: tuple[int, ...], seed: int, gain: float) -> None:
-    assume("ternary" not in name or (shape and (len(shape) != 3 or shape[0])))
+    assume(not name.startswith(("ternary", "golomb")) or (shape and (len(shape) != 3 or shape[0])))
     update, equation = make(name, shape, seed, gain)
     weight = random(seed + 5, *shape)
     torch.testing.assert_close(update.apply(weight).double(), equation(weight.double()), rtol=1e-5, atol=1e-5)
@@ -580,7 +617,7 @@ def test_slices_of_rows_are_rows_of_the_updated_weight(
     torch.testing.assert_close(again.apply(weight[start : start + again.shape[0]]), update.apply(weight)[start : start + again.shape[0]], **close)
 
 
-LOW_RANK = ("low_rank", "pooled", "columns", "rows", "sum of rows, columns and kronecker", "kronecker", "kronecker of products", "quantized low_rank")
+LOW_RANK = ("low_rank", "pooled", "columns", "rows", "sum of rows, columns and kronecker", "kronecker", "kronecker of products", "quantized low_rank", "factored golomb on a start", "factored dense and sparse")
 
 
 @every_entry

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from espalier.delta.fit import Source, densify, relative_error
+from espalier.delta.fit import Source, densify, relative_error, require_finite
 from espalier.delta.forms import Replace, Update
 from espalier.delta.store import Delta, Layout
 from espalier.delta.trained import Start
@@ -106,16 +106,21 @@ def compress(
     Raises:
         EspalierError: naming the parameter, when one cannot be compressed.
     """
-    state = method.begin(whole)
     possible = set(whole.compressible())
+    for name in possible:
+        try:
+            require_finite(whole.delta.updates[name])
+        except EspalierError as problem:
+            raise EspalierError(f"{method.name} of {name}: {problem}") from problem
+    state = method.begin(whole)
     made: dict[str, Update] = {}
     outcomes = []
     for done, (name, update) in enumerate(whole.delta.updates.items()):
         try:
             smaller = method.compress(name, update, whole, state) if name in possible else update
             error = None if smaller is None else _error(smaller, update, whole, name)
-        except EspalierError as error_:
-            raise EspalierError(f"{method.name} of {name}: {error_}") from error_
+        except EspalierError as problem:
+            raise EspalierError(f"{method.name} of {name}: {problem}") from problem
         if smaller is not None:
             made[name] = keep(name, smaller)
         outcomes.append(Outcome(name, update.form, smaller.form if smaller else "none", update.nbytes, smaller.nbytes if smaller else 0, error))

@@ -77,6 +77,8 @@ def fit(
     one_of("to", to, list(TARGETS))
     given = {"rank": rank, "energy": energy, "density": density, "bits": bits, "group": group, "seed": seed, "name": name}
     make, options = TARGETS[to]
+    if isinstance(update, Update):
+        require_finite(update)
     return make(_base_independent(update, weight), **{option: given[option] for option in options})
 
 
@@ -142,7 +144,6 @@ def sparse(
         return update
     if isinstance(update, Sparse) and by == "magnitude":  # what is zero need not be looked at
         positions, values, gain = update.positions, update.values, update.gain
-        _require_finite(values)
     else:
         values, gain = densify(update), 1.0
         positions = None
@@ -252,7 +253,6 @@ def _truncated(factors: LowRank, rank: int | None, energy: float | None) -> LowR
     """Factors of a lower rank: the decomposition of the product is that of the small product of their triangles."""
     if energy is None and (rank is None or factors.rank <= rank):
         return factors
-    _require_finite(factors.B, factors.A)
     QB, RB = torch.linalg.qr(factors.B.double() * float(factors.gain))
     QA, RA = torch.linalg.qr(factors.A.double().transpose(-1, -2))
     U, S, Vt = torch.linalg.svd(RB @ RA.transpose(-1, -2), full_matrices=False)
@@ -321,6 +321,8 @@ def ternary(
     if isinstance(update, Ternary | Golomb) and density is None:
         return update
     values = densify(update)
+    if not values.ndim:
+        return Dense(values)
     flat = values.flatten()
     magnitudes = flat.abs()
     chosen = largest(magnitudes, _best_count(magnitudes) if density is None else kept(len(flat), density))
@@ -354,7 +356,6 @@ def quantized(update: Source, bits: int = 4, group: int = 64, codebook: Codebook
         update = update.inner
     tensors = update.tensors()
     fields = [name for name, tensor in tensors.items() if _is_codable(name, tensor)]
-    _require_finite(*(tensors[name] for name in fields))
     return Quantized.of(update, bits, group, codebook, fields) if fields else update
 
 
@@ -371,11 +372,16 @@ def _base_independent(update: Source, weight: torch.Tensor | None) -> Source:
     return densify(update, weight) if isinstance(update, torch.Tensor) or update.depends_on_base else update
 
 
-def _require_finite(*tensors: torch.Tensor) -> None:
-    for tensor in tensors:
-        if not bool(tensor.float().isfinite().all()):
+def require_finite(update: Update) -> None:
+    """Refuse an update of which any number is not finite.
+
+    Raises:
+        EspalierError: naming the tensor and the value.
+    """
+    for name, tensor in update.tensors().items():
+        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             bad = tensor.flatten()[~tensor.flatten().float().isfinite()][0]
-            raise EspalierError(f"the update holds {float(bad)}; every number of it must be finite")
+            raise EspalierError(f"{name} of the update holds {float(bad)}; every number of it must be finite")
 
 
 TARGETS: dict[str, tuple[Callable[..., Update], tuple[str, ...]]] = {

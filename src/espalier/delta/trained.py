@@ -74,6 +74,8 @@ def recoded(update: Update, start: Start | None, code: Coder) -> Update:
     """
     if update.shared:
         raise EspalierError(f"the form {update.form!r} shares its tensors with other parameters; make it low rank first (espalier convert --to lora)")
+    if not update.shape:
+        return update  # one number is no smaller as a sign and a scale
     if isinstance(update, Magnitude):
         return Magnitude(update.magnitude, recoded(update.inner, start, code), update.gain)
     if isinstance(update, LowRank):
