@@ -1,0 +1,109 @@
+"""Robust weight signatures (ICML 2023): what is orthogonal to clean training, in the first blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import LAYERS, tiny, tokens
+
+from espalier import registry
+from espalier.anatomy.parameters import parameters, select
+from espalier.attach.attachment import attach_updates, detach
+from espalier.delta import store
+from espalier.delta.compression import Whole, compress
+from espalier.delta.forms import Dense, LowRank, Quantized, Update
+from espalier.errors import EspalierError
+
+BASE = {"base": {"name": "x", "fingerprint": "sha256:0"}}
+
+
+def random(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.1
+
+
+def saved(folder: Path, updates: dict[str, Update], manifest: dict[str, Any] = BASE) -> Path:
+    store.save(folder, store.Delta(updates, {n: store.Layout() for n in updates}, manifest), "")
+    return folder
+
+
+def signature(updates: dict[str, Update], against: Path, **options: Any) -> dict[str, Update]:
+    whole = Whole(store.Delta(updates, {n: store.Layout() for n in updates}, BASE))
+    return compress(registry.make("rws", "compressor", against=str(against), **options), whole)[0]
+
+
+def dense(update: Update) -> torch.Tensor:
+    return update.materialize(torch.zeros(update.shape)).double()
+
+
+UPDATES: dict[str, tuple[Update, Update]] = {
+    "dense": (Dense(random(0, 30, 20), 0.5), Dense(random(1, 30, 20))),
+    "low rank": (LowRank(random(0, 30, 3), random(1, 3, 20), 0.5), LowRank(random(2, 30, 2), random(3, 2, 20), 2.0)),
+    "mixed": (LowRank(random(0, 30, 3), random(1, 3, 20), 0.5), Dense(random(2, 30, 20))),
+    "experts": (LowRank(random(0, 2, 30, 3), random(1, 2, 3, 20)), LowRank(random(2, 2, 30, 2), random(3, 2, 2, 20))),
+    "vector": (Dense(random(0, 20)), Dense(random(1, 20))),
+}
+
+
+@pytest.mark.parametrize("kind", UPDATES)
+def test_the_signature_is_orthogonal_to_clean_training_in_every_tensor(kind: str, tmp_path: Path) -> None:
+    """<rws, u> = 0, and what was taken away is a multiple of u."""
+    robust, clean = UPDATES[kind]
+    made = signature({"layers.0.w": robust}, saved(tmp_path / "c", {"layers.0.w": clean}))["layers.0.w"]
+    v, u, found = dense(robust), dense(clean), dense(made)
+    assert abs(float((found * u).sum())) <= 1e-6 * float(found.norm() * u.norm())
+    torch.testing.assert_close(found, v - (v * u).sum() / (u * u).sum() * u, rtol=1e-4, atol=1e-6)
+    if kind == "low rank":
+        assert isinstance(made, LowRank) and made.rank == 5, "two low-rank updates give a low-rank signature"
+
+
+def test_a_parameter_that_clean_training_left_alone_is_kept_whole(tmp_path: Path) -> None:
+    robust = Dense(random(0, 6, 5))
+    clean = saved(tmp_path / "c", {"layers.0.zero": Dense(torch.zeros(6, 5))})
+    made = signature({"layers.0.w": robust, "layers.0.zero": robust}, clean)
+    assert all(torch.equal(dense(update), dense(robust)) for update in made.values())
+
+
+def test_only_the_first_blocks_are_kept_where_layers_says_so(tmp_path: Path) -> None:
+    model = tiny("llama")
+    updates: dict[str, Update] = {t.name: Dense(random(i, *t.shape)) for i, t in enumerate(select(parameters(model), ["all"]))}
+    clean = saved(tmp_path / "c", {name: Dense(random(9, *u.shape)) for name, u in updates.items()})
+    assert set(signature(updates, clean)) == set(updates)
+    kept = signature(updates, clean, layers=LAYERS - 1)
+    assert kept and set(kept) == {name for name in updates if name.startswith("model.layers.0.")}
+
+
+@torch.no_grad()
+def test_patching_and_unpatching_gives_the_bits_back_and_is_linear_in_the_strength(tmp_path: Path) -> None:
+    model = tiny("llama").to(torch.bfloat16)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    plain = model(tokens()).logits
+    chosen = select(parameters(model), ["linear"])
+    updates: dict[str, Update] = {t.name: Dense(random(i, *t.shape)) for i, t in enumerate(chosen)}
+    clean = saved(tmp_path / "c", {t.name: Dense(random(50 + i, *t.shape)) for i, t in enumerate(chosen)})
+    made = signature(updates, clean)
+    attach_updates(model, made, "patch")
+    assert not torch.equal(model(tokens()).logits, plain)
+    detach(model)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters()) and torch.equal(model(tokens()).logits, plain)
+    update = next(iter(made.values()))
+    torch.testing.assert_close(dense(update.scaled(0.3)) + dense(update.scaled(0.7)), dense(update), rtol=1e-5, atol=1e-7)
+
+
+def test_a_quantized_signature_is_near_and_small(tmp_path: Path) -> None:
+    robust, clean = UPDATES["dense"]
+    folder = saved(tmp_path / "c", {"layers.0.w": clean})
+    exact = dense(signature({"layers.0.w": robust}, folder)["layers.0.w"])
+    made = signature({"layers.0.w": robust}, folder, bits=8)["layers.0.w"]
+    assert isinstance(made, Quantized) and made.nbytes < 30 * 20 + 20
+    assert float((dense(made) - exact).abs().max()) <= float(exact.max() - exact.min()) / 255 * 0.51
+
+
+def test_the_clean_delta_must_be_given_and_of_the_same_base(tmp_path: Path) -> None:
+    with pytest.raises(EspalierError, match="rws needs the delta of clean training: --against DELTA"):
+        registry.make("rws", "compressor")
+    other = saved(tmp_path / "c", {"layers.0.w": Dense(random(0, 6, 5))}, {"base": {"fingerprint": "sha256:1"}})
+    with pytest.raises(EspalierError, match="is of the base sha256:1, the delta of sha256:0"):
+        signature({"layers.0.w": Dense(random(0, 6, 5))}, other)
