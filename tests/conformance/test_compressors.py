@@ -167,7 +167,7 @@ def test_magnitude_and_direction_are_compressed_or_refused_by_name(method: str, 
     try:
         compress(make(method, other), whole(updates))
     except EspalierError as refusal:
-        assert "layers.0.w" in str(refusal) and "--model BASE" in str(refusal)  # noqa: PT017
+        assert "layers.0.w" in str(refusal) and "--model BASE" in str(refusal)
 
 
 @every_method

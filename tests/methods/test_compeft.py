@@ -11,10 +11,28 @@ import torch
 from families import tiny, tokens
 
 from espalier import registry
-from espalier.attach.attachment import attach, attach_updates, attachments, detach
+from espalier.attach.attachment import (
+    Attachment,
+    attach,
+    attach_updates,
+    attachments,
+    detach,
+    trainable_parameters,
+)
 from espalier.delta import store
 from espalier.delta.compression import Whole, choose, compress
-from espalier.delta.forms import Columns, Dense, Factored, Golomb, LowRank, Magnitude, Rows, Sparse, Ternary, Update
+from espalier.delta.forms import (
+    Columns,
+    Dense,
+    Factored,
+    Golomb,
+    LowRank,
+    Magnitude,
+    Rows,
+    Sparse,
+    Ternary,
+    Update,
+)
 from espalier.delta.trained import recorded_start
 from espalier.errors import EspalierError
 from espalier.kernels import golomb
@@ -104,25 +122,29 @@ def test_global_takes_share_and_scale_over_the_whole_delta() -> None:
 # low-rank factors
 
 
+def stored(attachment: Attachment) -> dict[str, Update]:
+    """The updates as they are read from a file."""
+    updates = {n: u.with_tensors({k: t.detach() for k, t in u.tensors().items()}) for n, u in attachment.updates().items()}
+    for update in updates.values():
+        update.gain = float(update.gain)
+    return updates
+
+
 def lora(seed: int = 3, rank: int = 4, family: str = "llama", method: str = "lora", **options: Any) -> tuple[dict[str, Update], dict[str, Any]]:
     """The updates of a trained LoRA, and its manifest: what ``attach`` drew, moved by training."""
     model = attach(tiny(family), method, name="d", seed=seed, rank=rank, **options)
     attachment = attachments(model)["d"]
     generator = torch.Generator().manual_seed(0)
-    for parameter in attachment.trainable_parameters() if hasattr(attachment, "trainable_parameters") else model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
-    updates = {n: u.with_tensors({k: t.detach() for k, t in u.tensors().items()}) for n, u in attachment.updates().items()}
-    for update in updates.values():
-        update.gain = float(update.gain)
-    return updates, {"settings": attachment.settings}
+    for parameter in trainable_parameters(model).values():
+        parameter.data.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return stored(attachment), {"settings": attachment.settings}
 
 
 @pytest.mark.parametrize(("family", "targets"), [("llama", "linear"), ("gpt2", "attention,mlp"), ("qwen3_moe", "experts")])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_the_seed_draws_the_start_of_a_again_bit_for_bit(family: str, targets: str, method: str) -> None:
     model = attach(tiny(family), method, name="d", seed=11, targets=targets)
-    for name, update in attachments(model)["d"].updates().items():
+    for name, update in stored(attachments(model)["d"]).items():
         factors = update.inner if isinstance(update, Magnitude) else update
         start = recorded_start({"settings": {"seed": 11}}, name, update)
         assert start is not None and torch.equal(start.draw(*factors.A.shape), factors.A)
@@ -192,7 +214,7 @@ def test_alpha_is_chosen_among_the_papers_by_the_lowest_score() -> None:
 
 def test_a_density_out_of_range_is_refused() -> None:
     for density in (0.0, -1, 1.5, math.nan):
-        with pytest.raises(EspalierError, match="density is .*; it must be above 0 and at most 1"):
+        with pytest.raises(EspalierError, match=r"density is .*; it must be above 0 and at most 1"):
             compeft(density=density)
 
 

@@ -52,7 +52,7 @@ class Whole:
 
     def compressible(self) -> list[str]:
         """Parameters whose updates are numbers that may change: no integers, no tensors that the base does not have."""
-        return [n for n, u in self.delta.updates.items() if u.dtype.is_floating_point and not getattr(self.delta.layouts[n], "dtype", "")]
+        return [n for n, u in self.delta.updates.items() if u.dtype.is_floating_point and not self.delta.layouts[n].dtype]
 
 
 class Compressor:

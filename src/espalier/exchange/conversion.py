@@ -12,6 +12,7 @@ import torch
 
 from espalier.anatomy.layout import locate
 from espalier.checkpoint.directory import ModelDirectory, resolve_model
+from espalier.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
 from espalier.delta import store
 from espalier.delta.compression import Outcome
 from espalier.delta.fit import fit, relative_error
@@ -48,8 +49,43 @@ class BaseWeights:
         return weight
 
 
+class Spool:
+    """Keeps updates in files until they are written, so that a delta larger than memory can be made.
+
+    Args:
+        folder: for the files; made when it is needed, and removed by :meth:`remove`.
+    """
+
+    SMALL = 1 << 20
+    """Bytes of an update that may stay in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.count = 0
+
+    def __call__(self, name: str, update: Update) -> Update:
+        """The same update, its tensors in the pages of a file."""
+        if update.nbytes <= self.SMALL or update.shared:
+            return update
+        self.folder.mkdir(exist_ok=True)
+        path = self.folder / f"{self.count}.safetensors"
+        self.count += 1
+        tensors = update.tensors()
+        write_safetensors(path, tensors)
+        file = SafetensorsFile(path)
+        return update.with_tensors({key: file.map(key) for key in tensors})
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
 def converted(
-    delta: Delta, to: str, options: Mapping[str, Any], weights: BaseWeights | None, progress: Callable[[int], Any]
+    delta: Delta,
+    to: str,
+    options: Mapping[str, Any],
+    weights: BaseWeights | None,
+    keep: Callable[[str, Update], Update],
+    progress: Callable[[int], Any],
 ) -> tuple[dict[str, Update], list[Outcome]]:
     """Every update of a delta in another form, and what became of each.
 
@@ -63,7 +99,7 @@ def converted(
     outcomes = []
     for done, (name, update) in enumerate(delta.updates.items()):
         layout, new = delta.layouts[name], update
-        whole = not update.dtype.is_floating_point or bool(getattr(layout, "dtype", ""))
+        whole = not update.dtype.is_floating_point or bool(layout.dtype)
         dora = to == "peft" and isinstance(update, Magnitude) and isinstance(update.inner, LowRank)
         error = 0.0
         if not whole and not dora:
@@ -73,7 +109,7 @@ def converted(
                 error = relative_error(new, update, weight)
             except EspalierError as problem:
                 raise EspalierError(f"{name}: {problem}") from problem
-        made[name] = new
+        made[name] = new if new is update else keep(name, new)
         outcomes.append(Outcome(name, update.form, new.form, update.nbytes, new.nbytes, error))
         progress(done + 1)
     return made, outcomes
@@ -97,8 +133,8 @@ def manifest_after(delta: Delta, folder: Path, method: str, hyperparameters: Map
 def write(source: Path, target: Path, delta: Delta, sentence: str) -> int:
     """Write a delta that was made of the one in ``source``, with its files; returns the bytes of its tensors' file."""
     target.mkdir(parents=True, exist_ok=True)
-    if (source / "files").is_dir():  # those that a delta between two checkpoints brings along
-        shutil.copytree(source / "files", target / "files")
+    if (source / store.FILES).is_dir():  # those that a delta between two checkpoints brings along
+        shutil.copytree(source / store.FILES, target / store.FILES)
     for side in source.iterdir():
         if side.is_file() and side.name.startswith(("tokenizer", "special_tokens", "chat_template")):
             shutil.copyfile(side, target / side.name)

@@ -63,7 +63,7 @@ def compress(
     refuse_existing(target)
     made = registry.make(method, "compressor", **options)
     session.seed_everything(seed, threads)
-    loaded = store.load(folder)
+    loaded = store.load(folder, mapped=True)
     base = model or (str(loaded.manifest.get("base", {}).get("name", "")) if data else "")
     if data and not base:
         raise EspalierError(f"{folder} does not name its base; pass --model DIR")
@@ -74,13 +74,15 @@ def compress(
         with ExitStack() as stack:
             loss = _validation(stack, base, data, sequence_length, micro_batch_size, device, display)
             made, tried = compression.choose(made, whole, loss)
-    with display.bar("compressing", len(loaded.updates), "parameters") as update:
-        updates, outcomes = compression.compress(made, whole, progress=update)
     hyperparameters = dataclasses.asdict(made)
     manifest = conversion.manifest_after(loaded, folder, method, hyperparameters, seed)
-    smaller = store.Delta(updates, {name: loaded.layouts[name] for name in updates}, manifest)
     with atomic_directory(target) as temporary:
+        spool = conversion.Spool(temporary / "spool")
+        with display.bar("compressing", len(loaded.updates), "parameters") as update:
+            updates, outcomes = compression.compress(made, whole, spool, update)
+        smaller = store.Delta(updates, {name: loaded.layouts[name] for name in updates}, manifest)
         size = conversion.write(folder, temporary, smaller, f"Compressed by `{method}`.")
+        spool.remove()
     before = (folder / store.TENSORS).stat().st_size
     for trial in tried:
         display.note(", ".join(f"{key} {value:.6g}" for key, value in trial.items()))

@@ -61,18 +61,20 @@ def convert(
     if to is None:
         store.manifest_of(folder)
         raise EspalierError(f"{folder} is already a delta; say which form it shall have: --to lora, peft, dense, ...")
-    delta = store.load(folder)
+    delta = store.load(folder, mapped=True)
     weights = conversion.BaseWeights(delta, folder, model) if model else None
     options = {"rank": rank, "energy": energy, "density": density, "bits": bits, "group": group, "seed": seed}
-    with display.bar("converting", len(delta.updates), "parameters") as update:
-        updates, outcomes = conversion.converted(delta, to, options, weights, update)
     used = {key: options[key] for key in _OPTIONS.get(conversion.SYNONYMS.get(to, to), ()) if options[key] is not None}
     manifest = conversion.manifest_after(delta, folder, "convert", {"to": to, **used}, seed)
-    made = store.Delta(updates, delta.layouts, manifest)
     with atomic_directory(target) as temporary:
+        spool = conversion.Spool(temporary / "spool")
+        with display.bar("converting", len(delta.updates), "parameters") as update:
+            updates, outcomes = conversion.converted(delta, to, options, weights, spool, update)
+        made = store.Delta(updates, delta.layouts, manifest)
         size = conversion.write(folder, temporary, made, f"Converted to `{to}`.")
         if to == "peft":
             _export(temporary, made, model)
+        spool.remove()
     show_worst(outcomes, display)
     display.note(f"{len(updates)} updates converted; the delta is in {target} ({format_bytes(size)})")
     return {
