@@ -24,11 +24,23 @@ from espalier.anatomy.parameters import parameters
 from espalier.attach.attachment import attach_updates, detach
 from espalier.delta import store
 from espalier.delta.base import DenseBase, product
-from espalier.delta.forms import FORMS, Chain, LowRank, Quantized, Sum, Update, compact, form
+from espalier.delta.forms import (
+    FORMS,
+    Chain,
+    LowRank,
+    Quantized,
+    Seeded,
+    SeededLowRank,
+    Sum,
+    Update,
+    compact,
+    form,
+)
 from espalier.delta.forms.bits import count_bits, pack_bits, packed_size, slice_bits, unpack_bits
 from espalier.delta.forms.quantized import levels
 from espalier.errors import EspalierError
-from espalier.kernels.philox import Stream
+from espalier.kernels.philox import GAUSSIAN, Stream
+from espalier.kernels.seeded import SeededMatrix
 
 Tensors = dict[str, torch.Tensor]
 Equation = Callable[[torch.Tensor], torch.Tensor]
@@ -316,6 +328,35 @@ def factored(B: str, A: str, start: bool) -> Maker:
     return make
 
 
+def basis(n: Numbers, name: str, rows: int, columns: int) -> tuple[SeededMatrix, torch.Tensor]:
+    """A seeded matrix, and its numbers as the stream draws them."""
+    place = Stream(n.seed, name, 3)
+    return SeededMatrix.of(place, rows, columns, GAUSSIAN, 0.5), Stream(n.seed, name, 3).gaussian(rows, columns).double() / 2
+
+
+def seeded(n: Numbers, shape: tuple[int, ...]) -> Made:
+    coefficients = n.floats(3)
+    matrix, numbers = basis(n, "basis", math.prod(shape), 3)
+    constants = Seeded(coefficients, matrix, shape).constants()
+    return {"coefficients": coefficients}, constants, lambda weight: weight + (numbers @ coefficients.double()).reshape(shape)
+
+
+def seeded_low_rank(n: Numbers, shape: tuple[int, ...]) -> Made:
+    """B frozen, A a combination of two bases, and a vector for each: VeRA and NOLA at once."""
+    *lead, outputs, inputs = shape if len(shape) <= 3 else (shape[0], math.prod(shape[1:]))
+    rank = n.pick(1, 2, min(outputs, inputs)) if min(outputs, inputs) > 1 else 1
+    (B, B_numbers), (A, A_numbers) = basis(n, "B", math.prod(lead) * outputs, rank), basis(n, "A", math.prod(lead) * rank * inputs, 2)
+    tensors = {"coefficients_A": n.floats(*lead, 2), "b": n.floats(*lead, outputs), "d": n.floats(*lead, rank)}
+    constants = SeededLowRank(shape, rank, {"B": B, "A": A}, tensors).constants()
+
+    def update(coefficients_A: torch.Tensor, b: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+        left = b[..., None] * B_numbers.reshape(*lead, outputs, rank)
+        right = d[..., None] * torch.einsum("...ric,...c->...ri", A_numbers.reshape(*lead, rank, inputs, 2), coefficients_A)
+        return (left @ right).reshape(shape)
+
+    return tensors, constants, additive(tensors, update)[2]
+
+
 ENTRIES: dict[str, Maker] = {
     "dense": dense,
     "replace": replace,
@@ -340,6 +381,9 @@ ENTRIES: dict[str, Maker] = {
     "permute both": permute("rows", "columns"),
     "ternary": ternary(False),
     "ternary per row": ternary(True),
+    "golomb": golomb,
+    "seeded": seeded,
+    "seeded_low_rank": seeded_low_rank,
     "magnitude of low_rank": magnitude("low_rank"),
     "magnitude of sparse": magnitude("sparse at an index"),
     "magnitude of columns": magnitude("columns"),
@@ -348,7 +392,6 @@ ENTRIES: dict[str, Maker] = {
     "sum of rows, columns and kronecker": combined("rows", "columns", "kronecker", in_order=False),
     "chain of permute and block_affine": combined("permute columns", "block_affine input", in_order=True),
     "chain of low_rank and diagonal": combined("low_rank", "diagonal rows", in_order=True),
-    "golomb": golomb,
     "factored golomb on a start": factored("golomb", "ternary", True),
     "factored dense and sparse": factored("dense", "sparse at an index", False),
     "quantized low_rank": quantized("low_rank", 4, 0, "normal"),
@@ -617,7 +660,7 @@ def test_slices_of_rows_are_rows_of_the_updated_weight(
     torch.testing.assert_close(again.apply(weight[start : start + again.shape[0]]), update.apply(weight)[start : start + again.shape[0]], **close)
 
 
-LOW_RANK = ("low_rank", "pooled", "columns", "rows", "sum of rows, columns and kronecker", "kronecker", "kronecker of products", "quantized low_rank", "factored golomb on a start", "factored dense and sparse")
+LOW_RANK = ("low_rank", "pooled", "columns", "rows", "sum of rows, columns and kronecker", "kronecker", "kronecker of products", "quantized low_rank", "factored golomb on a start", "factored dense and sparse", "seeded_low_rank")
 
 
 @every_entry

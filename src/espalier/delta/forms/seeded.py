@@ -180,7 +180,7 @@ class SeededLowRank(Update):
         tensors, bases = self.tensors(), dict(self.bases)
         tensors |= {name: tensors[name][start:stop] for name in ("B", "b") if name in tensors}
         if "B" in bases:
-            rows = bases["B"].rows // self.shape[0]
+            rows = 1 if self.coefficients_B is None else self.rank  # of the basis, for one of the weight
             bases["B"] = bases["B"].narrow(start * rows, stop * rows)
         return self._over((stop - start, *self.shape[1:]), bases, tensors)
 
