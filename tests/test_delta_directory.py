@@ -201,7 +201,7 @@ CHANGES: list[tuple[str, Any, str]] = [
     (QUERY + "/shape", [-32, 32], r"shape is \[-32, 32\]"),
     (QUERY + "/shape", [32.0, 32], r"shape is \[32.0, 32\]"),
     (QUERY + "/shape", "32", "shape is '32'"),
-    (QUERY + "/shape", [], "is malformed"),
+    (QUERY + "/shape", [], r"shape is \(\); the form needs a matrix"),
     (VALUE + "/shape", [2**40, 2**40], "for shape"),
     (VALUE + "/shape", [2**70], "shape is"),
     (QUERY + "/gain", "much", "gain is 'much'"),
@@ -215,8 +215,10 @@ CHANGES: list[tuple[str, Any, str]] = [
     (QUERY + "/gate_up", None, "gate_up None"),
     (QUERY + "/shared", {"C": "pools/A"}, "has no tensor 'C'"),
     (OUTPUT + "/constants", [], "is malformed"),
-    (OUTPUT + "/constants/inner", "magnitude", "cannot stand inside a magnitude"),
-    (OUTPUT + "/constants/inner_gain", "much", "is malformed"),
+    (OUTPUT + "/constants/parts", {}, r"the parts are \[\]; they must be \['inner'\]"),
+    (OUTPUT + "/constants/parts/inner/form", "magnitude", "cannot stand inside a magnitude"),
+    (OUTPUT + "/constants/parts/inner/gain", "much", "the gain of a part is 'much'"),
+    (OUTPUT + "/constants/parts/inner/constants", {"parts": "x"}, "is malformed"),
     (DOWN + "/shared", {}, "is malformed"),
     (DOWN + "/shared/A", "pools/C", "has no tensor 'shared:pools/C'"),
     (DOWN + "/shared/A", "pools/B", "makes? an update of shape"),
@@ -230,6 +232,15 @@ def test_a_changed_manifest_is_refused(path: str, value: Any, complaint: str, de
     rewrite(delta, manifest)
     with pytest.raises(EspalierError, match=complaint):
         load(base, [delta])
+
+
+def test_a_magnitude_as_version_0_1_wrote_it_is_read(delta: Path) -> None:
+    written, manifest = store.load(delta), manifest_of(delta)
+    change(OUTPUT + "/constants", {"inner": "low_rank", "inner_gain": 0.25})(manifest)
+    rewrite(delta, manifest)
+    name = LAYER + "self_attn.o_proj.weight"
+    found, weight = store.load(delta).updates[name], randn(32, 32)
+    assert torch.equal(found.apply(weight), written.updates[name].apply(weight))
 
 
 def test_an_update_of_a_parameter_that_the_model_lacks_is_refused(delta: Path, base: Path) -> None:

@@ -219,7 +219,7 @@ def release_base(model: nn.Module) -> None:
     _prepare(model)
     for attachment in attachments(model).values():
         for slot in attachment.slots.values():
-            if not (slot.update().exact_at_one and slot.target.names):
+            if not (slot.update().ignores_base and slot.target.names):
                 continue
             empty = nn.Parameter(torch.empty_like(stored(model, slot.target.name), device="meta"), requires_grad=False)
             for alias in slot.target.names:

@@ -88,6 +88,16 @@ class Slot(nn.Module):
         self.__dict__["pool"] = pool  # owned by the root: not a child of this module
         self._cached: tuple[Any, Update] | None = None
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Slot:
+        """Move with the model; what is not trained keeps its dtype, for scales and stored values are exact as they are."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
     def update(self) -> Update:
         """The update that the tensors make now."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.pool is not None:
