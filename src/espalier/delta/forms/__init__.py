@@ -1,23 +1,40 @@
 """The forms of an update: small immutable objects of tensors, one per parameter. See ``update.py`` for the contract."""
 
+from espalier.delta.forms.block_affine import BlockAffine
+from espalier.delta.forms.combined import Chain, Sum
 from espalier.delta.forms.dense import Dense, Replace
+from espalier.delta.forms.diagonal import Diagonal
+from espalier.delta.forms.kronecker import Kronecker
 from espalier.delta.forms.low_rank import LowRank, Pooled
 from espalier.delta.forms.magnitude import Magnitude
+from espalier.delta.forms.permute import Permute
+from espalier.delta.forms.quantized import Quantized
 from espalier.delta.forms.sparse import Columns, Rows, Sparse
+from espalier.delta.forms.support import compact
+from espalier.delta.forms.ternary import Ternary
 from espalier.delta.forms.update import FORMS, Gain, Update, form, register_form, working_dtype
 
 __all__ = [
     "FORMS",
+    "BlockAffine",
+    "Chain",
     "Columns",
     "Dense",
+    "Diagonal",
     "Gain",
+    "Kronecker",
     "LowRank",
     "Magnitude",
+    "Permute",
     "Pooled",
+    "Quantized",
     "Replace",
     "Rows",
     "Sparse",
+    "Sum",
+    "Ternary",
     "Update",
+    "compact",
     "form",
     "register_form",
     "working_dtype",

@@ -95,10 +95,11 @@ def read_parts(
         if depth > DEEPEST:
             raise EspalierError(f"the update is nested more than {DEEPEST} levels deep")
     wanted = list(map(str, range(len(described)))) if names is None else list(names)
-    if not wanted or list(described) != wanted:
+    if not wanted or set(described) != set(wanted):
         raise EspalierError(f"the parts are {list(described)}; they must be {wanted or 'at least one'}")
     parts = {}
-    for name, part in described.items():
+    for name in wanted:
+        part = described[name]
         kind: Any = form(part["form"])
         if not (additive_in and kind.depends_on_base):
             kind = kind.from_tensors(_of(name, tensors), part["constants"], shape, _gain(part["gain"]))

@@ -14,8 +14,10 @@ from espalier.delta.forms.update import (
     expect,
     expect_shape,
     gain_like,
+    interpolate,
     is_one,
     register_form,
+    sets_integers,
     working_dtype,
 )
 from espalier.errors import EspalierError
@@ -106,10 +108,8 @@ class Replace(AtSupport):
     def _apply_integers(self, weight: torch.Tensor) -> torch.Tensor:
         if self.values.dtype != weight.dtype:
             raise EspalierError(f"values of {self.values.dtype} cannot be set in a weight of {weight.dtype}")
-        if float(self.gain) == 0.0:
+        if not sets_integers(self.gain, weight.dtype):
             return weight
-        if float(self.gain) != 1.0:
-            raise EspalierError(f"the gain is {float(self.gain)}; a weight of {weight.dtype} can only be set, with a gain of 1, or left, with 0")
         return self.values if self.ignores_base else put(weight, self.positions, self.values)
 
     def _mixed(self, weight: torch.Tensor) -> torch.Tensor:
@@ -117,7 +117,7 @@ class Replace(AtSupport):
         wide = weight.to(working_dtype(weight))
         if not self.ignores_base:
             wide = wide.reshape(-1)[self.positions]
-        return _lerp(wide, self.values.to(wide.dtype), self.gain).to(weight.dtype)
+        return interpolate(wide, self.values.to(wide.dtype), self.gain).to(weight.dtype)
 
     def linear(self, x: torch.Tensor, base: BaseWeight) -> torch.Tensor:
         plain = self.ignores_base and is_one(self.gain)
@@ -126,17 +126,10 @@ class Replace(AtSupport):
     def lookup(self, ids: torch.Tensor, base: BaseWeight) -> torch.Tensor:
         if self.ignores_base and is_one(self.gain):
             return functional.embedding(ids, self.values).to(base.dtype)
-        if self.ignores_base:
-            rows = base.rows(ids)
-            return _lerp(rows, embedding_rows(ids, self.values, rows), self.gain)
         rows = base.rows(ids)
+        if self.ignores_base:
+            return interpolate(rows, embedding_rows(ids, self.values, rows), self.gain)
         place, entry = entries_of_rows(self.positions, ids.flatten(), rows.shape[-1])
         values = self.values[entry].to(rows.dtype)
-        if not is_one(self.gain):
-            values = _lerp(rows.reshape(-1)[place], values, self.gain)
-        return rows.flatten().index_put((place,), values).reshape(rows.shape)
-
-
-def _lerp(start: torch.Tensor, end: torch.Tensor, gain: Gain) -> torch.Tensor:
-    """``start + gain * (end - start)``, exact at both ends."""
-    return torch.lerp(start, end, (gain if isinstance(gain, torch.Tensor) else torch.tensor(gain)).to(start))
+        flat = rows.flatten()
+        return flat.index_put((place,), interpolate(flat[place], values, self.gain)).reshape(rows.shape)

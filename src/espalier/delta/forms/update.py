@@ -213,6 +213,24 @@ def is_one(gain: Gain) -> bool:
     return isinstance(gain, float) and gain == 1.0
 
 
+def interpolate(old: torch.Tensor, new: torch.Tensor, gain: Gain) -> torch.Tensor:
+    """``old + gain * (new - old)``, exact at both ends."""
+    if is_one(gain):
+        return new
+    return torch.lerp(old, new, (gain if isinstance(gain, torch.Tensor) else torch.tensor(gain)).to(old))
+
+
+def sets_integers(gain: Gain, dtype: torch.dtype) -> bool:
+    """Whether a weight that is not floating point is set (a gain of 1) or left as it is (0).
+
+    Raises:
+        EspalierError: for any other gain.
+    """
+    if float(gain) not in (0.0, 1.0):
+        raise EspalierError(f"the gain is {float(gain)}; a weight of {dtype} can only be set, with a gain of 1, or left, with 0")
+    return float(gain) == 1.0
+
+
 def embedding_rows(ids: torch.Tensor, table: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Rows ``table[ids]`` in the dtype of ``like``."""
     return functional.embedding(ids, table).to(like.dtype)

@@ -1,0 +1,129 @@
+"""Sums of Kronecker products: the form of LoKr, and of additive updates that repeat a block."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from espalier.delta.base import BaseWeight
+from espalier.delta.forms.low_rank import LowRank
+from espalier.delta.forms.update import (
+    Gain,
+    Update,
+    embedding_rows,
+    expect,
+    gain_like,
+    matrix_shape,
+    register_form,
+    working_dtype,
+)
+from espalier.errors import EspalierError
+
+
+@register_form
+class Kronecker(Update):
+    """``gain * sum_t kron(A_t, B_t)`` with A (..., terms, a1, a2) and B (..., terms, b1, b2).
+
+    W is (a1 b1, a2 b2). A factor may itself be a product: with ``A_in`` (..., terms, r, a2) ``A`` is (..., terms,
+    a1, r) and stands for ``A A_in``; likewise ``B_in``. One term is LoKr (arXiv:2309.14859). A row of ones for A
+    repeats B along the input, the additive block update of MiSS (arXiv:2409.15371). ``shape`` is given for a
+    convolution.
+    """
+
+    form = "kronecker"
+    fields = ("A", "A_in", "B", "B_in")
+
+    def __init__(
+        self, A: torch.Tensor, B: torch.Tensor, gain: Gain = 1.0, *, A_in: torch.Tensor | None = None,
+        B_in: torch.Tensor | None = None, shape: tuple[int, ...] | None = None,
+    ) -> None:  # fmt: skip
+        self.A, self.A_in = A, A_in
+        self.B, self.B_in = B, B_in
+        self.gain = gain
+        (a1, a2), (b1, b2) = _sizes(A, A_in), _sizes(B, B_in)
+        self.shape = tuple(shape or (*A.shape[:-3], a1 * b1, a2 * b2))
+
+    @classmethod
+    def from_tensors(cls, tensors, constants, shape, gain):  # type: ignore[no-untyped-def]
+        *lead, outputs, inputs = matrix_shape(shape)
+        for name in "AB":
+            left, right = tensors[name], tensors.get(f"{name}_in")
+            if left.ndim != len(lead) + 3:
+                raise EspalierError(f"{name} has shape {tuple(left.shape)}; it must be ({', '.join(map(str, (*lead, 'terms', 'rows', 'columns')))})")
+            expect(name, left, (*lead, tensors["A"].shape[-3], *left.shape[-2:]))
+            if right is not None:
+                expect(f"{name}_in", right, (*left.shape[:-2], left.shape[-1], right.shape[-1] if right.ndim else 0))
+                if left.shape[-3] * left.shape[-2] * right.shape[-1] > outputs * inputs:
+                    raise EspalierError(f"{name} {tuple(left.shape)} and {name}_in multiplied out are larger than the parameter {tuple(shape)}")
+        made = cls(tensors["A"], tensors["B"], gain, A_in=tensors.get("A_in"), B_in=tensors.get("B_in"))
+        if made.shape != (*lead, outputs, inputs):
+            raise EspalierError(f"the factors make an update of shape {made.shape}; the parameter needs {tuple(shape)}")
+        made.shape = tuple(shape)
+        return made
+
+    def _factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B, each multiplied out; they are small beside W."""
+        A = self.A.to(dtype) if self.A_in is None else self.A.to(dtype) @ self.A_in.to(dtype)
+        B = self.B.to(dtype) if self.B_in is None else self.B.to(dtype) @ self.B_in.to(dtype)
+        return A, B
+
+    def _slice(self, start: int, stop: int) -> Update | None:
+        block = self.B.shape[-2]
+        if start % block == 0 and stop % block == 0:
+            return self._with_rows(stop - start, A=self.A[:, start // block : stop // block])
+        first = start // block
+        if stop > (first + 1) * block:
+            return None
+        A, B = self.A[:, first : first + 1], self.B[:, start - first * block : stop - first * block]
+        return self._with_rows(stop - start, A=A, B=B)
+
+    def low_rank(self) -> LowRank | None:
+        """Of rank ``terms * rank(A_t) * rank(B_t)`` as the factors are kept, where that is less than full."""
+        A, A_in = _split(self.A, self.A_in)
+        B, B_in = _split(self.B, self.B_in)
+        *_, outputs, inputs = matrix_shape(self.shape)
+        if self.A.shape[-3] * A.shape[-1] * B.shape[-1] >= min(outputs, inputs):
+            return None
+        left, right = _kron(A, B), _kron(A_in, B_in)  # (..., terms, out, r), (..., terms, r, in)
+        return LowRank(left.transpose(-3, -2).flatten(-2), right.flatten(-3, -2), self.gain, self.shape)
+
+    def materialize(self, weight: torch.Tensor) -> torch.Tensor:
+        A, B = self._factors(working_dtype(weight))
+        blocks = (A * self.gain).flatten(-2).transpose(-1, -2) @ B.flatten(-2)  # (..., a1 a2, b1 b2)
+        blocks = blocks.unflatten(-1, B.shape[-2:]).unflatten(-3, A.shape[-2:])
+        return blocks.transpose(-3, -2).reshape(self.shape)
+
+    def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        A, B = self._factors(x.dtype)
+        (terms, a1, a2), (b1, b2) = A.shape, B.shape[-2:]
+        hidden = functional.linear(x.unflatten(-1, (a2, b2)) * gain_like(self.gain, x), B.flatten(0, 1))
+        hidden = hidden.unflatten(-1, (terms, b1)).transpose(-3, -2).flatten(-3, -2)  # (..., terms a2, b1)
+        y = (A.transpose(0, 1).reshape(a1, terms * a2) @ hidden).flatten(-2)
+        return y if onto is None else onto + y
+
+    def lookup(self, ids: torch.Tensor, base: BaseWeight) -> torch.Tensor:
+        rows = base.rows(ids)
+        A, B = self._factors(rows.dtype)
+        (terms, _, a2), (b1, b2) = A.shape, B.shape[-2:]
+        a = embedding_rows(ids // b1, A.transpose(0, 1).flatten(1), rows).unflatten(-1, (terms, a2))
+        b = embedding_rows(ids % b1, B.transpose(0, 1).flatten(1), rows).unflatten(-1, (terms, b2))
+        return rows + (a.transpose(-1, -2) @ b).flatten(-2) * gain_like(self.gain, rows)
+
+
+def _sizes(factor: torch.Tensor, factor_in: torch.Tensor | None) -> tuple[int, int]:
+    return factor.shape[-2], (factor if factor_in is None else factor_in).shape[-1]
+
+
+def _split(factor: torch.Tensor, factor_in: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two factors of a factor, with a unit matrix where it is no product."""
+    if factor_in is not None:
+        return factor, factor_in
+    unit = torch.eye(min(factor.shape[-2:]), dtype=factor.dtype, device=factor.device)
+    unit = unit.expand(*factor.shape[:-2], *unit.shape)
+    return (unit, factor) if factor.shape[-2] < factor.shape[-1] else (factor, unit)
+
+
+def _kron(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """Kronecker products of the matrices in the last two dimensions."""
+    blocks = A[..., :, None, :, None] * B[..., None, :, None, :]
+    return blocks.flatten(-2).flatten(-3, -2)
