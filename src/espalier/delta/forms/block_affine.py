@@ -44,6 +44,7 @@ class BlockAffine(Update):
         self.shape = tuple(shape)
         self.side = side
         self.gain = gain
+        self._skipped = 0  # rows of the first block that a slice is without
 
     def constants(self) -> dict[str, Any]:
         return {"side": self.side}
@@ -63,11 +64,14 @@ class BlockAffine(Update):
         return self.B.shape[-1]
 
     def _slice(self, start: int, stop: int) -> Update | None:
-        if self.side == "input":
-            return self._with_rows(stop - start)
-        if start % self._block or stop % self._block:
+        if self.side == "output":
             return None
-        return self._with_rows(stop - start, B=self.B[start // self._block : stop // self._block])
+        part = self._with_rows(stop - start)
+        if self.side == "row":
+            first, skipped = divmod(start + self._skipped, self._block)
+            part = part.with_tensors({"B": self.B[first : -(-(stop + self._skipped) // self._block)]})
+            part._skipped = skipped  # type: ignore[attr-defined]
+        return part
 
     def materialize(self, weight: torch.Tensor) -> torch.Tensor:
         wide = as_matrix(weight.to(working_dtype(weight)))
@@ -78,9 +82,12 @@ class BlockAffine(Update):
         elif self.side == "output":
             mapped = (B @ wide.unflatten(-2, (-1, self._block))).flatten(-3, -2)
         else:
-            blocks = wide.unflatten(-2, (-1, self._block)).unflatten(-1, (-1, self._block))  # (..., i, r, j, r)
+            rows = wide.shape[-2]
+            missing = B.shape[-3] * self._block - rows - self._skipped
+            whole = functional.pad(wide, (0, 0, self._skipped, missing))
+            blocks = whole.unflatten(-2, (-1, self._block)).unflatten(-1, (-1, self._block))  # (..., i, r, j, r)
             mapped = (blocks.flatten(-3, -2) @ B).view(blocks.shape) + B.unsqueeze(-2)
-            mapped = mapped.flatten(-2).flatten(-3, -2)
+            mapped = mapped.flatten(-2).flatten(-3, -2).narrow(-2, self._skipped, rows)
         return mapped.reshape(weight.shape)
 
     def _map(self, x: torch.Tensor) -> torch.Tensor:
@@ -98,7 +105,7 @@ class BlockAffine(Update):
 
     def lookup(self, ids: torch.Tensor, base: BaseWeight) -> torch.Tensor:
         rows, B = base.rows(ids), self.B.to(base.dtype)
-        block, within = ids // self._block, ids % self._block
+        block, within = (ids + self._skipped) // self._block, (ids + self._skipped) % self._block
         blocks = rows.unflatten(-1, (-1, self._block)) if self.side != "output" else rows
         if self.side == "input":
             mapped = torch.einsum("...nr,nrs->...ns", blocks, B).flatten(-2)

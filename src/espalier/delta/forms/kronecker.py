@@ -6,11 +6,11 @@ import torch
 from torch.nn import functional
 
 from espalier.delta.base import BaseWeight
+from espalier.delta.forms.dense import Dense
 from espalier.delta.forms.low_rank import LowRank
 from espalier.delta.forms.update import (
     Gain,
     Update,
-    embedding_rows,
     expect,
     gain_like,
     matrix_shape,
@@ -68,14 +68,9 @@ class Kronecker(Update):
         return A, B
 
     def _slice(self, start: int, stop: int) -> Update | None:
-        block = self.B.shape[-2]
-        if start % block == 0 and stop % block == 0:
-            return self._with_rows(stop - start, A=self.A[:, start // block : stop // block])
-        first = start // block
-        if stop > (first + 1) * block:
-            return None
-        A, B = self.A[:, first : first + 1], self.B[:, start - first * block : stop - first * block]
-        return self._with_rows(stop - start, A=A, B=B)
+        A, B = self._factors(working_dtype(self.A, self.B))  # rows need not begin with a block: they are made
+        rows = torch.arange(start, stop, device=A.device)
+        return Dense(_rows(A, B, rows).reshape(stop - start, *self.shape[1:]), self.gain)
 
     def low_rank(self) -> LowRank | None:
         """Of rank ``terms * rank(A_t) * rank(B_t)`` as the factors are kept, where that is less than full."""
@@ -104,10 +99,15 @@ class Kronecker(Update):
     def lookup(self, ids: torch.Tensor, base: BaseWeight) -> torch.Tensor:
         rows = base.rows(ids)
         A, B = self._factors(rows.dtype)
-        (terms, _, a2), (b1, b2) = A.shape, B.shape[-2:]
-        a = embedding_rows(ids // b1, A.transpose(0, 1).flatten(1), rows).unflatten(-1, (terms, a2))
-        b = embedding_rows(ids % b1, B.transpose(0, 1).flatten(1), rows).unflatten(-1, (terms, b2))
-        return rows + (a.transpose(-1, -2) @ b).flatten(-2) * gain_like(self.gain, rows)
+        return rows + _rows(A, B, ids) * gain_like(self.gain, rows)
+
+
+def _rows(A: torch.Tensor, B: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of the sum of the products of A (terms, a1, a2) and B (terms, b1, b2), (..., a2 b2) for ids of any shape."""
+    block = B.shape[-2]
+    a = functional.embedding(ids // block, A.transpose(0, 1).flatten(1)).unflatten(-1, (A.shape[0], A.shape[-1]))
+    b = functional.embedding(ids % block, B.transpose(0, 1).flatten(1)).unflatten(-1, (B.shape[0], B.shape[-1]))
+    return (a.transpose(-1, -2) @ b).flatten(-2)
 
 
 def _sizes(factor: torch.Tensor, factor_in: torch.Tensor | None) -> tuple[int, int]:

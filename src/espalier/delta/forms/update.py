@@ -120,7 +120,8 @@ class Update:
             stop: row after the last, at most ``shape[0]``.
 
         Returns:
-            ``None`` where these rows of the updated weight need other rows of the base.
+            ``None`` where rows of the updated weight need other rows of the base; which rows are asked for does not
+            change that.
         """
         return None if len(self.shape) == 3 else self._slice(start, stop)
 
@@ -240,7 +241,8 @@ def linear_onto(x: torch.Tensor, weight: torch.Tensor, onto: torch.Tensor | None
     """``x @ weight.T`` added to ``onto`` in one pass over it."""
     if onto is None:
         return functional.linear(x, weight)
-    flat = torch.addmm(onto.reshape(-1, onto.shape[-1]), x.reshape(-1, x.shape[-1]), weight.t())
+    rows = x.shape[:-1].numel()  # not -1: there may be no columns
+    flat = torch.addmm(onto.reshape(rows, onto.shape[-1]), x.reshape(rows, x.shape[-1]), weight.t())
     return flat.reshape(onto.shape)
 
 
