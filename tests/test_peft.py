@@ -18,7 +18,7 @@ from espalier.attach.load import load, load_model
 from espalier.checkpoint.directory import ModelDirectory
 from espalier.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from espalier.errors import EspalierError
-from espalier.exchange.peft_lora import import_lora
+from espalier.exchange.peft_import import import_adapter
 from espalier.exchange.save import save
 from espalier.verbs.apply import apply
 from espalier.verbs.convert import convert
@@ -303,13 +303,13 @@ def test_an_adapter_that_holds_another_embedding_than_the_base_is_refused(tmp_pa
     _, adapter = adapter_of(base, tmp_path, target_modules=["embed_tokens"])
     directory = ModelDirectory(base)
     targets = {t.name: t for t in parameters(tiny("llama"))}
-    assert set(import_lora(adapter, targets, directory).updates) == {"model.embed_tokens.weight"}
+    assert set(import_adapter(adapter, targets, directory).updates) == {"model.embed_tokens.weight"}
     tensors = read_safetensors(adapter / "adapter_model.safetensors")
     name = "base_model.model.model.embed_tokens.base_layer.weight"
     for changed in (tensors[name] + 1, torch.zeros(98, 32)):
         write_safetensors(adapter / "adapter_model.safetensors", {**tensors, name: changed})
         with pytest.raises(EspalierError, match=r"holds another model\.embed_tokens\.weight than the base"):
-            import_lora(adapter, targets, directory)
+            import_adapter(adapter, targets, directory)
 
 
 CORRUPTED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

@@ -1,4 +1,4 @@
-"""Deltas to PEFT's LoRA files, and back."""
+"""Deltas to PEFT's LoRA files: exactly where an update is of low rank, by truncated SVD where one asks for it."""
 
 from __future__ import annotations
 
@@ -8,83 +8,101 @@ from typing import Any
 
 import torch
 
-from espalier.anatomy.layout import locate
 from espalier.anatomy.target import Target
 from espalier.checkpoint import peft_adapter
-from espalier.checkpoint.directory import ModelDirectory
 from espalier.checkpoint.peft_adapter import Factors
-from espalier.delta.forms import LowRank, Magnitude, Update
-from espalier.delta.store import Delta, Layout
-from espalier.errors import EspalierError
+from espalier.delta.forms import Magnitude, Update
+from espalier.delta.store import Delta
+from espalier.errors import EspalierError, at_least
 
 
-def _factors(update: Update, target: Target) -> Factors | str:
-    """The factors of an update, or why PEFT cannot hold it as LoRA."""
+def _factors(update: Update, target: Target, rank: int | None) -> tuple[Factors, float] | str:
+    """The factors of an update and their relative error, or why PEFT cannot hold it as LoRA."""
     if len(target.names) > 1:
         return f"{target.name} is tied, and PEFT adapts only one side of a tie"
     if len(target.shape) != 2 or target.route not in ("linear", "lookup"):
         return f"{target.name} is no plain matrix of a Linear or Embedding"
-    if isinstance(update, LowRank):
-        return Factors(update.A, update.B, float(update.gain), is_embedding=target.route == "lookup")
-    if isinstance(update, Magnitude) and isinstance(update.inner, LowRank) and target.route == "linear":
-        return Factors(update.inner.A, update.inner.B, float(update.inner.gain), update.magnitude)
-    return f"the form of {target.name} is {update.form}"
+    magnitude, inner = None, update
+    if isinstance(update, Magnitude) and target.route == "linear" and float(update.gain) == 1.0:
+        magnitude, inner = update.magnitude, update.inner
+    error = 0.0
+    factors = inner.low_rank()
+    if factors is not None:
+        A, B, gain = factors.A, factors.B, float(factors.gain)
+    elif rank is None or inner.depends_on_base:
+        return f"the form of {target.name} is {update.form}" + ("" if inner.depends_on_base else ", of no low rank; give a rank to truncate it to")
+    else:
+        B, A, error = _truncated(inner, rank)
+        gain = 1.0
+    return Factors(A, B, gain, magnitude, target.route == "lookup"), error
+
+
+def _truncated(update: Update, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The nearest B (out, rank) and A (rank, in), and the relative error of their product in the Frobenius norm."""
+    dense = update.materialize(torch.zeros(()).expand(update.shape))  # additive: the weight gives no more than its shape
+    U, s, V = torch.linalg.svd(dense.float(), full_matrices=False)
+    root = s[:rank].sqrt()
+    total = float(torch.linalg.vector_norm(s))
+    error = float(torch.linalg.vector_norm(s[rank:])) / total if total else 0.0
+    return (U[:, :rank] * root).contiguous(), (root[:, None] * V[:rank]).contiguous(), error
+
+
+def _all_factors(delta: Delta, targets: Mapping[str, Target], rank: int | None) -> tuple[dict[str, Factors], dict[str, float]] | str:
+    factors, errors = {}, {}
+    for name, update in delta.updates.items():
+        made = _factors(update, targets[name], rank)
+        if isinstance(made, str):
+            return made
+        factors[name.removesuffix(".weight")], errors[name] = made
+    if len({f.magnitude is None for f in factors.values()}) > 1:
+        return "only some of its parts have a magnitude"
+    return factors, errors
+
+
+def _write(folder: Path, factors: dict[str, Factors], base: str, model: Any) -> None:
+    modules = [name for name, module in model.named_modules() if hasattr(module, "weight")]
+    peft_adapter.write(folder, factors, base, modules)
 
 
 def export(folder: Path, delta: Delta, targets: Mapping[str, Target], base: str, model: Any) -> str | None:
-    """Write PEFT's files beside a delta's where it is plain LoRA or DoRA; else say why not.
+    """Write PEFT's files beside a delta's where LoRA or DoRA holds it exactly; else say why not.
 
     Returns:
         ``None`` when written, or the reason why PEFT cannot hold this delta as it is.
     """
-    factors: dict[str, Factors] = {}
-    for name, update in delta.updates.items():
-        made = _factors(update, targets[name])
-        if isinstance(made, str):
-            return made
-        factors[name.removesuffix(".weight")] = made
-    if len({f.magnitude is None for f in factors.values()}) > 1:
-        return "only some of its parts have a magnitude"
-    modules = [name for name, module in model.named_modules() if hasattr(module, "weight")]
-    peft_adapter.write(folder, factors, base, modules)
+    made = _all_factors(delta, targets, None)
+    if isinstance(made, str):
+        return made
+    _write(folder, made[0], base, model)
     return None
 
 
-def import_lora(folder: Path, parameters: Mapping[str, Target], base: ModelDirectory) -> Delta:
-    """A PEFT LoRA (or DoRA) adapter as a delta of a model with these parameters.
+def export_lora(
+    folder: Path, delta: Delta, targets: Mapping[str, Target], base: str, model: Any, rank: int | None = None
+) -> dict[str, float]:
+    """Write a delta as a PEFT LoRA directory.
 
-    PEFT stores a copy of an embedding or head that it adapts; it is left out, and must be that of ``base``.
+    Columns, rows, shared pools and sums of them have exact factors. With ``rank``, an additive update that has none is
+    truncated to its nearest of that rank.
+
+    Args:
+        folder: gets adapter_config.json and adapter_model.safetensors; made when missing.
+        targets: the model's parameters, by name.
+        base: name or path of the base model, as PEFT records it.
+        model: the model, which may be empty, for the names of its modules.
+        rank: of truncated updates, at least 1; ``None`` refuses them.
+
+    Returns:
+        Parameter -> relative error of its update in the Frobenius norm; 0 where it is exact.
 
     Raises:
-        EspalierError: when it is no plain LoRA, or does not fit the model.
+        EspalierError: when PEFT cannot hold an update as LoRA, naming it.
     """
-    factors, config = peft_adapter.read(folder)
-    aliases = {alias: target for target in parameters.values() for alias in target.names}
-    updates: dict[str, Update] = {}
-    layouts: dict[str, Layout] = {}
-    for module, f in factors.items():
-        target = aliases.get(f"{module}.weight")
-        if target is None:
-            raise EspalierError(f"{folder} adapts {module!r}, which the model does not have")
-        update: Update = LowRank(f.B.contiguous(), f.A.contiguous(), f.gain)
-        if f.magnitude is not None:
-            update = Magnitude(f.magnitude.reshape(-1), update)
-        if tuple(update.shape) != target.shape:
-            raise EspalierError(f"{folder}: the update of {module} is for shape {update.shape}; the model's is {target.shape}")
-        if len(target.names) > 1:
-            raise EspalierError(
-                f"{folder} adapts {module}, one side of the tie {' = '.join(target.names)}; PEFT leaves the other side alone, "
-                "which a tied model cannot hold"
-            )
-        if f.base is not None and not _is_base(f.base, target, base):
-            raise EspalierError(f"{folder} holds another {target.name} than the base; it was made for another model, or changed it")
-        updates[target.name], layouts[target.name] = update, Layout.of(target)
-    manifest = {"method": "dora" if config.get("use_dora") else "lora", "hyperparameters": {"rank": config.get("r")}}
-    return Delta(updates, layouts, manifest)
-
-
-def _is_base(copy: torch.Tensor, target: Target, base: ModelDirectory) -> bool:
-    if tuple(copy.shape) != target.shape:
-        return False
-    stored = base.read(locate(target.name, target.names, None, base)[0].names[0])
-    return torch.equal(stored.to(copy.dtype), copy.T if target.transposed else copy)
+    if rank is not None:
+        at_least("rank", rank, 1)
+    made = _all_factors(delta, targets, rank)
+    if isinstance(made, str):
+        raise EspalierError(f"PEFT cannot hold this delta as LoRA: {made}")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder, made[0], base, model)
+    return made[1]

@@ -29,7 +29,8 @@ def convert(adapter: str, out: str, *, model: str | None = None, quiet: bool = F
     from espalier.delta import store
     from espalier.display import Display
     from espalier.errors import EspalierError
-    from espalier.exchange.peft_lora import export, import_lora
+    from espalier.exchange.peft_import import import_adapter
+    from espalier.exchange.peft_lora import export
     from espalier.memory.meter import format_bytes
 
     display = Display(quiet)
@@ -44,7 +45,7 @@ def convert(adapter: str, out: str, *, model: str | None = None, quiet: bool = F
     directory = ModelDirectory(resolve_model(named))
     live = empty_model(directory.path)
     targets = {t.name: t for t in parameters(live)}
-    delta = import_lora(folder, targets, directory)
+    delta = import_adapter(folder, targets, directory)
     delta.manifest["base"] = {"name": str(named), "fingerprint": directory.fingerprint(), "model_type": live.config.model_type}
     delta.manifest["training"] = {"imported_from": str(folder)}
     card = f"---\nlibrary_name: espalier\nbase_model: {named}\n---\n\n# A delta of {named}\n\nImported from the PEFT adapter `{folder}`.\n"
