@@ -19,9 +19,21 @@ from espalier.anatomy.layout import locate
 from espalier.anatomy.target import Target
 from espalier.checkpoint.directory import ModelDirectory
 from espalier.checkpoint.peft_adapter import TENSORS, Adapter, expect_sizes, read
-from espalier.delta.forms import BlockAffine, Chain, Dense, Diagonal, Kronecker, LowRank, Magnitude, Permute, Replace, Sparse, Update
+from espalier.delta.forms import (
+    BlockAffine,
+    Chain,
+    Dense,
+    Diagonal,
+    Kronecker,
+    LowRank,
+    Magnitude,
+    Permute,
+    Replace,
+    Sparse,
+    Update,
+)
 from espalier.delta.forms.support import compact
-from espalier.delta.forms.update import as_matrix, matrix_shape
+from espalier.delta.forms.update import matrix_shape
 from espalier.delta.store import Delta, Layout
 from espalier.errors import EspalierError
 
@@ -426,8 +438,8 @@ def import_adapter(folder: Path, parameters: Mapping[str, Target], base: ModelDi
         _put_copy(adapter, name, copy, aliases, base, found, put)
     updates: dict[str, Update] = {}
     for name, sides in found.items():
-        if (update := _of_tie(folder, parameters[name], sides, base)) is not None:
-            updates[name] = update
+        if (one := _of_tie(folder, parameters[name], sides, base)) is not None:
+            updates[name] = one
     if not updates:
         raise EspalierError(f"{folder / TENSORS} changes nothing in the base")
     method = "dora" if adapter.kind == "LORA" and adapter.config.get("use_dora") else adapter.kind.lower()

@@ -11,13 +11,18 @@ import torch
 from espalier.anatomy.target import Target
 from espalier.checkpoint import peft_adapter
 from espalier.checkpoint.peft_adapter import Factors
-from espalier.delta.forms import Magnitude, Update
+from espalier.delta.forms import LowRank, Magnitude, Update
 from espalier.delta.store import Delta
 from espalier.errors import EspalierError, at_least
 
+_WHY = {
+    True: ", which depends on the base: LoRA only adds",
+    False: ", which has no exact factors of less than full rank; give a rank to truncate it to",
+}
 
-def _factors(update: Update, target: Target, rank: int | None) -> tuple[Factors, float] | str:
-    """The factors of an update and their relative error, or why PEFT cannot hold it as LoRA."""
+
+def _factors(update: Update, target: Target, rank: int | None, plain: bool) -> tuple[Factors, float] | str:
+    """The factors of an update and their relative error, or why PEFT cannot hold it; ``plain``: only as it is kept."""
     if len(target.names) > 1:
         return f"{target.name} is tied, and PEFT adapts only one side of a tie"
     if len(target.shape) != 2 or target.route not in ("linear", "lookup"):
@@ -26,11 +31,11 @@ def _factors(update: Update, target: Target, rank: int | None) -> tuple[Factors,
     if isinstance(update, Magnitude) and target.route == "linear" and float(update.gain) == 1.0:
         magnitude, inner = update.magnitude, update.inner
     error = 0.0
-    factors = inner.low_rank()
+    factors = inner.low_rank() if isinstance(inner, LowRank) or not plain else None
     if factors is not None:
         A, B, gain = factors.A, factors.B, float(factors.gain)
     elif rank is None or inner.depends_on_base:
-        return f"the form of {target.name} is {update.form}" + ("" if inner.depends_on_base else ", of no low rank; give a rank to truncate it to")
+        return f"the form of {target.name} is {update.form}" + ("" if plain else _WHY[inner.depends_on_base])
     else:
         B, A, error = _truncated(inner, rank)
         gain = 1.0
@@ -47,10 +52,10 @@ def _truncated(update: Update, rank: int) -> tuple[torch.Tensor, torch.Tensor, f
     return (U[:, :rank] * root).contiguous(), (root[:, None] * V[:rank]).contiguous(), error
 
 
-def _all_factors(delta: Delta, targets: Mapping[str, Target], rank: int | None) -> tuple[dict[str, Factors], dict[str, float]] | str:
+def _all_factors(delta: Delta, targets: Mapping[str, Target], rank: int | None, plain: bool = False) -> tuple[dict[str, Factors], dict[str, float]] | str:
     factors, errors = {}, {}
     for name, update in delta.updates.items():
-        made = _factors(update, targets[name], rank)
+        made = _factors(update, targets[name], rank, plain)
         if isinstance(made, str):
             return made
         factors[name.removesuffix(".weight")], errors[name] = made
@@ -65,12 +70,12 @@ def _write(folder: Path, factors: dict[str, Factors], base: str, model: Any) -> 
 
 
 def export(folder: Path, delta: Delta, targets: Mapping[str, Target], base: str, model: Any) -> str | None:
-    """Write PEFT's files beside a delta's where LoRA or DoRA holds it exactly; else say why not.
+    """Write PEFT's files beside a delta's where it is plain LoRA or DoRA, as it is kept; else say why not.
 
     Returns:
         ``None`` when written, or the reason why PEFT cannot hold this delta as it is.
     """
-    made = _all_factors(delta, targets, None)
+    made = _all_factors(delta, targets, None, plain=True)
     if isinstance(made, str):
         return made
     _write(folder, made[0], base, model)
