@@ -167,7 +167,7 @@ _COMMON = (
 _CHANGED_BASES = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Starts of ``init_lora_weights`` for which PEFT changes the base itself when it makes or loads the adapter."""
 _PLAIN = re.compile(r"[\w.-]+")
-_TAME = re.compile(r"\^?(?:(?:[\w.-]|\\[.dw]|\[[^\]\[\\]{1,40}\])[*+?]?|\((?!\?)[\w.|-]+\))+\$?")
+_TAME = re.compile(r"\^?(?:(?:[\w.-]|\\[.dw]|\[[^\]\[\\]{1,40}\])[*+?]?|\((?!\?)[\w.|-]+\)|\|)+\$?")
 _LONGEST, _MOST = 300, 64
 
 
@@ -229,7 +229,10 @@ class Adapter:
     def _matches(self, key: str, pattern: str, module: str) -> bool:
         """As PEFT matches, where that cannot take long: the end of the name, from a dot on."""
         if _PLAIN.fullmatch(pattern):
-            return f".{module}".endswith(f".{pattern}")
+            whole, size = f".{module}", len(pattern)
+            if len(whole) <= size or whole[-size - 1] != ".":
+                return False
+            return all(a in (".", b) for a, b in zip(pattern, whole[-size:], strict=True))  # a dot stands for any character
         repeats = pattern.count("*") + pattern.count("+")
         if len(pattern) > _LONGEST or repeats > 2 or not _TAME.fullmatch(pattern) or len(self._patterns(key)) > _MOST + len(self.modules):
             raise EspalierError(

@@ -35,7 +35,7 @@ from espalier.delta.forms import (
 from espalier.delta.forms.support import compact
 from espalier.delta.forms.update import matrix_shape
 from espalier.delta.store import Delta, Layout
-from espalier.errors import EspalierError
+from espalier.errors import EspalierError, at_least
 
 
 @dataclass
@@ -138,6 +138,7 @@ def adalora(part: Part) -> Updates:
     adapter = part.adapter
     # PEFT divides by the rank that the layer began with, plus 1e-5
     start = adapter.number("init_r", 12)
+    at_least(f"{adapter.path}: init_r", start, 1)
     alpha = adapter.number_of("lora_alpha", "alpha_pattern", part.module, 8)
     return {"weight": _product(part, B, A.float() * E.float(), (alpha if alpha > 0 else start) / (start + 1e-5))}
 
@@ -145,8 +146,7 @@ def adalora(part: Part) -> Updates:
 def _lycoris_gain(part: Part, rank: int | None) -> float:
     adapter = part.adapter
     r = rank or adapter.number_of("r", "rank_pattern", part.module, 8)
-    if r < 1:
-        raise EspalierError(f"{adapter.path}: r of {part.module} is {r}; it must be at least 1")
+    at_least(f"{adapter.path}: r of {part.module}", r, 1)
     return adapter.number_of("alpha", "alpha_pattern", part.module, 8) / r
 
 
