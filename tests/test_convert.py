@@ -166,7 +166,7 @@ def test_integers_and_tensors_set_as_a_whole_stay_and_their_files_come_along(tmp
 def test_converting_a_delta_needs_a_form_and_an_adapter_none(lora: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(EspalierError, match=r"is already a delta; say which form it shall have: --to lora"):
         espalier.convert(str(lora[1]), str(tmp_path / "out"), quiet=True)
-    with pytest.raises(EspalierError, match="is no delta"):
+    with pytest.raises(EspalierError, match="is neither a delta"):
         espalier.convert(str(tmp_path), str(tmp_path / "out"), to="lora", quiet=True)
     with pytest.raises(EspalierError, match="already exists"):
         espalier.convert(str(lora[1]), str(lora[0]), to="lora", quiet=True)

@@ -18,7 +18,7 @@ from espalier.attach.load import load, load_model
 from espalier.checkpoint.directory import ModelDirectory
 from espalier.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from espalier.errors import EspalierError
-from espalier.exchange.peft_lora import import_lora
+from espalier.exchange.peft_import import import_adapter
 from espalier.exchange.save import save
 from espalier.verbs.apply import apply
 from espalier.verbs.convert import convert
@@ -141,8 +141,11 @@ def test_peft_loads_what_we_write_as_it_is(family: str, method: str, targets: st
         assert adapted == {name.removesuffix(".weight") for name in attachments(model)[method].slots}
     torch.testing.assert_close(logits(theirs), logits(model), **TOLERANCE)
     assert not torch.allclose(logits(model), logits(load_model(base)), atol=0.1)
-    # and a delta that was imported from it is the same delta
-    convert(str(tmp_path / "delta"), str(tmp_path / "again"), model=str(base), quiet=True)
+    # and a delta that was imported from PEFT's two files is the same delta
+    (tmp_path / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(tmp_path / "delta" / name, tmp_path / "adapter" / name)
+    convert(str(tmp_path / "adapter"), str(tmp_path / "again"), model=str(base), quiet=True)
     torch.testing.assert_close(logits(load(base, [tmp_path / "again"])), logits(model), rtol=1e-6, atol=1e-6)
 
 
@@ -233,19 +236,14 @@ def test_magnitudes_are_read_under_both_names_that_peft_has_used(tmp_path: Path)
     torch.testing.assert_close(logits(load(base, [tmp_path / "delta"])), logits(theirs), **TOLERANCE)
 
 
-# what is no plain LoRA is refused, with one message
+# what is more than a delta can hold is refused, with one message
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "modules_to_save": ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\].*plain LoRA and DoRA only"),
-    "biases": ({"bias": "all"}, "bias is 'all'.*plain LoRA and DoRA only"),
-    "biases of adapted layers": ({"bias": "lora_only"}, "bias is 'lora_only'"),
-    "biases of the factors": ({"lora_bias": True}, "lora_bias is True"),
-    "replicated layers": ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication is"),
-    "trained tokens": ({"trainable_token_indices": [3, 4]}, "trainable_token_indices is"),
+    "replicated layers": ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication is .*which this version does not import for LORA"),
     "an activated LoRA": ({"alora_invocation_tokens": [5]}, r"alora_invocation_tokens is \[5\]"),
     "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changed the base.*path_initial_model"),
     "OLoRA": ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora', which changed the base"),
-    "DoRA on an embedding": ({"use_dora": True, "target_modules": ["embed_tokens"]}, "the magnitude of model.embed_tokens is of an embedding"),
+    "biases of B where the layer has none": ({"lora_bias": True}, "has a bias of B, but the model's layer has none"),
 }
 
 
@@ -257,14 +255,6 @@ def test_an_adapter_is_refused_that_has(what: str, tmp_path: Path) -> None:
     with pytest.raises(EspalierError, match=complaint):
         convert(str(adapter), str(tmp_path / "delta"), model=str(base), quiet=True)
     assert not (tmp_path / "delta").exists()
-
-
-def test_another_kind_of_adapter_is_refused(tmp_path: Path) -> None:
-    base = base_of("llama", tmp_path)
-    made = quietly(peft.get_peft_model, load_model(base), peft.LoHaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    quietly(made.save_pretrained, tmp_path / "adapter")
-    with pytest.raises(EspalierError, match="peft_type is 'LOHA'; this version imports LORA"):
-        convert(str(tmp_path / "adapter"), str(tmp_path / "delta"), model=str(base), quiet=True)
 
 
 def test_a_pickled_adapter_is_refused_and_never_opened(tmp_path: Path) -> None:
@@ -288,7 +278,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     _, adapter = adapter_of(base, tmp_path)
     for family, overrides, complaint in (
         ("gpt2", {}, "which the model does not have"),
-        ("llama", {"intermediate_size": 40}, r"is for shape .*; the model's is"),
+        ("llama", {"intermediate_size": 40}, r"is torch.float32 of shape .*; the model needs"),
         ("llama", {"num_hidden_layers": 1}, r"'model\.layers\.1\..*', which the model does not have"),
     ):
         shutil.rmtree(tmp_path / "other", ignore_errors=True)
@@ -303,27 +293,27 @@ def test_an_adapter_that_holds_another_embedding_than_the_base_is_refused(tmp_pa
     _, adapter = adapter_of(base, tmp_path, target_modules=["embed_tokens"])
     directory = ModelDirectory(base)
     targets = {t.name: t for t in parameters(tiny("llama"))}
-    assert set(import_lora(adapter, targets, directory).updates) == {"model.embed_tokens.weight"}
+    assert set(import_adapter(adapter, targets, directory).updates) == {"model.embed_tokens.weight"}
     tensors = read_safetensors(adapter / "adapter_model.safetensors")
     name = "base_model.model.model.embed_tokens.base_layer.weight"
     for changed in (tensors[name] + 1, torch.zeros(98, 32)):
         write_safetensors(adapter / "adapter_model.safetensors", {**tensors, name: changed})
         with pytest.raises(EspalierError, match=r"holds another model\.embed_tokens\.weight than the base"):
-            import_lora(adapter, targets, directory)
+            import_adapter(adapter, targets, directory)
 
 
 CORRUPTED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "no B": ({}, {"lora_B.weight": None}, "lacks one of its two LoRA matrices"),
-    "factors of two ranks": ({}, {"lora_A.weight": torch.zeros(4, 32)}, r"the factors of .* are torch\.float32 \(4, 32\) and"),
-    "a flat factor": ({}, {"lora_A.weight": torch.zeros(96)}, "lacks one of its two LoRA matrices"),
-    "factors of integers": ({}, {"lora_A.weight": torch.zeros(3, 32, dtype=torch.int32)}, r"are torch\.int32"),
+    "no B": ({}, {"lora_B.weight": None}, r"q_proj has no lora_B\.weight"),
+    "factors of two ranks": ({}, {"lora_A.weight": torch.zeros(4, 32)}, r"lora_B\.weight is .*\(32, 3\); the model needs .*\(32, 4\)"),
+    "a flat factor": ({}, {"lora_A.weight": torch.zeros(96)}, r"lora_A\.weight is .*\(96,\); the model needs .*\(any, 32\)"),
+    "factors of integers": ({}, {"lora_A.weight": torch.zeros(3, 32, dtype=torch.int32)}, r"lora_A\.weight is torch\.int32"),
     "factors of no rank": ({}, {"lora_A.weight": torch.zeros(0, 32), "lora_B.weight": torch.zeros(32, 0)}, r"\(0, 32\)"),
-    "another tensor": ({}, {"lora_C.weight": torch.zeros(1)}, "which is no factor of a plain LoRA"),
-    "a magnitude of another size": ({}, {"lora_magnitude_vector": torch.zeros(31)}, "has 31 numbers"),
-    "an alpha that is a word": ({"lora_alpha": "big"}, {}, "lora_alpha or alpha_pattern of .* cannot be read"),
-    "an alpha that is no number": ({"lora_alpha": float("nan")}, {}, "lora_alpha or alpha_pattern of .* is nan"),
-    "a pattern that is none": ({"alpha_pattern": {"(": 3}}, {}, "lora_alpha or alpha_pattern of .* cannot be read"),
-    "patterns in a list": ({"alpha_pattern": ["q_proj"]}, {}, "lora_alpha or alpha_pattern of .* cannot be read"),
+    "another tensor": ({}, {"lora_C.weight": torch.zeros(1)}, "which is no tensor of a LORA adapter, nor of the model"),
+    "a magnitude of another size": ({}, {"lora_magnitude_vector": torch.zeros(31)}, r"lora_magnitude_vector is .*\(31,\)"),
+    "an alpha that is a word": ({"lora_alpha": "big"}, {}, "lora_alpha is 'big'; it must be a finite number"),
+    "an alpha that is no number": ({"lora_alpha": float("nan")}, {}, "lora_alpha is nan; it must be a finite number"),
+    "a pattern that is none": ({"alpha_pattern": {"(": 3}}, {}, r"alpha_pattern has the pattern '\('"),
+    "patterns in a list": ({"alpha_pattern": ["q_proj"]}, {}, r"alpha_pattern is \['q_proj'\]; it must map names"),
 }
 
 
@@ -344,7 +334,7 @@ def test_a_corrupted_adapter_is_refused_that_has(what: str, tmp_path: Path) -> N
 def test_convert_refuses_what_is_no_adapter_and_to_overwrite(tmp_path: Path) -> None:
     base = base_of("llama", tmp_path)
     _, adapter = adapter_of(base, tmp_path)
-    with pytest.raises(EspalierError, match=r"has no adapter_config\.json; convert imports PEFT adapters"):
+    with pytest.raises(EspalierError, match=r"is neither a delta .* nor a PEFT adapter"):
         convert(str(base), str(tmp_path / "delta"), quiet=True)
     convert(str(adapter), str(tmp_path / "delta"), quiet=True)
     with pytest.raises(EspalierError, match="already exists"):

@@ -272,7 +272,7 @@ def make(name: str, role: str, **hyperparameters: Any) -> Any:
     known = [h.name for h in info.hyperparameters]
     for option in hyperparameters:
         if option not in known:
-            owners = [m.name for m in methods() if option in [h.name for h in m.hyperparameters]]
+            owners = [m.name for m in methods() if m.role == role and option in [h.name for h in m.hyperparameters]]
             belongs = f" (it belongs to {', '.join(owners)})" if owners else suggestion(option, known)
             raise EspalierError(f"{option} is no option of {name}{belongs}; {name} has: {', '.join(known) or 'none'}")
     method = load(info)

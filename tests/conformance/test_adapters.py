@@ -15,7 +15,7 @@ import pytest
 import torch
 from families import config, tiny
 
-from espalier import registry
+from espalier import apply, registry
 from espalier.anatomy.target import Target
 from espalier.attach.attachment import Attachment, attach, attachments, detach, stored, trainable_parameters
 from espalier.attach.load import load, put_on
@@ -23,7 +23,6 @@ from espalier.checkpoint.directory import ModelDirectory
 from espalier.delta import store
 from espalier.delta.base import DenseBase, product
 from espalier.delta.forms import Update
-from espalier.exchange.materialize import write_model
 from espalier.exchange.save import save
 from espalier.kernels import philox
 from espalier.memory import language_loss
@@ -258,9 +257,7 @@ def test_merged_equals_unmerged(method: str, place: str, dtype: torch.dtype, tmp
     put(model, method, place)
     randomize(model)
     save(model, tmp_path / "delta", base=tmp_path / "base")
-    (tmp_path / "merged").mkdir()
-    delta = store.load(tmp_path / "delta")
-    write_model(ModelDirectory(tmp_path / "base"), [delta], 1.0, tmp_path / "merged", lambda done: None)
+    apply(str(tmp_path / "base"), [str(tmp_path / "delta")], str(tmp_path / "merged"), quiet=True)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=dtype).eval()
     there, here = logits(model).float(), logits(merged).float()
     moved = (there - before.float()).abs().max()
@@ -354,9 +351,7 @@ def test_two_deltas_make_a_chain_that_equals_applying_them_in_order(method: str,
     randomize(model)
     save(model, tmp_path / "second", base=tmp_path / "base")
     both = load(tmp_path / "base", [tmp_path / "first", tmp_path / "second"])
-    (tmp_path / "merged").mkdir()
-    deltas = [store.load(tmp_path / name) for name in ("first", "second")]
-    write_model(ModelDirectory(tmp_path / "base"), deltas, 1.0, tmp_path / "merged", lambda done: None)
+    apply(str(tmp_path / "base"), [str(tmp_path / n) for n in ("first", "second")], str(tmp_path / "merged"), quiet=True)
     torch.testing.assert_close(logits(both), logits(load(tmp_path / "merged")), rtol=1e-4, atol=1e-5)
     detach(both, "delta1")
     put_on(both, tmp_path / "second", ModelDirectory(tmp_path / "base"))

@@ -36,10 +36,10 @@ class RobustWeightSignature(Compressor):
         at_least("layers", self.layers, 0)
         if not 0 <= self.bits <= 8:
             raise EspalierError(f"bits is {self.bits!r}; it must be from 0 to 8")
-        if not self.against:
-            raise EspalierError("rws needs the delta of clean training: --against DELTA")
 
     def begin(self, whole: Whole) -> store.Delta:
+        if not self.against:
+            raise EspalierError("rws needs the delta of clean training: --against DELTA")
         clean = store.load(Path(self.against))
         if clean.base_fingerprint != whole.delta.base_fingerprint:
             raise EspalierError(f"{self.against} is of the base {clean.base_fingerprint}, the delta of {whole.delta.base_fingerprint}")

@@ -58,8 +58,9 @@ def convert(
         if to is not None:
             raise EspalierError(f"{folder} is a PEFT adapter; import it first, without --to, and convert what comes of it")
         return _import(folder, target, model, display)
+    if not store.is_delta(folder):
+        raise EspalierError(f"{folder} is neither a delta (no delta.json) nor a PEFT adapter (no adapter_config.json)")
     if to is None:
-        store.manifest_of(folder)
         raise EspalierError(f"{folder} is already a delta; say which form it shall have: --to lora, peft, dense, ...")
     delta = store.load(folder, mapped=True)
     weights = conversion.BaseWeights(delta, folder, model) if model else None
@@ -116,13 +117,14 @@ def _export(folder: Any, delta: Any, model: str | None) -> None:
 
 
 def _import(folder: Any, target: Any, model: str | None, display: Any) -> dict[str, Any]:
-    """A PEFT LoRA (or DoRA) adapter as a delta."""
+    """A PEFT adapter as a delta."""
     from espalier.anatomy.parameters import parameters
     from espalier.attach.load import empty_model
     from espalier.checkpoint.directory import ModelDirectory, read_json, resolve_model
     from espalier.delta import store
     from espalier.errors import EspalierError
-    from espalier.exchange.peft_lora import export, import_lora
+    from espalier.exchange.peft_import import import_adapter
+    from espalier.exchange.peft_lora import export
     from espalier.memory.meter import format_bytes
 
     named = model or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
@@ -131,7 +133,7 @@ def _import(folder: Any, target: Any, model: str | None, display: Any) -> dict[s
     directory = ModelDirectory(resolve_model(named))
     live = empty_model(directory.path)
     targets = {t.name: t for t in parameters(live)}
-    delta = import_lora(folder, targets, directory)
+    delta = import_adapter(folder, targets, directory)
     delta.manifest["base"] = {"name": str(named), "fingerprint": directory.fingerprint(), "model_type": live.config.model_type}
     delta.manifest["training"] = {"imported_from": str(folder)}
     card = f"---\nlibrary_name: espalier\nbase_model: {named}\n---\n\n# A delta of {named}\n\nImported from the PEFT adapter `{folder}`.\n"

@@ -88,15 +88,16 @@ def _delta(folder: Any) -> dict[str, Any]:
 def _adapter(folder: Any) -> dict[str, Any]:
     from espalier.checkpoint import peft_adapter
 
-    factors, config = peft_adapter.read(folder)
+    adapter = peft_adapter.read(folder)
+    numbers = sum(tensor.numel() for tensors in adapter.modules.values() for tensor in tensors.values())
     return {
         "kind": "adapter",
         "path": str(folder),
-        "peft_type": config["peft_type"],
-        "base": config.get("base_model_name_or_path"),
-        "rank": config.get("r"),
-        "modules": len(factors),
-        "numbers": sum(f.A.numel() + f.B.numel() for f in factors.values()),
+        "peft_type": adapter.kind,
+        "base": adapter.config.get("base_model_name_or_path"),
+        "rank": adapter.config.get("r"),
+        "modules": len(adapter.modules),
+        "numbers": numbers + sum(tensor.numel() for tensor in (*adapter.shared.values(), *adapter.copies.values())),
     }
 
 
