@@ -84,7 +84,9 @@ def job(name: str, folder: Path, out: Path, threads: int) -> float:
     elif name == "apply the diff":
         espalier.apply(str(base), [str(folder / "nudged-delta")], str(out), quiet=True)
     elif name == "compress, compeft 5 %":
-        espalier.compress(str(folder / "lora"), str(out), method="compeft", quiet=True)
+        espalier.compress(str(folder / "lora"), str(out), method="compeft", density=0.05, quiet=True)
+    elif name == "compress the dense diff, compeft 5 %":
+        espalier.compress(str(folder / "dense-delta"), str(out), method="compeft", density=0.05, quiet=True)
     return began
 
 
@@ -142,9 +144,13 @@ def prepare(folder: Path, size: str) -> None:
                 tensors[name].view(-1)[::100] += 0.125
         write_safetensors(folder / "nudged" / file, tensors)
     espalier.diff(str(folder / "base"), str(folder / "nudged"), str(folder / "nudged-delta"), quiet=True)
+    espalier.diff(str(folder / "base"), str(folder / "merged"), str(folder / "dense-delta"), to="dense", quiet=True)
 
 
-JOBS = ("copy", "peft merge", "apply", "apply, first time", "diff, all changed", "diff, 1 % changed", "apply the diff", "compress, compeft 5 %")
+JOBS = (
+    "copy", "peft merge", "apply", "apply, first time", "diff, all changed", "diff, 1 % changed", "apply the diff",
+    "compress, compeft 5 %", "compress the dense diff, compeft 5 %",
+)  # fmt: skip
 
 
 def main() -> None:

@@ -236,7 +236,7 @@ def test_bad_options_of_tune_are_one_clear_error(arguments: tuple[object, ...], 
         (("eval", "--model", "seedling", "--data", __file__, "--sequence-length", 1025), ("sequence_length is 1025", "1024 positions")),
         (("info", "/nowhere/at/all"), ("does not exist",)),
         (("methods", "--kind", "adpt"), ("--kind is 'adpt'",)),
-        (("convert", "seedling", "--out", "x"), ("has no adapter_config.json",)),
+        (("convert", "seedling", "--out", "x"), ("neither a delta (no delta.json) nor a PEFT adapter (no adapter_config.json)",)),
     ],
 )
 def test_other_bad_input_is_one_clear_error(arguments: tuple[object, ...], words: tuple[str, ...]) -> None:

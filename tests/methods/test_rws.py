@@ -103,7 +103,7 @@ def test_a_quantized_signature_is_near_and_small(tmp_path: Path) -> None:
 
 def test_the_clean_delta_must_be_given_and_of_the_same_base(tmp_path: Path) -> None:
     with pytest.raises(EspalierError, match="rws needs the delta of clean training: --against DELTA"):
-        registry.make("rws", "compressor")
+        compress(registry.make("rws", "compressor"), Whole(store.Delta({}, {}, BASE)))
     other = saved(tmp_path / "c", {"layers.0.w": Dense(random(0, 6, 5))}, {"base": {"fingerprint": "sha256:1"}})
     with pytest.raises(EspalierError, match="is of the base sha256:1, the delta of sha256:0"):
         signature({"layers.0.w": Dense(random(0, 6, 5))}, other)
