@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,8 @@ class Delta:
     updates: Mapping[str, Update]
     layouts: dict[str, Layout]
     manifest: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    """Where it was read from, if it was."""
 
     @property
     def nbytes(self) -> int:
@@ -237,7 +239,7 @@ def load(folder: Path, *, mapped: bool = False) -> Delta:
             made[name] = update
     layouts = {name: updates.layout(name) for name in updates}
     updates.refuse_strays()
-    return Delta(updates if mapped else made, layouts, manifest)
+    return Delta(updates if mapped else made, layouts, manifest, folder)
 
 
 class _Updates(Mapping[str, Update]):
@@ -319,6 +321,33 @@ def _layout(entry: Mapping[str, Any]) -> Layout:
     if dtype and (not isinstance(dtype, str) or dtype not in DTYPES):
         raise EspalierError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}, or empty")
     return Layout(tuple(names), transposed, gate_up, dtype)
+
+
+def manifest_after(
+    parents: Sequence[Delta], method: str, hyperparameters: Mapping[str, Any], settings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What ``delta.json`` says of a delta that was made of others of the same base.
+
+    The base carries over, and whatever else the parents say alike (tokenizer, chat template, ...). ``lineage`` lists the
+    ancestors, the oldest first.
+
+    Args:
+        settings: instead of those of the parents.
+    """
+    first, *others = (parent.manifest for parent in parents)
+    alike = {key: value for key, value in first.items() if all(key in o and o[key] == value for o in others)}
+    alike |= {key: first[key] for key in ("base",) if key in first}
+    lineage: list[dict[str, Any]] = []
+    for parent in parents:
+        facts = {key: parent.manifest.get(key) for key in ("method", "hyperparameters", "settings", "sha256")}
+        lineage += [*parent.manifest.get("lineage", []), {"delta": str(parent.folder or "(never written)"), **facts}]
+    made = {
+        **{key: value for key, value in alike.items() if key not in ("tensors", "parameters", "sha256")},
+        "method": method,
+        "hyperparameters": dict(hyperparameters),
+        "lineage": lineage,
+    }
+    return made if settings is None else {**made, "settings": dict(settings)}
 
 
 def check_base(delta: Delta, folder: Path, base: Path, found: str) -> None:

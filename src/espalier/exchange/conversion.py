@@ -115,21 +115,6 @@ def converted(
     return made, outcomes
 
 
-def manifest_after(delta: Delta, folder: Path, method: str, hyperparameters: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """What ``delta.json`` says of a delta that was made of another: base and tokenizer carry over, and its ancestors.
-
-    ``lineage`` lists them, the oldest first.
-    """
-    parent = {key: delta.manifest.get(key) for key in ("method", "hyperparameters", "settings", "sha256")}
-    return {
-        **{key: value for key, value in delta.manifest.items() if key not in ("tensors", "parameters")},
-        "method": method,
-        "hyperparameters": dict(hyperparameters),
-        "settings": {"seed": seed},
-        "lineage": [*delta.manifest.get("lineage", []), {"delta": str(folder), **parent}],
-    }
-
-
 def write(source: Path, target: Path, delta: Delta, sentence: str) -> int:
     """Write a delta that was made of the one in ``source``, with its files; returns the bytes of its tensors' file."""
     target.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,7 @@ def compress(
             loss = _validation(stack, base, data, sequence_length, micro_batch_size, device, display)
             made, tried = compression.choose(made, whole, loss)
     hyperparameters = dataclasses.asdict(made)
-    manifest = conversion.manifest_after(loaded, folder, method, hyperparameters, seed)
+    manifest = store.manifest_after([loaded], method, hyperparameters, {"seed": seed})
     with atomic_directory(target) as temporary:
         spool = conversion.Spool(temporary / "spool")
         with display.bar("compressing", len(loaded.updates), "parameters") as update:

@@ -66,7 +66,7 @@ def convert(
     weights = conversion.BaseWeights(delta, folder, model) if model else None
     options = {"rank": rank, "energy": energy, "density": density, "bits": bits, "group": group, "seed": seed}
     used = {key: options[key] for key in _OPTIONS.get(conversion.SYNONYMS.get(to, to), ()) if options[key] is not None}
-    manifest = conversion.manifest_after(delta, folder, "convert", {"to": to, **used}, seed)
+    manifest = store.manifest_after([delta], "convert", {"to": to, **used}, {"seed": seed})
     with atomic_directory(target) as temporary:
         spool = conversion.Spool(temporary / "spool")
         with display.bar("converting", len(delta.updates), "parameters") as update:
