@@ -218,7 +218,7 @@ def _own_factors(update: Update, position: int) -> Update:
 
 def _require_change(name: str, update: Update, layout: Layout, doing: str) -> None:
     """Refuse an update that sets numbers."""
-    if layout.dtype or not update.dtype.is_floating_point:
+    if layout.dtype or (isinstance(update, Replace) and not update.dtype.is_floating_point):
         raise EspalierError(f"{name}: the tensor is set as a whole ({layout.dtype or update.dtype}) and cannot be {doing}; leave it out (algebra.restrict)")
     if _sets(update):
         raise EspalierError(

@@ -379,8 +379,8 @@ def require_finite(update: Update) -> None:
         EspalierError: naming the tensor and the value.
     """
     for name, tensor in update.tensors().items():
-        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
-            bad = tensor.flatten()[~tensor.flatten().float().isfinite()][0]
+        if tensor.is_floating_point() and not bool((finite := tensor.to(working_dtype(tensor)).isfinite()).all()):
+            bad = tensor.flatten()[~finite.flatten()][0]
             raise EspalierError(f"{name} of the update holds {float(bad)}; every number of it must be finite")
 
 
