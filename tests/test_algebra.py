@@ -14,6 +14,8 @@ from conformance.test_forms import ENTRIES, deep_shapes, gains, make, matrix_sha
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import espalier
+from espalier.attach.attachment import trainable_parameters
 from espalier.delta import store
 from espalier.delta.algebra import add, chain, combine, negate, restrict, scale
 from espalier.delta.forms import (
@@ -334,3 +336,26 @@ def test_wrong_arguments_are_refused_with_what_was_seen() -> None:
         restrict(ONE, names="q*")
     with refused("the delta updates nothing in layer 2; it has the layers [0, 1, 10]"):
         restrict(delta({name: low_rank(0, 6, 5) for name in NAMES}), layers=range(3))
+
+
+# documentation
+
+
+def test_the_snippets_of_the_page_on_deltas_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("first", "second")):
+        model = espalier.load("seedling")
+        espalier.attach(model, "lora", rank=2, targets="attention", seed=seed)
+        with torch.no_grad():
+            for number, parameter in enumerate(trainable_parameters(model).values()):
+                parameter.add_(random(seed + number, *parameter.shape) * 0.05)
+        espalier.save(model, name, base="seedling")
+    page = (Path(__file__).parents[1] / "docs" / "deltas.md").read_text()
+    exec("\n".join(re.findall(r"^(?:    (.*))$", page, re.MULTILINE)), {})
+    first, second, merged = (store.load(Path(name)) for name in ("first", "second", "merged"))
+    assert merged.updates.keys() == first.updates.keys() and "first" in Path("merged/README.md").read_text()
+    for name, update in merged.updates.items():
+        weight = torch.zeros(update.shape)
+        share = 0.3 if ".0." in name or ".1." in name else 0.0
+        assert_close(change(merged, weight, name), 0.7 * change(first, weight, name) + share * change(second, weight, name))
+    espalier.load("seedling", ["merged"])

@@ -379,9 +379,10 @@ def require_finite(update: Update) -> None:
         EspalierError: naming the tensor and the value.
     """
     for name, tensor in update.tensors().items():
-        if tensor.is_floating_point() and not bool((finite := tensor.to(working_dtype(tensor)).isfinite()).all()):
-            bad = tensor.flatten()[~finite.flatten()][0]
-            raise EspalierError(f"{name} of the update holds {float(bad)}; every number of it must be finite")
+        for part in tensor.reshape(-1).split(1 << 20) if tensor.is_floating_point() else ():
+            finite = part.to(working_dtype(part)).isfinite()
+            if not bool(finite.all()):
+                raise EspalierError(f"{name} of the update holds {float(part[~finite][0])}; every number of it must be finite")
 
 
 TARGETS: dict[str, tuple[Callable[..., Update], tuple[str, ...]]] = {
