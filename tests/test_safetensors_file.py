@@ -7,6 +7,8 @@ refusal here comes from the constructor, which reads no more than the header, an
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,16 @@ def test_what_is_read_is_fresh_memory(tmp_path: Path) -> None:
     with SafetensorsFile(tmp_path / "t.safetensors") as file:
         file.read("a").zero_()
         assert file.read("a").tolist() == [1, 1, 1]
+
+
+def test_a_file_that_is_open_when_the_interpreter_ends_is_closed_without_a_word(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"a": torch.zeros(3)}, tmp_path / "x.safetensors")
+    script = (
+        "import transformers, espalier; espalier.load\nfrom pathlib import Path\nfrom espalier.checkpoint.safetensors_file import SafetensorsFile\n"
+        "file = SafetensorsFile(Path('x.safetensors'))\ndef keep(): return file\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "Exception ignored" not in done.stderr
 
 
 def test_bytes_come_in_pieces_that_make_the_tensor(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ class SafetensorsFile:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_descriptor", -1) >= 0:
+        if getattr(self, "_descriptor", -1) >= 0 and os is not None:  # when the interpreter ends, modules may be gone before
             self.close()
 
     def _refuse(self, why: str) -> EspalierError:
