@@ -1,9 +1,10 @@
 """Whole deltas as vectors: scaled, added, restricted to some parameters, and put one after the other.
 
-Every function takes deltas and gives a new one, and reads nothing: updates are made when they are asked for, so deltas
-that are mapped (``store.load(folder, mapped=True)``) may be larger than memory. Each is made once beforehand, of mapped
-tensors, so that what cannot be combined is refused at once. A factor goes into the gain, factors of low rank are
-concatenated, dense updates are added, and anything else stays as it is inside a ``Sum`` or a ``Chain``.
+Every function takes deltas and gives a new one, whose updates are made when they are asked for: deltas that are mapped
+(``store.load(folder, mapped=True)``) are not read before, and may be larger than memory. Each of their updates is made
+once beforehand, over the mapped tensors, so that what cannot be combined is refused at once. (A sum that is combined
+again is added up for that, and forgotten.) A factor goes into the gain, factors of low rank are concatenated, dense
+updates are added, and anything else stays as it is inside a ``Sum`` or a ``Chain``.
 
 What sets numbers in place of changing them (``Replace``, integers, tensors that the base does not have, removed tensors
 and files of ``espalier diff``) can be restricted and, where one delta alone touches it, passed on; nothing else.
@@ -185,7 +186,7 @@ def _joined(
         for key, what in (("removed", "removes the tensor"), ("files", "brings the file")):
             if found := delta.manifest.get(key):
                 raise EspalierError(
-                    f"the delta {delta.folder or ''} {what} {next(iter(found))!r}, which cannot be {doing}; "
+                    f"the delta{f' {delta.folder}' if delta.folder else ''} {what} {next(iter(found))!r}, which cannot be {doing}; "
                     "restrict the delta to its parameters first (names='*'), or apply the deltas one after the other"
                 )
     owners: dict[str, list[int]] = {}
