@@ -277,6 +277,30 @@ def combined(*names: str, in_order: bool) -> Maker:
     return make
 
 
+def blocks(*names: str) -> Maker:
+    """Other entries on the upper and the lower rows, of every other expert, with a row between that stays."""
+
+    def make(n: Numbers, shape: tuple[int, ...]) -> Made:
+        experts, outputs = shape[:2] if len(shape) == 3 else (1, shape[0])
+        half, rest = -(-outputs // 2), shape[2:] if len(shape) == 3 else shape[1:]
+        within = [(0, half), (half + 1, outputs)][: 1 + (half + 1 < outputs)]
+        rows = [(e * outputs + start, e * outputs + stop) for e in range(0, experts, 2) for start, stop in within]
+        kinds = [names[i % len(names)] for i in range(len(rows))]
+        parts = [ENTRIES[name](n, (stop - start, *rest)) for name, (start, stop) in zip(kinds, rows, strict=True)]
+        tensors = {f"{i}.{key}": t for i, made in enumerate(parts) for key, t in made[0].items()}
+        constants = {"rows": rows, "parts": {str(i): part(made, name, 0.75) for i, (made, name) in enumerate(zip(parts, kinds, strict=True))}}
+
+        def equation(weight: torch.Tensor) -> torch.Tensor:
+            new = weight.reshape(experts * outputs, *rest).clone()
+            for (start, stop), (_, _, one) in zip(rows, parts, strict=True):
+                new[start:stop] += 0.75 * (one(new[start:stop]) - new[start:stop])
+            return new.reshape(weight.shape)
+
+        return tensors, constants, equation
+
+    return make
+
+
 def quantized(inner: str, bits: int, group: int, codebook: Any) -> Maker:
     def make(n: Numbers, shape: tuple[int, ...]) -> Made:
         tensors, constants, _ = ENTRIES[inner](n, shape)
@@ -392,6 +416,8 @@ ENTRIES: dict[str, Maker] = {
     "sum of rows, columns and kronecker": combined("rows", "columns", "kronecker", in_order=False),
     "chain of permute and block_affine": combined("permute columns", "block_affine input", in_order=True),
     "chain of low_rank and diagonal": combined("low_rank", "diagonal rows", in_order=True),
+    "blocks of low_rank and replace": blocks("low_rank", "replace"),
+    "blocks of sparse and diagonal": blocks("sparse at an index", "diagonal rows"),
     "factored golomb on a start": factored("golomb", "ternary", True),
     "factored dense and sparse": factored("dense", "sparse at an index", False),
     "quantized low_rank": quantized("low_rank", 4, 0, "normal"),
@@ -517,7 +543,7 @@ def test_a_gain_of_zero_is_the_base_exactly(
         base = DenseBase(weight.T.contiguous() if transposed else weight, random(seed + 6, shape[0], dtype=dtype), transposed)
         x, ids = random(seed + 7, 3, shape[1], dtype=dtype), torch.tensor([[0, shape[0] - 1]])
         plain = base.without_bias().linear(x) + base.bias if update.depends_on_base else base.linear(x)
-        if name in ("block_affine row", "replace at an index", "replace at a mask"):  # the same numbers, laid out otherwise
+        if name.startswith(("blocks", "block_affine row", "replace at")):  # the same numbers, laid out otherwise
             torch.testing.assert_close(product(x, base, update), plain)
         else:
             assert torch.equal(product(x, base, update), plain)

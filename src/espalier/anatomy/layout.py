@@ -2,7 +2,8 @@
 
 transformers 5 fuses experts into 3-D parameters while files keep a tensor per expert and projection, and
 checkpoints leave out prefixes, rename heads or repeat tied tensors. :func:`locate` gives, for a parameter,
-the file tensors that it is made of; whoever writes a parameter writes all of them.
+the file tensors that it is made of; whoever writes a parameter writes all of them. :func:`place` is its inverse: for
+a tensor of one layout, the tensor of another that it is, or is a part of.
 """
 
 from __future__ import annotations
@@ -26,31 +27,43 @@ class Piece:
     expert: int | None = None
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of one layout lies in another.
+
+    It is the tensor ``name`` there or, where that one fuses experts, of the matrix of one ``expert`` the block of rows
+    number ``part`` among ``parts`` equal ones.
+    """
+
+    name: str
+    expert: int | None = None
+    part: int = 0
+    parts: int = 1
+
+
 _PREFIXES = ("model.", "transformer.", "gpt_neox.", "bert.", "model.decoder.")
-_RENAMED = {"lm_head.weight": ("embed_out.weight", "output.weight")}
-# fused parameter -> (file tensors of expert e, stacked by rows)
-_EXPERTS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
-    (
-        r"(.*)\.experts\.gate_up_proj",
-        (
-            ("{0}.experts.{e}.gate_proj.weight", "{0}.experts.{e}.up_proj.weight"),
-            ("{0}.experts.{e}.w1.weight", "{0}.experts.{e}.w3.weight"),
-        ),
-    ),
-    (r"(.*)\.experts\.down_proj", (("{0}.experts.{e}.down_proj.weight",), ("{0}.experts.{e}.w2.weight",))),
-)
+_SAME = (("lm_head.weight", "embed_out.weight"), ("lm_head.weight", "output.weight"))
+_WITHIN = ((".mlp.", ".block_sparse_moe."), (".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
+# local name of a fused parameter -> projections of one expert, stacked by rows, as families call them
+_EXPERTS = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "up_proj": (("up_proj",),),
+    "down_proj": (("down_proj",), ("w2",)),
+}
 
 
 def _spellings(name: str) -> list[str]:
-    """Names under which files may hold a parameter, the exact one first."""
-    found = [name, *_RENAMED.get(name, ())]
+    """Names that files or models may have for a tensor, the exact one first; each has it among its own spellings."""
+    found = [name]
+    for one, other in _SAME:
+        found += [other] * (name == one) + [one] * (name == other)
     for prefix in _PREFIXES:
         if name.startswith(prefix):
             found.append(name.removeprefix(prefix))
-        else:
-            found.append(prefix + name)
-    found += [n.replace(".mlp.", ".block_sparse_moe.") for n in found if ".mlp." in n]
-    return found
+        found.append(prefix + name)
+    for one, other in _WITHIN:
+        found += [n.replace(one, other) for n in found if one in n] + [n.replace(other, one) for n in found if other in n]
+    return list(dict.fromkeys(found))
 
 
 def locate(name: str, aliases: Sequence[str], experts: int | None, names: Container[str]) -> list[Piece]:
@@ -77,14 +90,33 @@ def locate(name: str, aliases: Sequence[str], experts: int | None, names: Contai
     if whole:
         return whole
     for spelling in _spellings(name) if experts else ():
-        for pattern, layouts in _EXPERTS:
-            if not (found := re.fullmatch(pattern, spelling)):
-                continue
-            for layout in layouts:
-                pieces = [Piece(tuple(n.format(found.group(1), e=e) for n in layout), e) for e in range(experts or 0)]
-                if all(n in names for piece in pieces for n in piece.names):
-                    return pieces
+        if not (found := re.fullmatch(r"(.*\.experts)\.(\w+)", spelling)):
+            continue
+        for projections in _EXPERTS.get(found.group(2), ()):
+            pieces = [Piece(tuple(f"{found.group(1)}.{e}.{p}.weight" for p in projections), e) for e in range(experts or 0)]
+            if all(n in names for piece in pieces for n in piece.names):
+                return pieces
     raise EspalierError(f"the checkpoint holds no tensor for the parameter {name!r}")
+
+
+def place(name: str, names: Container[str]) -> Place | None:
+    """Where a tensor called ``name`` in some layout lies among ``names``, those of another: the inverse of :func:`locate`.
+
+    Returns:
+        ``None`` when nothing there is known to hold it.
+    """
+    for spelling in _spellings(name):
+        if spelling in names:
+            return Place(spelling)
+    if not (found := re.fullmatch(r"(.*\.experts)\.(\d{1,9})\.(\w+)\.weight", name)):
+        return None
+    stem, expert, projection = found.groups()
+    for fused, layouts in _EXPERTS.items():
+        for projections in layouts:
+            for spelling in _spellings(f"{stem}.{fused}") if projection in projections else ():
+                if spelling in names:
+                    return Place(spelling, int(expert), projections.index(projection), len(projections))
+    return None
 
 
 _TRANSPOSED = {

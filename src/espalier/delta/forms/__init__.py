@@ -1,6 +1,7 @@
 """The forms of an update: small immutable objects of tensors, one per parameter. See ``update.py`` for the contract."""
 
 from espalier.delta.forms.block_affine import BlockAffine
+from espalier.delta.forms.blocks import Blocks
 from espalier.delta.forms.combined import Chain, Sum
 from espalier.delta.forms.dense import Dense, Replace
 from espalier.delta.forms.diagonal import Diagonal
@@ -20,6 +21,7 @@ from espalier.delta.forms.update import FORMS, Gain, Update, form, register_form
 __all__ = [
     "FORMS",
     "BlockAffine",
+    "Blocks",
     "Chain",
     "Columns",
     "Dense",

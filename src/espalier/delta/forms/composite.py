@@ -43,7 +43,12 @@ class Composite(Update):
 
     def with_tensors(self, tensors: Mapping[str, torch.Tensor]) -> Self:
         own = {name: tensor for name, tensor in tensors.items() if name in self.fields}
-        return self._with_parts({n: p.with_tensors(_of(n, tensors)) for n, p in self.parts.items()}, own)
+        of: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.parts}
+        for name, tensor in tensors.items():
+            part, dot, key = name.partition(".")
+            if dot:
+                of[part][key] = tensor
+        return self._with_parts({n: p.with_tensors(of[n]) for n, p in self.parts.items()}, own)
 
     def _with_parts(self, parts: Mapping[str, Update], own: Mapping[str, torch.Tensor]) -> Self:
         """The same form over other parts and, by name, other tensors of its own."""
@@ -74,13 +79,14 @@ def _of(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
 def read_parts(
     tensors: Mapping[str, torch.Tensor],
     constants: Mapping[str, Any],
-    shape: tuple[int, ...],
+    shape: tuple[int, ...] | Mapping[str, tuple[int, ...]],
     names: Iterable[str] | None = None,
     additive_in: str = "",
 ) -> dict[str, Update]:
     """The parts that constants describe.
 
     Args:
+        shape: of what every part updates, or of what each does, by name.
         names: those that there must be; ``None`` for any number of them, numbered from 0.
         additive_in: the form, named in the error, whose parts may not depend on the base; by default any may.
 
@@ -95,6 +101,7 @@ def read_parts(
         if depth > DEEPEST:
             raise EspalierError(f"the update is nested more than {DEEPEST} levels deep")
     wanted = list(map(str, range(len(described)))) if names is None else list(names)
+    shapes = shape if isinstance(shape, Mapping) else dict.fromkeys(wanted, shape)
     if not wanted or set(described) != set(wanted):
         raise EspalierError(f"the parts are {list(described)}; they must be {wanted or 'at least one'}")
     parts = {}
@@ -102,7 +109,7 @@ def read_parts(
         part = described[name]
         kind: Any = form(part["form"])
         if not (additive_in and kind.depends_on_base):
-            kind = kind.from_tensors(_of(name, tensors), part["constants"], shape, _gain(part["gain"]))
+            kind = kind.from_tensors(_of(name, tensors), part["constants"], shapes[name], _gain(part["gain"]))
         if additive_in and kind.depends_on_base:
             raise EspalierError(f"the form {kind.form!r} depends on the base and cannot stand inside a {additive_in}")
         parts[name] = kind
