@@ -525,15 +525,9 @@ def _of_tie(folder: Path, target: Target, sides: Mapping[str, Update], base: Mod
     if not changed:
         return None
     first = next(iter(changed.values()))
-    if set(changed) != set(target.names) or not all(_equal(first, other) for other in changed.values()):
+    if set(changed) != set(target.names) or not all(first.equals(other) for other in changed.values()):
         raise EspalierError(
             f"{folder} adapts {', '.join(changed)}, one side of the tie {' = '.join(target.names)}, and the other differently or not; "
             "a tied model cannot hold that"
         )
     return first
-
-
-def _equal(one: Update, other: Update) -> bool:
-    mine, their = one.tensors(), other.tensors()
-    same = one.form == other.form and float(one.gain) == float(other.gain) and one.constants() == other.constants()
-    return same and mine.keys() == their.keys() and all(torch.equal(mine[name], their[name]) for name in mine)

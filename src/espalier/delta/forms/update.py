@@ -91,6 +91,12 @@ class Update:
             setattr(other, name, tensor)
         return other
 
+    def equals(self, other: Update) -> bool:
+        """Whether the other is the same update in the same form, bit for bit."""
+        mine, their = self.tensors(), other.tensors()
+        same = self.form == other.form and float(self.gain) == float(other.gain) and self.constants() == other.constants()
+        return same and mine.keys() == their.keys() and all(torch.equal(mine[name], their[name]) for name in mine)
+
     def scaled(self, factor: Gain) -> Update:
         """The same update with ``factor`` times its gain."""
         other = copy.copy(self)

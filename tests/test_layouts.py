@@ -1,0 +1,144 @@
+"""One model in the layouts of transformers 4 and 5, with and without prefixes: deltas go from each to the other."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import tiny, tokens
+
+from espalier.attach.attachment import attach_updates
+from espalier.attach.load import load, load_model
+from espalier.checkpoint.directory import ModelDirectory
+from espalier.checkpoint.safetensors_file import read_safetensors, write_safetensors
+from espalier.errors import EspalierError
+from espalier.verbs.apply import apply
+from espalier.verbs.diff import diff
+
+EXPERTS = ("mixtral", "qwen3_moe")
+Tensors = dict[str, torch.Tensor]
+
+
+def rewritten(folder: Path, out: Path, change: Callable[[Tensors], Tensors]) -> Path:
+    """A copy of a checkpoint with other tensors."""
+    shutil.copytree(folder, out)
+    write_safetensors(out / "model.safetensors", {n: t.contiguous() for n, t in change(read_safetensors(folder / "model.safetensors")).items()})
+    return out
+
+
+def fused(folder: Path, family: str, out: Path) -> Path:
+    """The checkpoint with the names and tensors that the live model of transformers 5 has."""
+    model = load_model(folder)
+    live = {n: p.detach().to("cpu") for n, p in model.named_parameters()}
+    assert any(n.endswith("experts.gate_up_proj") for n in live)
+    made = rewritten(folder, out, lambda tensors: live)
+    with torch.no_grad():
+        assert torch.equal(load_model(made)(tokens()).logits, model(tokens()).logits), "transformers reads this layout too"
+    return made
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """family -> folder with ``base`` and ``tuned`` as transformers saves them, and ``base5`` and ``tuned5``, fused."""
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = folder = tmp_path_factory.mktemp(family)
+            model = tiny(family).to(torch.bfloat16)
+            model.save_pretrained(folder / "base")
+            with torch.no_grad():
+                for number, (name, parameter) in enumerate(model.named_parameters()):
+                    if "expert" in name:  # not all experts, and of one only the rows of up
+                        moved = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.05
+                        moved[1] = 0
+                        moved[2, : parameter.shape[1] // 2] = 0
+                        parameter.add_(moved)
+                    elif number % 2:
+                        parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * 0.02)
+            model.save_pretrained(folder / "tuned")
+            for name in ("base", "tuned"):
+                fused(folder / name, family, folder / f"{name}5")
+        return made[family]
+
+    return get
+
+
+def all_bytes(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    directory = ModelDirectory(folder)
+    return {n: (directory.info(n).dtype, directory.info(n).shape, directory.read(n).reshape(-1).view(torch.uint8).numpy().tobytes()) for n in directory}
+
+
+def logits(folder: Path, *deltas: Path, any_base: bool = False) -> torch.Tensor:
+    with torch.no_grad():
+        return load(folder, deltas, dtype="fp32", any_base=any_base)(tokens()).logits
+
+
+# on a live model
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize("to", ["auto", "lowrank", "sparse"])
+def test_a_delta_of_single_experts_goes_onto_the_live_fused_parameters(family: str, to: Any, four: Any, tmp_path: Path) -> None:
+    folder = four(family)
+    options = {"auto": {}, "lowrank": {"rank": 3}, "sparse": {"density": 0.3}}[to]
+    result = diff(str(folder / "base"), str(folder / "tuned"), str(tmp_path / "d"), to=to, quiet=True, **options)
+    assert any(".experts.3." in t["name"] for t in result["tensors"]) and not any(".experts.1." in t["name"] for t in result["tensors"])
+    apply(str(folder / "base"), [str(tmp_path / "d")], str(tmp_path / "out"), dtype="fp32", quiet=True)
+    there = logits(folder / "base", tmp_path / "d")
+    torch.testing.assert_close(there, logits(tmp_path / "out"), rtol=1e-4, atol=1e-4)
+    assert (there - logits(folder / "base")).abs().max() > 0.1
+    if to == "auto":
+        torch.testing.assert_close(there, logits(folder / "tuned"), rtol=1e-5, atol=1e-5)
+
+
+def bare(tensors: Tensors) -> Tensors:
+    """The names of the model without its head, as the hub has GPT-2 and BERT."""
+    prefix = next(p for p in ("transformer.", "bert.", "model.") if any(n.startswith(p) for n in tensors))
+    return {n.removeprefix(prefix): t for n, t in tensors.items()}
+
+
+def older(tensors: Tensors) -> Tensors:
+    """BERT's norms as they were first called."""
+    return {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t for n, t in tensors.items()}
+
+
+def moved_pair(family: str, folder: Path, change: Callable[[Tensors], Tensors]) -> tuple[Path, Path]:
+    """Two checkpoints of a family, one a little moved, both renamed."""
+    tiny(family).save_pretrained(folder / "saved")
+
+    def move(tensors: Tensors) -> Tensors:
+        return {n: t + torch.randn(t.shape, generator=torch.Generator().manual_seed(i)) * 0.05 if i % 2 else t for i, (n, t) in enumerate(change(tensors).items())}
+
+    return rewritten(folder / "saved", folder / "base", change), rewritten(folder / "saved", folder / "tuned", move)
+
+
+@pytest.mark.parametrize(
+    ("family", "change"), [("gpt2", bare), ("bert", bare), ("bert", lambda t: older(bare(t))), ("qwen2", bare)], ids=["gpt2", "bert", "older bert", "qwen2"]
+)
+def test_a_delta_under_the_names_of_a_bare_model_goes_onto_the_live_one(family: str, change: Any, tmp_path: Path) -> None:
+    base, tuned = moved_pair(family, tmp_path, change)
+    result = diff(str(base), str(tuned), str(tmp_path / "d"), quiet=True)
+    assert any(t["name"].startswith(("h.0.", "encoder.layer.0.", "layers.0.")) for t in result["tensors"])
+    there = logits(base, tmp_path / "d")
+    torch.testing.assert_close(there, logits(tuned), rtol=1e-4, atol=1e-4)
+    assert (there - logits(base)).abs().max() > 0.01
+
+
+def test_a_tied_parameter_that_a_delta_changes_under_both_names_must_change_alike(tmp_path: Path) -> None:
+    tiny("qwen2").save_pretrained(tmp_path / "saved")
+    name = "model.embed_tokens.weight"
+
+    def both(step: float, other: float) -> Callable[[Tensors], Tensors]:
+        return lambda tensors: {**tensors, name: tensors[name] + step, "lm_head.weight": tensors[name] + other}
+
+    base, alike, apart = (rewritten(tmp_path / "saved", tmp_path / n, both(*by)) for n, by in (("b", (0, 0)), ("s", (0.5, 0.5)), ("a", (0.5, 0.25))))
+    diff(str(base), str(alike), str(tmp_path / "ds"), quiet=True)
+    torch.testing.assert_close(logits(base, tmp_path / "ds"), logits(alike), rtol=1e-4, atol=1e-4)
+    diff(str(base), str(apart), str(tmp_path / "da"), quiet=True)
+    with pytest.raises(EspalierError, match=r"'(lm_head|model\.embed_tokens)\.weight' differently; the model ties them"):
+        load(base, [tmp_path / "da"])
