@@ -51,7 +51,7 @@ def all_bytes(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 
 def assert_same(found: Path, expected: Path) -> None:
     assert all_bytes(found) == all_bytes(expected)
-    a, b = ({p.name: p.read_bytes() for p in ModelDirectory(f).side_files()} for f in (found, expected))
+    a, b = ({n: p.read_bytes() for n, p in ModelDirectory(f).side_files().items()} for f in (found, expected))
     assert a == b
 
 

@@ -18,6 +18,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 LINEAGE = "espalier.json"
 """What a model was made of, when Espalier made it."""
+TEMPLATES = "additional_chat_templates"
+"""The one folder of a model: where transformers 5 keeps the chat templates beside the first."""
 
 
 def read_json(path: Path) -> Any:
@@ -104,6 +106,10 @@ class ModelDirectory:
         self.info(name)
         return self.file(self.file_of[name]).read(name)
 
+    def read_into(self, buffer: memoryview, name: str, offset: int) -> None:
+        """Bytes of a tensor from ``offset`` on, as many as ``buffer`` holds."""
+        self.file(self.file_of[name]).read_into(buffer, name, offset)
+
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(self.info(name).nbytes for name in self)
@@ -115,12 +121,12 @@ class ModelDirectory:
             hashes.update(tensor_hashes(self.file(file)))
         return combine({name: self.info(name) for name in self}, hashes)
 
-    def side_files(self) -> list[Path]:
-        """Everything beside the weights that belongs to the model: configs, tokenizer, templates; not its card and index."""
+    def side_files(self) -> dict[str, Path]:
+        """Everything beside the weights that belongs to the model, by name: configs, tokenizer, templates; not its card and index."""
         keep = {".json", ".jinja", ".txt", ".model", ".py", ".md", ".tiktoken"}
-        return sorted(
-            p for p in self.path.iterdir() if p.is_file() and p.suffix in keep and p.name not in (INDEX, LINEAGE, "README.md")
-        )
+        beside = [p for p in self.path.iterdir() if p.suffix in keep and p.name not in (INDEX, LINEAGE, "README.md")]
+        templates = (self.path / TEMPLATES).glob("*.jinja")
+        return {p.relative_to(self.path).as_posix(): p for p in sorted([*beside, *templates]) if p.is_file()}
 
 
 def resolve_model(model: str | Path) -> Path:

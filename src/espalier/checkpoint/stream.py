@@ -64,16 +64,16 @@ def slices(
 ) -> Iterator[tuple[int, memoryview]]:
     """(offset, bytes) of a tensor in order, in slices of about :data:`SLICE` bytes and whole multiples of ``unit``.
 
-    Every slice lies in the same buffer, which the next one overwrites.
+    Every slice lies in the same buffer, which the next one overwrites. ``hashes`` takes those of the tensors of its own model.
     """
     info = directory.info(name)
     stop = info.nbytes if stop is None else stop
     step = max(SLICE // max(unit, 1), 1) * max(unit, 1)
-    file, digest = directory.file(directory.file_of[name]), hashes.of(name) if hashes is not None else None
+    digest = hashes.of(name) if hashes is not None and name in hashes.directory else None
     buffer = np.empty(max(min(step, stop - start), 0), np.uint8).data
     for position in range(start, stop, step):
         piece = buffer[: min(step, stop - position)]
-        file.read_into(piece, name, position)
+        directory.read_into(piece, name, position)
         if digest is not None:
             digest.update(piece)
         yield position, piece

@@ -23,7 +23,8 @@ import torch
 
 from espalier.anatomy.target import Target
 from espalier.checkpoint.atomic import atomic_file, write_text
-from espalier.checkpoint.directory import read_json
+from espalier.checkpoint.directory import TEMPLATES, read_json
+from espalier.checkpoint.relaid import Source
 from espalier.checkpoint.safetensors_file import (
     DTYPES,
     SafetensorsFile,
@@ -38,7 +39,7 @@ FORMAT = 1
 TENSORS, MANIFEST, FILES = "delta.safetensors", "delta.json", "files"
 _KINDS = {
     "base": dict, "method": str, "hyperparameters": dict, "settings": dict, "training": dict, "special_tokens": dict,
-    "tensors": dict, "removed": list, "files": dict,
+    "tensors": dict, "removed": list, "relaid": dict, "files": dict,
 }  # fmt: skip
 
 
@@ -209,11 +210,23 @@ def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:
     if not all(isinstance(name, str) for name in manifest.get("removed", [])):
         raise EspalierError(f"{path}: removed is {manifest['removed']!r}; it must be a list of tensor names")
     for name, digest in manifest.get("files", {}).items():
-        parts = name.split("/")
-        if any(part in ("", ".", "..") or "\\" in part for part in parts) or name.endswith(".safetensors") or "\0" in name:
-            raise EspalierError(f"{path}: files names {name!r}; it must be a plain relative file name, and no weights")
+        file = name.rpartition("/")[2]
+        if file in ("", ".", "..") or "\\" in file or "\0" in file or file.endswith(".safetensors") or (name != file and name != f"{TEMPLATES}/{file}"):
+            raise EspalierError(
+                f"{path}: files names {name!r}; it must be a plain relative file name, or one in {TEMPLATES}, and no weights"
+            )
         if digest is not None and not isinstance(digest, str):
             raise EspalierError(f"{path}: the SHA-256 of the file {name!r} is {digest!r}")
+    for name, entry in manifest.get("relaid", {}).items():
+        try:
+            Source.from_json(entry)
+        except EspalierError as error:
+            raise EspalierError(f"{path}: relaid names {name!r}: {error}") from error
+
+
+def relaid(manifest: Mapping[str, Any]) -> dict[str, Source]:
+    """The tensors that a delta has of its base in another layout, and what each is made of."""
+    return {name: Source.from_json(entry) for name, entry in manifest.get("relaid", {}).items()}
 
 
 def load(folder: Path, *, mapped: bool = False) -> Delta:

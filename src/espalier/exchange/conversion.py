@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from espalier.anatomy.layout import locate
-from espalier.checkpoint.directory import ModelDirectory, resolve_model
+from espalier.checkpoint.directory import TEMPLATES, ModelDirectory, resolve_model
+from espalier.checkpoint.relaid import Relaid
 from espalier.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
 from espalier.delta import store
 from espalier.delta.compression import Outcome
@@ -35,8 +36,9 @@ class BaseWeights:
     """
 
     def __init__(self, delta: Delta, folder: Path, model: str) -> None:
-        self.directory = ModelDirectory(resolve_model(model))
-        store.check_base(delta, folder, self.directory.path, self.directory.fingerprint())
+        directory = ModelDirectory(resolve_model(model))
+        store.check_base(delta, folder, directory.path, directory.fingerprint())
+        self.directory = Relaid(directory, store.relaid(delta.manifest))
 
     def __call__(self, name: str, layout: Layout, shape: tuple[int, ...]) -> torch.Tensor:
         pieces = locate(name, layout.names, shape[0] if len(shape) == 3 else None, self.directory)
@@ -120,6 +122,8 @@ def write(source: Path, target: Path, delta: Delta, sentence: str) -> int:
     target.mkdir(parents=True, exist_ok=True)
     if (source / store.FILES).is_dir():  # those that a delta between two checkpoints brings along
         shutil.copytree(source / store.FILES, target / store.FILES)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, target / TEMPLATES)
     for side in source.iterdir():
         if side.is_file() and side.name.startswith(("tokenizer", "special_tokens", "chat_template")):
             shutil.copyfile(side, target / side.name)

@@ -10,6 +10,7 @@ an entry moves only when its update exceeds about 1/512 of it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import shutil
@@ -21,9 +22,10 @@ from typing import Any
 
 import torch
 
-from espalier.anatomy.layout import is_transposed
+from espalier.anatomy.layout import is_transposed, locate, place
 from espalier.checkpoint.directory import ModelDirectory
 from espalier.checkpoint.fingerprint import file_digest
+from espalier.checkpoint.relaid import Relaid, Source
 from espalier.checkpoint.safetensors_file import DTYPES, tensor_bytes, torch_dtype
 from espalier.checkpoint.stream import Hashes, one_thread_each, slices
 from espalier.delta.fit import fit, relative_error
@@ -77,20 +79,21 @@ class Change:
 
 
 class Pair:
-    """Two models of which one is to be made of the other.
+    """Two models of which one is to be made of the other; ``base`` is seen in the layout of ``tuned``.
 
     Raises:
-        EspalierError: when hardly a name is shared but for a prefix.
+        EspalierError: when no tensor is shared, and names seem to differ by a prefix that no family has.
     """
 
     def __init__(self, base: ModelDirectory, tuned: ModelDirectory) -> None:
-        self.base, self.tuned = base, tuned
         self.model_type = str(base.config.get("model_type"))
-        same = {n for n in tuned if n in base and _spec(base, n) == _spec(tuned, n)}
+        self.relaid = {n: source for n in tuned if n not in base and (source := _source(base, tuned, n, self.model_type))}
+        self.base, self.tuned = Relaid(base, self.relaid), tuned
+        same = {n for n in tuned if n in self.base and _spec(self.base, n) == _spec(tuned, n)}
         self.common = sorted(same)
         self.whole = sorted(set(tuned) - same)
         self.removed = sorted(set(base) - set(tuned))
-        if not any(n in base for n in tuned) and (pair := _same_but_for_prefix(base, tuned)):
+        if not same and (pair := _same_but_for_prefix(base, tuned)):
             raise EspalierError(f"{base.path} calls a tensor {pair[0]!r} that {tuned.path} calls {pair[1]!r}; save both with the same model class")
         self.hashes = Hashes(base), Hashes(tuned)
         self.files: dict[str, str | None] = {}
@@ -167,6 +170,36 @@ class Pair:
 def _spec(directory: ModelDirectory, name: str) -> tuple[str, tuple[int, ...]]:
     info = directory.info(name)
     return info.dtype, info.shape
+
+
+def _source(base: ModelDirectory, tuned: ModelDirectory, name: str, model_type: str) -> Source | None:
+    """What a tensor of TUNED is made of in the base, where that has it in another layout, of the same dtype.
+
+    Matrices that lie transposed in a fused tensor have no entries in a row, and are no source.
+    """
+    dtype, shape = _spec(tuned, name)
+    runs: list[tuple[str, int, int]] = []
+    if (found := place(name, base)) is not None:
+        stored = base.info(found.name).shape
+        count, start = math.prod(shape), 0
+        if found.expert is not None:
+            expected = (stored[1] // found.parts, *stored[2:]) if len(stored) == 3 and not is_transposed(model_type, found.name) else None
+            if shape != expected or found.expert >= stored[0] or stored[1] % found.parts:
+                return None
+            start = (found.expert * found.parts + found.part) * count
+        elif shape != stored:
+            return None
+        runs = [(found.name, start, start + count)]
+    elif len(shape) == 3 and not is_transposed(model_type, name):
+        with contextlib.suppress(EspalierError):
+            for piece in locate(name, (), shape[0], base):
+                parts = [base.info(part).shape for part in piece.names]
+                if any(part[1:] != shape[2:] for part in parts) or sum(part[0] for part in parts) != shape[1]:
+                    return None
+                runs += [(part, 0, math.prod(base.info(part).shape)) for part in piece.names]
+    if not runs or math.prod(shape) == 0 or any(base.info(part).dtype != dtype for part, _, _ in runs):
+        return None
+    return Source(shape, tuple(runs))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -296,14 +329,15 @@ def summary(changes: Sequence[Change]) -> list[tuple[Any, ...]]:
 
 def side_files(pair: Pair, folder: Path) -> dict[str, str | None]:
     """Copy the files beside TUNED's weights that differ from BASE's into a delta's folder; name to SHA-256."""
-    old = {path.name: path for path in pair.base.side_files()}
-    found: dict[str, str | None] = dict.fromkeys(set(old) - {path.name for path in pair.tuned.side_files()})
-    for path in pair.tuned.side_files():
-        if path.name in old and old[path.name].read_bytes() == path.read_bytes():
+    old, new = pair.base.side_files(), pair.tuned.side_files()
+    found: dict[str, str | None] = dict.fromkeys(set(old) - set(new))
+    for name, path in new.items():
+        if name in old and old[name].read_bytes() == path.read_bytes():
             continue
-        (folder / FILES).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, folder / FILES / path.name)
-        found[path.name] = file_digest(folder / FILES / path.name)
+        copy = folder / FILES / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        found[name] = file_digest(copy)
     return dict(sorted(found.items()))
 
 
@@ -326,6 +360,7 @@ def write(
         "base": {"name": names[0], "fingerprint": pair.hashes[0].fingerprint(), "model_type": pair.model_type},
         "tuned": {"name": names[1], "fingerprint": pair.hashes[1].fingerprint()},
         "removed": pair.removed,
+        "relaid": {name: source.as_json() for name, source in pair.relaid.items()},
         "files": pair.files,
     }
     how = "exact: `espalier apply` gives it back, bit for bit" if to == "auto" else f"matrices approximately, as {to}"

@@ -1,4 +1,4 @@
-"""A base and deltas into a new model directory, at the speed of the disk; imports neither transformers nor peft.
+"""The weights of a base under deltas, written at the speed of the disk; imports neither transformers nor peft.
 
 Tensors are worked on side by side, each in slices of rows: read, updated in float32 (float64 for float64), rounded
 once, written at their place; what no update touches is copied. So a slice per thread is in memory, whatever the
@@ -11,19 +11,14 @@ from __future__ import annotations
 import functools
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from espalier.anatomy.layout import locate
-from espalier.checkpoint.atomic import require_free_space
-from espalier.checkpoint.directory import INDEX, LINEAGE, SINGLE, ModelDirectory, read_json
-from espalier.checkpoint.fingerprint import file_digest
+from espalier.checkpoint.directory import INDEX, SINGLE, ModelDirectory
 from espalier.checkpoint.safetensors_file import (
     DTYPES,
     SafetensorsWriter,
@@ -31,110 +26,12 @@ from espalier.checkpoint.safetensors_file import (
     tensor_bytes,
     torch_dtype,
 )
-from espalier.checkpoint.stream import Hashes, known_fingerprint, one_thread_each, slices
+from espalier.checkpoint.stream import Hashes, one_thread_each, slices
 from espalier.delta.forms import Update, working_dtype
 from espalier.delta.forms.update import is_one
-from espalier.delta.store import FILES, MANIFEST, Delta, Layout, check_base
-from espalier.display import Display
+from espalier.delta.store import Delta, Layout
 from espalier.errors import EspalierError
-
-_DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-
-
-@dataclass
-class Output:
-    """One tensor of the new model.
-
-    ``source`` is the base's tensor, or ``None`` where an update sets it as a whole; ``steps`` are the updates' owners
-    (position of the delta, parameter), innermost first; the tensor is the rows from ``row`` on of ``expert``'s
-    matrix (``None``: of the whole parameter).
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    source: str | None
-    steps: list[tuple[int, str]] = field(default_factory=list)
-    layout: Layout = field(default_factory=Layout)
-    expert: int | None = None
-    row: int = 0
-    others: tuple[str, ...] = ()
-    """The tensors that it shares a matrix with, in the order of their rows, itself among them."""
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype][1]
-
-
-def outputs(directory: ModelDirectory, deltas: Sequence[Delta], dtype: str | None = None) -> dict[str, Output]:
-    """The tensors of the model that ``directory`` becomes under ``deltas``, in the base's order.
-
-    Args:
-        dtype: stores every floating point tensor so (a name of safetensors); default: as the base, or as a delta says.
-
-    Raises:
-        EspalierError: when a delta does not fit the base, or two parameters of a delta are one tensor of it.
-    """
-    found = {n: Output(n, directory.info(n).dtype, directory.info(n).shape, n) for n in directory}
-    for position, delta in enumerate(deltas):
-        taken: dict[str, str] = {}
-        for name in delta.manifest.get("removed", []):
-            if found.pop(name, None) is None:
-                raise EspalierError(f"the delta removes {name!r}, which the base does not have")
-        for name, layout in delta.layouts.items():
-            shape = tuple(delta.updates[name].shape)
-            if layout.dtype:  # set as a whole
-                found[name] = Output(name, layout.dtype, shape, None, [(position, name)], layout)
-                continue
-            experts = shape[0] if len(shape) == 3 else None
-            for piece in locate(name, layout.names, experts, found):
-                matrix = shape if piece.expert is None else shape[1:]
-                _check_shape(name, matrix, layout, [found[part].shape for part in piece.names], piece.expert is None)
-                row = 0
-                for part in piece.names:
-                    if part in taken:
-                        raise EspalierError(f"the delta updates {taken[part]!r} and {name!r}, which are one tensor of the base: {part}")
-                    taken[part] = name
-                    own = layout if piece.expert is None else replace(layout, transposed=False)
-                    before = found[part]
-                    if before.steps and (before.expert, before.row, before.layout.transposed) != (piece.expert, row, own.transposed):
-                        raise EspalierError(f"the deltas hold the tensor {part} in different layouts ({name!r})")
-                    dtype_of = before.dtype
-                    found[part] = Output(
-                        part, dtype_of, before.shape, before.source, [*before.steps, (position, name)], own, piece.expert, row, piece.names
-                    )
-                    row += before.shape[0] if before.shape else 0
-    if dtype is not None:
-        for output in found.values():
-            if torch_dtype(output.dtype).is_floating_point:
-                output.dtype = dtype
-    return found
-
-
-def _check_shape(name: str, shape: tuple[int, ...], layout: Layout, parts: list[tuple[int, ...]], whole: bool) -> None:
-    stored = parts[0] if len(parts) == 1 else (sum(p[0] for p in parts), *parts[0][1:])
-    logical = (*stored[:-2], stored[-1], stored[-2]) if whole and layout.transposed and len(stored) > 1 else stored
-    if logical != shape:
-        raise EspalierError(f"{name}: the update is for shape {shape}, the base has {logical}")
-
-
-def cut(made: Mapping[str, Output], directory: ModelDirectory, shard_bytes: int | None = None) -> dict[str, str]:
-    """Which file each tensor goes into: the base's cut, or files of at most ``shard_bytes`` (but for larger tensors)."""
-    if shard_bytes is None:
-        last = directory.files()[-1]
-        return {name: directory.file_of.get(name, last) for name in made}
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, output in made.items():
-        if filled + output.nbytes > shard_bytes and shards[-1]:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += output.nbytes
-    if len(shards) == 1:
-        return dict.fromkeys(made, SINGLE)
-    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    return {name: file for file, names in zip(files, shards, strict=True) for name in names}
+from espalier.exchange.composition import Output, cut, outputs
 
 
 class Scaled:
@@ -241,7 +138,7 @@ def write_model(
         for nbytes in pool.map(work, jobs):
             progress(done := done + nbytes)
         if hashes is not None:
-            list(pool.map(hashes.complete, [n for n in directory if n not in hashes]))
+            list(pool.map(hashes.complete, [n for n in hashes.directory if n not in hashes]))
     for writer in writers.values():
         writer.close()
         writer.require_complete()
@@ -328,132 +225,8 @@ def _joined(
     parts = []
     for output in job:
         parts.append(directory.read(str(output.source)))
-        if hashes is not None:
+        if hashes is not None and output.source in hashes.directory:
             hashes.of(str(output.source)).update(tensor_bytes(parts[-1]))
     new = _updated(torch.cat(parts), steps, torch_dtype(job[0].dtype), rounding)
     for output, part in zip(job, new.split([len(p) for p in parts]), strict=True):
         yield output, 0, tensor_bytes(part)
-
-
-def write_side_files(out: Path, directory: ModelDirectory, folders: Sequence[Path], deltas: Sequence[Delta], dtype: str | None) -> None:
-    """Write what stands beside the weights: the base's files, but for those that a delta brings or drops.
-
-    Raises:
-        EspalierError: when a delta's copy of a file is missing or is not the one that it recorded.
-    """
-    for side in directory.side_files():
-        shutil.copyfile(side, out / side.name)
-    for folder, delta in zip(folders, deltas, strict=True):
-        for name, digest in delta.manifest.get("files", {}).items():
-            if digest is None:
-                (out / name).unlink(missing_ok=True)
-                continue
-            content = folder / FILES / name
-            if not content.is_file() or file_digest(content) != digest:
-                raise EspalierError(f"{content} is missing or damaged: its SHA-256 is not the one that {MANIFEST} records")
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(content, out / name)
-    if dtype is not None:
-        config = read_json(out / "config.json")
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(torch_dtype(dtype)).removeprefix("torch.")
-        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-@dataclass(frozen=True)
-class Lineage:
-    """What a model was made of, as ``espalier.json`` says it: enough to make it again."""
-
-    base: str
-    fingerprint: str | None
-    deltas: list[str]
-    digests: dict[str, str]
-    scale: float
-    dtype: Literal["bf16", "fp16", "fp32"] | None
-
-    @classmethod
-    def read(cls, path: Path) -> Lineage:
-        """Read it.
-
-        Raises:
-            EspalierError: when it is malformed.
-        """
-        content = read_json(path)
-        kinds = {"base": str, "fingerprint": str | None, "deltas": list, "digests": dict, "scale": float, "dtype": str | None}
-        if not isinstance(content, dict) or any(not isinstance(content.get(key), kind) for key, kind in kinds.items()):
-            raise EspalierError(f"{path} does not say what the model was made of ({', '.join(kinds)})")
-        if not all(isinstance(d, str) and d in content["digests"] for d in content["deltas"]) or content["dtype"] not in (None, *_DTYPES):
-            raise EspalierError(f"{path} is malformed: deltas {content['deltas']!r}, dtype {content['dtype']!r}")
-        return cls(**{key: content[key] for key in kinds})
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
-
-def _write_card(path: Path, lineage: Lineage, deltas: Sequence[Delta]) -> None:
-    """A model card that says where the model comes from."""
-    lines = [
-        f"- `{folder}`: {delta.manifest.get('method')} {json.dumps(delta.manifest.get('hyperparameters', {}))}, "
-        f"data `{delta.manifest.get('training', {}).get('data')}`"
-        for folder, delta in zip(lineage.deltas, deltas, strict=True)
-    ]
-    made = f"from `{lineage.base}`, fingerprint `{lineage.fingerprint}`, scale {lineage.scale}, and:\n\n" + "\n".join(lines)
-    text = (
-        f"---\nlibrary_name: transformers\nbase_model: {lineage.base}\ntags: [espalier]\n---\n\n# {lineage.base} with deltas\n\n"
-        f"Written by `espalier apply` {made}\n\n`espalier revert` makes the model again without them.\n"
-    )
-    path.write_text(text, encoding="utf-8")
-
-
-@dataclass
-class Recipe:
-    """What a new model is made of, and how it is stored."""
-
-    directory: ModelDirectory
-    name: str
-    folders: Sequence[Path]
-    deltas: Sequence[Delta]
-    scale: float = 1.0
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    shard_bytes: int | None = None
-    any_base: bool = False
-
-
-def write(recipe: Recipe, folder: Path, out: Path, display: Display) -> dict[str, dict[str, Any]]:
-    """Write a whole model directory (weights, side files, card) into ``folder``, which is to become ``out``.
-
-    The base is checked against the deltas before anything is written where its fingerprint is known, else on the bytes
-    that are read anyway, before the new model gets its name.
-
-    Raises:
-        EspalierError: when a delta is for another base or does not fit, the disk is too small, or a value is not finite.
-    """
-    directory = recipe.directory
-    dtype = _DTYPES[recipe.dtype] if recipe.dtype else None
-    fingerprint = known_fingerprint(directory)
-    hashes = Hashes(directory) if fingerprint is None else None
-
-    def check(found: str) -> None:
-        for path, delta in zip(recipe.folders, recipe.deltas, strict=True):
-            if not recipe.any_base:
-                check_base(delta, path, directory.path, found)
-
-    if fingerprint is not None:
-        check(fingerprint)
-    total = sum(output.nbytes for output in outputs(directory, recipe.deltas, dtype).values())
-    require_free_space(folder, total + (8 << 20), f"the new model in {out}")
-    with display.bar("applying", max(total >> 20, 1), "MiB") as update:
-        report = write_model(
-            directory, recipe.deltas, recipe.scale, folder, lambda done: update(done >> 20), dtype=dtype, shard_bytes=recipe.shard_bytes, hashes=hashes
-        )
-    if hashes is not None:
-        fingerprint = hashes.fingerprint()
-        check(fingerprint)
-    write_side_files(folder, directory, recipe.folders, recipe.deltas, dtype)
-    if recipe.deltas:
-        names = [str(f) for f in recipe.folders]
-        digests = {name: delta.manifest["sha256"] for name, delta in zip(names, recipe.deltas, strict=True)}
-        lineage = Lineage(recipe.name, fingerprint, names, digests, float(recipe.scale), recipe.dtype)
-        lineage.write(folder / LINEAGE)
-        _write_card(folder / "README.md", lineage, recipe.deltas)
-    return report

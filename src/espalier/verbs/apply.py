@@ -44,7 +44,7 @@ def apply(
     from espalier.delta import store
     from espalier.display import Display
     from espalier.errors import EspalierError
-    from espalier.exchange import materialize
+    from espalier.exchange import recipe as recipes
     from espalier.memory.meter import format_bytes, parse_bytes
 
     display = Display(quiet)
@@ -57,12 +57,12 @@ def apply(
         raise EspalierError(f"--verify {verify} is no file; give a text file")
     directory = ModelDirectory(resolve_model(model))
     deltas = [store.load(folder, mapped=True) for folder in folders]
-    recipe = materialize.Recipe(
+    recipe = recipes.Recipe(
         directory, str(model), folders, deltas, scale, dtype, parse_bytes(shard_size) if shard_size else None, any_base
     )
     verified = None
     with atomic_directory(target) as temporary:
-        report = materialize.write(recipe, temporary, target, display)
+        report = recipes.write(recipe, temporary, target, display)
         if verify is not None:
             from espalier.verbs._verify import compare
 

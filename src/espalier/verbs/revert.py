@@ -31,14 +31,14 @@ def revert(model: str, out: str, *, base: str | None = None, delta: list[str] | 
     from espalier.delta import store
     from espalier.display import Display
     from espalier.errors import EspalierError
-    from espalier.exchange import materialize
+    from espalier.exchange import recipe as recipes
 
     display, target = Display(quiet), Path(out)
     refuse_existing(target)
     record = Path(model) / LINEAGE
     if not record.is_file():
         raise EspalierError(f"{model} was not written by espalier apply: it has no {LINEAGE}")
-    lineage = materialize.Lineage.read(record)
+    lineage = recipes.Lineage.read(record)
     named = base or lineage.base
     directory = ModelDirectory(resolve_model(named))
     if (found := directory.fingerprint()) != lineage.fingerprint:
@@ -50,10 +50,10 @@ def revert(model: str, out: str, *, base: str | None = None, delta: list[str] | 
     for folder in kept:
         if store.manifest_of(folder)["sha256"] != lineage.digests[str(folder)]:
             raise EspalierError(f"{folder} is not the delta that was applied: {record} records another SHA-256 for it")
-    recipe = materialize.Recipe(
+    recipe = recipes.Recipe(
         directory, str(named), kept, [store.load(folder, mapped=True) for folder in kept], lineage.scale, lineage.dtype if kept else None, any_base=True
     )
     with atomic_directory(target) as temporary:
-        materialize.write(recipe, temporary, target, display)
+        recipes.write(recipe, temporary, target, display)
     display.note(f"made again from {directory.path}{' with ' + ', '.join(map(str, kept)) if kept else ', whose copy it is'}; nothing was subtracted")
     return {"out": str(target), "base": str(named), "kept": [str(k) for k in kept]}
