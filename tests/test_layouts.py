@@ -15,9 +15,12 @@ from espalier.attach.attachment import attach_updates
 from espalier.attach.load import load, load_model
 from espalier.checkpoint.directory import ModelDirectory
 from espalier.checkpoint.safetensors_file import read_safetensors, write_safetensors
+from espalier.delta import store
 from espalier.errors import EspalierError
 from espalier.verbs.apply import apply
+from espalier.verbs.convert import convert
 from espalier.verbs.diff import diff
+from espalier.verbs.revert import revert
 
 EXPERTS = ("mixtral", "qwen3_moe")
 Tensors = dict[str, torch.Tensor]
@@ -142,3 +145,64 @@ def test_a_tied_parameter_that_a_delta_changes_under_both_names_must_change_alik
     diff(str(base), str(apart), str(tmp_path / "da"), quiet=True)
     with pytest.raises(EspalierError, match=r"'(lm_head|model\.embed_tokens)\.weight' differently; the model ties them"):
         load(base, [tmp_path / "da"])
+
+
+# from one layout of files to another
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize(("old", "new"), [("base5", "tuned"), ("base", "tuned5"), ("base", "base5"), ("tuned5", "tuned")])
+def test_the_difference_of_two_layouts_is_exact_and_holds_only_what_changed(family: str, old: str, new: str, four: Any, tmp_path: Path) -> None:
+    base, tuned = four(family) / old, four(family) / new
+    result = diff(str(base), str(tuned), str(tmp_path / "d"), quiet=True)
+    assert result["relaid"] == sorted(set(ModelDirectory(tuned)) - set(ModelDirectory(base))) and not result["added"]
+    assert result["removed"] == sorted(set(ModelDirectory(base)) - set(ModelDirectory(tuned)))
+    for shards in (None, "20KB"):
+        apply(str(base), [str(tmp_path / "d")], str(tmp_path / f"out{shards}"), shard_size=shards, quiet=True)
+        assert all_bytes(tmp_path / f"out{shards}") == all_bytes(tuned)
+    own = diff(str(four(family) / old.removesuffix("5")), str(four(family) / new.removesuffix("5")), str(tmp_path / "same"), quiet=True)
+    values = [sum(u.nbytes for u in store.load(tmp_path / d).updates.values()) for d in ("d", "same")]
+    assert values[0] <= 1.1 * values[1] and (own["tensors"] or not result["tensors"])
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize("to", ["auto", "lowrank", "sparse", "ternary", "rows"])
+def test_a_delta_of_either_layout_makes_the_same_numbers_of_a_base_in_either(family: str, to: Any, four: Any, tmp_path: Path) -> None:
+    folder, made = four(family), {}
+    options: Any = {"auto": {}, "lowrank": {"rank": 3}}.get(to, {"density": 0.3})
+    for layout in ("", "5"):
+        diff(str(folder / f"base{layout}"), str(folder / f"tuned{layout}"), str(tmp_path / f"d{layout}"), to=to, quiet=True, **options)
+        for onto in ("", "5"):
+            out = tmp_path / f"out{layout}on{onto}"
+            apply(str(folder / f"base{onto}"), [str(tmp_path / f"d{layout}")], str(out), scale=1.0 if to == "auto" else 0.5, any_base=True, quiet=True)
+            assert set(ModelDirectory(out)) == set(ModelDirectory(folder / f"base{onto}"))
+            made[layout, onto] = out
+        one, other = made[layout, ""], made[layout, "5"]
+        assert all_bytes(fused(one, family, tmp_path / f"fused{layout}")) == all_bytes(other), "a delta makes the same of both layouts"
+    if to == "auto":
+        assert all_bytes(made["", "5"]) == all_bytes(made["5", "5"]) == all_bytes(folder / "tuned5")
+        assert all_bytes(made["", ""]) == all_bytes(made["5", ""]) == all_bytes(folder / "tuned")
+
+
+def test_a_delta_of_two_layouts_goes_onto_the_live_model_and_through_convert_and_revert(four: Any, tmp_path: Path) -> None:
+    base, tuned = four("mixtral") / "base5", four("mixtral") / "tuned"
+    diff(str(base), str(tuned), str(tmp_path / "d"), quiet=True)
+    torch.testing.assert_close(logits(base, tmp_path / "d"), logits(tuned), rtol=1e-5, atol=1e-5)
+    convert(str(tmp_path / "d"), str(tmp_path / "dense"), to="dense", model=str(base), quiet=True)
+    apply(str(base), [str(tmp_path / "dense")], str(tmp_path / "out"), quiet=True)
+    assert set(ModelDirectory(tmp_path / "out")) == set(ModelDirectory(tuned))
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(tuned), rtol=1e-2, atol=1e-2)
+    revert(str(tmp_path / "out"), str(tmp_path / "back"), quiet=True)
+    assert all_bytes(tmp_path / "back") == all_bytes(base)
+
+
+def test_two_deltas_to_another_layout_are_applied_together_and_one_under_another_is_refused(four: Any, tmp_path: Path) -> None:
+    folder = four("qwen3_moe")
+    for name, (old, new) in {"to4": ("base5", "tuned"), "in5": ("base5", "tuned5"), "only": ("base5", "base")}.items():
+        diff(str(folder / old), str(folder / new), str(tmp_path / name), quiet=True)
+    for number, names in enumerate((["to4", "only"], ["only", "to4"], ["only", "in5"], ["to4", "to4"])):
+        apply(str(folder / "base5"), [str(tmp_path / n) for n in names], str(tmp_path / f"out{number}"), quiet=True)
+        assert all_bytes(tmp_path / f"out{number}") == all_bytes(folder / "tuned")
+    with pytest.raises(EspalierError, match="in different layouts"):
+        apply(str(folder / "base5"), [str(tmp_path / "in5"), str(tmp_path / "only")], str(tmp_path / "no"), quiet=True)
+    assert not (tmp_path / "no").exists()

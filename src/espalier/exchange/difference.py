@@ -93,7 +93,7 @@ class Pair:
         self.common = sorted(same)
         self.whole = sorted(set(tuned) - same)
         self.removed = sorted(set(base) - set(tuned))
-        if not same and (pair := _same_but_for_prefix(base, tuned)):
+        if not any(n in self.base for n in tuned) and (pair := _same_but_for_prefix(base, tuned)):
             raise EspalierError(f"{base.path} calls a tensor {pair[0]!r} that {tuned.path} calls {pair[1]!r}; save both with the same model class")
         self.hashes = Hashes(base), Hashes(tuned)
         self.files: dict[str, str | None] = {}

@@ -38,8 +38,8 @@ def diff(
         quiet: print nothing but the result
 
     Returns:
-        `out`, `bytes`, `unchanged` (share of all entries whose bits are equal), `added`, `removed`, `files`, and `tensors`: for
-        each that changed its `form`, `dtype`, how many `entries` `changed` and moved less than 1e-5, norms, effective
+        `out`, `bytes`, `unchanged` (share of all entries whose bits are equal), `added`, `removed`, `relaid` (in another
+        layout), `files`, and `tensors`: for each that changed its `form`, `dtype`, how many `entries` `changed` and moved less than 1e-5, norms, effective
         rank, and for approximating forms the relative `error` of the update (Frobenius norms).
 
     Raises:
@@ -76,6 +76,8 @@ def diff(
             ("tensors", "count", "dtype", "entries", "unchanged", "moved by", "largest", "effective rank"),
             difference.summary(changes),
         )
+    if pair.relaid:
+        display.note(f"{len(pair.relaid)} tensors are in another layout than the base's; of these too only changes are stored ({min(pair.relaid)}, ...)")
     if pair.whole:
         display.note(f"{len(pair.whole)} tensors are new or of another shape or dtype and are stored whole ({pair.whole[0]}, ...)")
     if errors:
@@ -88,6 +90,7 @@ def diff(
         "unchanged": unchanged,
         "added": [n for n in pair.whole if n not in pair.base],
         "removed": pair.removed,
+        "relaid": sorted(pair.relaid),
         "files": sorted(pair.files),
         "tensors": tensors,
     }
