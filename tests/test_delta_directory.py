@@ -241,6 +241,13 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("files", {"../config.json": None}, "plain relative file name"),
     ("files", {"/etc/passwd": None}, "plain relative file name"),
     ("files", {"model.safetensors": None}, "no weights"),
+    *(
+        ("files", {name: None}, "plain relative file name, or one in additional_chat_templates")
+        for name in ("elsewhere/config.json", "additional_chat_templates/../config.json", "additional_chat_templates/more/x.jinja", "additional_chat_templates/", "..")
+    ),
+    *(("files", {name: None}, "plain relative") for name in ("/additional_chat_templates/x.jinja", "x/additional_chat_templates/x.jinja", "additional_chat_templates\\x", "", "a\0b")),
+    ("relaid", {"x": 3}, r"relaid names 'x': it is 3"),
+    ("relaid", [], r"relaid is \[\]; it must be a dict"),
     ("files", {"config.json": 3}, "is 3"),
     (QUERY + "/dtype", "F31", "dtype is 'F31'"),
     ("parameters", [], "does not describe a delta"),

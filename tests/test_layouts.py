@@ -12,11 +12,15 @@ import torch
 from families import tiny, tokens
 
 from espalier.attach.attachment import attach_updates
-from espalier.attach.load import load, load_model
+from espalier.attach.load import load, load_model, load_tokenizer
+from espalier.checkpoint import stream
 from espalier.checkpoint.directory import ModelDirectory
-from espalier.checkpoint.safetensors_file import read_safetensors, write_safetensors
+from espalier.checkpoint.relaid import Relaid, Source
+from espalier.checkpoint.safetensors_file import read_safetensors, tensor_bytes, write_safetensors
 from espalier.delta import store
+from espalier.delta.forms import Replace
 from espalier.errors import EspalierError
+from espalier.exchange import recipe
 from espalier.verbs.apply import apply
 from espalier.verbs.convert import convert
 from espalier.verbs.diff import diff
@@ -206,3 +210,125 @@ def test_two_deltas_to_another_layout_are_applied_together_and_one_under_another
     with pytest.raises(EspalierError, match="in different layouts"):
         apply(str(folder / "base5"), [str(tmp_path / "in5"), str(tmp_path / "only")], str(tmp_path / "no"), quiet=True)
     assert not (tmp_path / "no").exists()
+
+
+# what the live base cannot carry
+
+
+def test_verify_refuses_a_delta_of_another_vocabulary_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny("llama").save_pretrained(tmp_path / "base")
+    tiny("llama", vocab_size=104).save_pretrained(tmp_path / "tuned")
+    load_tokenizer("seedling").save_pretrained(tmp_path / "base")
+    (tmp_path / "text.txt").write_text("words to compare on")
+    diff(str(tmp_path / "base"), str(tmp_path / "tuned"), str(tmp_path / "d"), quiet=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "write", lambda *_: pytest.fail("the work began"))
+        with pytest.raises(EspalierError, match=r"--verify needs .* 'lm_head\.weight' is for shape \(104, 32\); the model's is \(96, 32\)\. Leave --verify out"):
+            apply(str(tmp_path / "base"), [str(tmp_path / "d")], str(tmp_path / "out"), verify=str(tmp_path / "text.txt"), quiet=True)
+    assert not (tmp_path / "out").exists()
+    apply(str(tmp_path / "base"), [str(tmp_path / "d")], str(tmp_path / "out"), quiet=True)
+    assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "tuned")
+
+
+@pytest.mark.parametrize("old", ["base", "base5"])
+def test_verify_compares_models_of_experts_in_either_layout(old: str, four: Any, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(four("mixtral") / old, base)
+    tokenizer = load_tokenizer("seedling")
+    tokenizer.save_pretrained(base)
+    text = next(word for word in ("a", "in", "if", "x = 1") if max(tokenizer(word * 9).input_ids) < 96)
+    (tmp_path / "text.txt").write_text(text * 9)
+    diff(str(base), str(four("mixtral") / "tuned"), str(tmp_path / "d"), quiet=True)
+    found = apply(str(base), [str(tmp_path / "d")], str(tmp_path / "out"), verify=str(tmp_path / "text.txt"), quiet=True)["verified"]
+    assert found["mean"] < 1e-5 < found["moved"] and found["agreement"] == 1
+
+
+# chat templates in a folder
+
+
+def test_additional_chat_templates_come_go_and_change_with_a_delta_and_load(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer("seedling")
+    made = {"default": "{{ messages }}", "same": "{{ tools }}", "changed": "before", "removed": "gone"}
+    for name, templates in {"base": made, "tuned": {"default": made["default"], "same": made["same"], "changed": "after", "added": "new"}}.items():
+        tiny("llama").save_pretrained(tmp_path / name)
+        tokenizer.chat_template = templates
+        tokenizer.save_pretrained(tmp_path / name)
+    result = diff(str(tmp_path / "base"), str(tmp_path / "tuned"), str(tmp_path / "d"), quiet=True)
+    assert result["files"] == [f"additional_chat_templates/{name}.jinja" for name in ("added", "changed", "removed")]
+    apply(str(tmp_path / "base"), [str(tmp_path / "d")], str(tmp_path / "out"), quiet=True)
+    assert sorted(p.name for p in (tmp_path / "out" / "additional_chat_templates").iterdir()) == ["added.jinja", "changed.jinja", "same.jinja"]
+    assert load_tokenizer(tmp_path / "out").chat_template == load_tokenizer(tmp_path / "tuned").chat_template
+    convert(str(tmp_path / "d"), str(tmp_path / "again"), to="dense", quiet=True)
+    apply(str(tmp_path / "base"), [str(tmp_path / "again")], str(tmp_path / "out2"), quiet=True)
+    assert load_tokenizer(tmp_path / "out2").chat_template == load_tokenizer(tmp_path / "tuned").chat_template
+    revert(str(tmp_path / "out"), str(tmp_path / "back"), quiet=True)
+    assert load_tokenizer(tmp_path / "back").chat_template == load_tokenizer(tmp_path / "base").chat_template
+
+
+# what is made of runs of entries
+
+
+def stored(folder: Path) -> ModelDirectory:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    write_safetensors(folder / "model.safetensors", {"a": torch.arange(24.0).reshape(4, 6), "b": torch.arange(5.0), "c": torch.arange(4)})
+    return ModelDirectory(folder)
+
+
+def test_a_tensor_in_another_layout_is_read_in_slices_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = stored(tmp_path / "m")
+    seen = Relaid(directory, {"x": Source((2, 2, 3), (("a", 6, 12), ("b", 0, 2), ("a", 2, 6)))})
+    expected = torch.tensor([*range(6, 12), 0, 1, *range(2, 6)], dtype=torch.float32).reshape(2, 2, 3)
+    assert torch.equal(seen.read("x"), expected) and torch.equal(seen.read("a"), directory.read("a"))
+    assert seen.fingerprint() == directory.fingerprint() and seen.files() == directory.files()
+    for size in (4, 12, 20, 1000):
+        monkeypatch.setattr(stream, "SLICE", size)
+        assert b"".join(bytes(piece) for _, piece in stream.slices(seen, "x", 4)) == tensor_bytes(expected)
+        assert b"".join(bytes(piece) for _, piece in stream.slices(seen, "x", 4, 8, 40)) == bytes(tensor_bytes(expected))[8:40]
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "complaint"),
+    [
+        ("x", {"shape": [2], "runs": [["none", 0, 2]]}, "no tensor 'none'"),
+        ("x", {"shape": [2], "runs": [["a", 23, 25]]}, "entries 23 to 25 of 'a', which has 24"),
+        ("x", {"shape": [2], "runs": [["a", -2, 0]]}, "entries -2 to 0"),
+        ("x", {"shape": [2], "runs": [["a", 4, 2]]}, "entries 4 to 2"),
+        ("x", {"shape": [3], "runs": [["a", 0, 2]]}, "made of 2 entries"),
+        ("x", {"shape": [-1, -2], "runs": [["a", 0, 2]]}, "made of 2 entries"),
+        ("x", {"shape": [2**62, 2**62], "runs": [["a", 0, 2]]}, "made of 2 entries"),
+        ("x", {"shape": [4], "runs": [["a", 0, 2], ["c", 0, 2]]}, "of 2 dtypes"),
+        ("x", {"shape": [0], "runs": []}, "of 0 dtypes"),
+        ("b", {"shape": [2], "runs": [["a", 0, 2]]}, "has the tensor 'b' itself"),
+        ("x", {"shape": [2]}, "must have a shape and runs"),
+        ("x", {"shape": 2, "runs": [["a", 0, 2]]}, "must have a shape and runs"),
+        ("x", {"shape": [1] * 65, "runs": [["a", 0, 1]]}, "must have a shape and runs"),
+        ("x", {"shape": [2.0], "runs": [["a", 0, 2]]}, "must have a shape and runs"),
+        ("x", {"shape": [2], "runs": [["a", 0, 2.0]]}, "must have a shape and runs"),
+        ("x", {"shape": [2], "runs": [["a", False, 2]]}, "must have a shape and runs"),
+        ("x", {"shape": [2], "runs": [["a", 0]]}, "must have a shape and runs"),
+        ("x", [], "must have a shape and runs"),
+    ],
+)  # fmt: skip
+def test_a_forged_layout_is_refused(name: str, entry: Any, complaint: str, tmp_path: Path) -> None:
+    base = stored(tmp_path / "m")
+    folder = tmp_path / "d"
+    manifest = {"base": {"name": "m", "fingerprint": base.fingerprint()}, "method": "diff", "relaid": {name: entry}}
+    store.save(folder, store.Delta({"b": Replace(torch.ones(5))}, {"b": store.Layout()}, manifest), "a card")
+    with pytest.raises(EspalierError, match=complaint):
+        apply(str(base.path), [str(folder)], str(tmp_path / "out"), quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_that_do_not_fit_the_fused_parameter_are_refused(four: Any) -> None:
+    model = load_model(four("qwen3_moe") / "base")
+    stem = "model.layers.0.mlp.experts"
+    small, large = Replace(torch.zeros(16, 32)), Replace(torch.zeros(17, 32))
+    for updates, complaint in (
+        ({f"{stem}.4.up_proj.weight": small}, "4 experts"),
+        ({f"{stem}.0.up_proj.weight": large}, r"is for shape \(17, 32\)"),
+        ({f"{stem}.0.up_proj.weight": small, f"{stem}.0.w3.weight": small}, "twice"),
+        ({f"{stem}.0.up_proj.weight": small, f"{stem}.gate_up_proj": Replace(torch.zeros(4, 32, 32))}, "a part of it"),
+    ):
+        with pytest.raises(EspalierError, match=complaint):
+            attach_updates(model, updates, "forged")

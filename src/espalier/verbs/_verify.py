@@ -8,11 +8,28 @@ from typing import Any
 
 import torch
 
-from espalier.attach.load import load, load_model, load_tokenizer
+from espalier.attach.attachment import attach_updates
+from espalier.attach.load import empty_model, load, load_model, load_tokenizer
+from espalier.checkpoint.directory import resolve_model
+from espalier.delta.store import Delta
 from espalier.display import Display
 from espalier.errors import EspalierError
 
 LARGEST = 512
+
+
+def require_attachable(model: str, deltas: Sequence[Delta]) -> None:
+    """Refuse deltas that the live base cannot carry, so that nothing could be compared; loads no numbers.
+
+    Raises:
+        EspalierError: naming the parameter that the model does not have, or has in another shape.
+    """
+    live = empty_model(resolve_model(model))
+    for number, delta in enumerate(deltas):
+        try:
+            attach_updates(live, delta.updates, f"delta{number}")
+        except EspalierError as error:
+            raise EspalierError(f"--verify needs the delta on the live base, which cannot carry it: {error}. Leave --verify out") from error
 
 
 @torch.no_grad()

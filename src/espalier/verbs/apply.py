@@ -61,11 +61,13 @@ def apply(
         directory, str(model), folders, deltas, scale, dtype, parse_bytes(shard_size) if shard_size else None, any_base
     )
     verified = None
+    if verify is not None:
+        from espalier.verbs._verify import compare, require_attachable
+
+        require_attachable(model, deltas)
     with atomic_directory(target) as temporary:
         report = recipes.write(recipe, temporary, target, display)
         if verify is not None:
-            from espalier.verbs._verify import compare
-
             verified = compare(model, [str(f) for f in folders], scale, any_base, temporary, Path(verify), target, display)
     nbytes = ModelDirectory(target).nbytes()
     worst = max(report.values(), key=lambda r: r["lost"], default=None)

@@ -38,9 +38,10 @@ def diff(
         quiet: print nothing but the result
 
     Returns:
-        `out`, `bytes`, `unchanged` (share of all entries whose bits are equal), `added`, `removed`, `relaid` (in another
-        layout), `files`, and `tensors`: for each that changed its `form`, `dtype`, how many `entries` `changed` and moved less than 1e-5, norms, effective
-        rank, and for approximating forms the relative `error` of the update (Frobenius norms).
+        `out`, `bytes`, `unchanged` (share of all entries whose bits are equal), `added`, `removed`, `relaid` (tensors that the
+        base has in another layout), `files`, and `tensors`: for each that changed its `form`, `dtype`, how many `entries`
+        `changed` and moved less than 1e-5, norms, effective rank, and for approximating forms the relative `error` of the
+        update (Frobenius norms).
 
     Raises:
         EspalierError: when one is no model, they have no tensor in common, a value is not finite, or the disk is too small.
