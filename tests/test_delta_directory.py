@@ -45,6 +45,7 @@ from espalier.delta.forms import (
 )
 from espalier.delta.store import Delta, Layout
 from espalier.errors import EspalierError
+from espalier.exchange.composition import seen_by
 from espalier.exchange.materialize import write_model
 from espalier.exchange.save import save
 from espalier.verbs.apply import apply
@@ -538,7 +539,7 @@ def uses_or_refuses(folder: Path, base: Path, model: torch.nn.Module, out: Path)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     try:
-        write_model(directory, [delta], 1.0, out, lambda done: None)
+        write_model(*seen_by(directory, [delta]), 1.0, out, lambda done: None)
     except EspalierError:
         return
 

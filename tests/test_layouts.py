@@ -101,6 +101,10 @@ def test_a_delta_of_single_experts_goes_onto_the_live_fused_parameters(family: s
     assert (there - logits(folder / "base")).abs().max() > 0.1
     if to == "auto":
         torch.testing.assert_close(there, logits(folder / "tuned"), rtol=1e-5, atol=1e-5)
+    apply(str(folder / "base"), [str(tmp_path / "d")], str(tmp_path / "half"), scale=0.5, dtype="fp32", quiet=True)
+    with torch.no_grad():
+        half = load(folder / "base", [tmp_path / "d"], dtype="fp32", scale=0.5)(tokens()).logits
+    torch.testing.assert_close(half, logits(tmp_path / "half"), rtol=1e-4, atol=1e-4)
 
 
 def bare(tensors: Tensors) -> Tensors:
@@ -186,6 +190,28 @@ def test_a_delta_of_either_layout_makes_the_same_numbers_of_a_base_in_either(fam
     if to == "auto":
         assert all_bytes(made["", "5"]) == all_bytes(made["5", "5"]) == all_bytes(folder / "tuned5")
         assert all_bytes(made["", ""]) == all_bytes(made["5", ""]) == all_bytes(folder / "tuned")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.float64], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_updates_of_experts_reach_their_rows_of_a_fused_tensor_of_any_dtype(dtype: torch.dtype, transposed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randint(-9, 9, (3, 8, 5), generator=torch.Generator().manual_seed(0)).to(dtype)  # (experts, gate and up, in)
+    new, stem = weight.clone(), "model.layers.0.mlp.experts"
+    new[2, 4:] = torch.arange(20.0).reshape(4, 5).to(dtype)
+    new.view(torch.uint8).view(-1)[: 8 * dtype.itemsize] = 1  # two entries of the second row too
+    updates = {f"{stem}.2.up_proj.weight": Replace(new[2, 4:].contiguous())}
+    first = torch.arange(8)
+    updates[f"{stem}.0.gate_proj.weight"] = Replace(new[0].flatten()[:8].contiguous(), index=first, shape=(4, 5))
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    for folder, tensor in ((base, weight), (tuned, new)):
+        folder.mkdir()
+        (folder / "config.json").write_text('{"model_type": "%s"}' % ("llama4" if transposed else "mixtral"))
+        write_safetensors(folder / "model.safetensors", {f"{stem}.gate_up_proj": (tensor.mT if transposed else tensor).contiguous()})
+    monkeypatch.setattr(stream, "SLICE", 3 * 5 * dtype.itemsize)
+    manifest = {"base": {"name": "m", "fingerprint": ModelDirectory(base).fingerprint()}, "method": "diff"}
+    store.save(tmp_path / "d", store.Delta(updates, dict.fromkeys(updates, store.Layout()), manifest), "a card")
+    apply(str(base), [str(tmp_path / "d")], str(tmp_path / "out"), quiet=True)
+    assert all_bytes(tmp_path / "out") == all_bytes(tuned)
 
 
 def test_a_delta_of_two_layouts_goes_onto_the_live_model_and_through_convert_and_revert(four: Any, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class Source:
             return isinstance(values, list) and len(values) == len(kinds) and all(type(v) is k for v, k in zip(values, kinds, strict=True))
 
         shaped = isinstance(shape, list) and len(shape) <= MOST_DIMENSIONS and are(shape, *[int] * len(shape))
-        if not shaped or not isinstance(runs, list) or not all(are(run, str, int, int) for run in runs):
+        if shape is None or not shaped or not isinstance(runs, list) or not all(are(run, str, int, int) for run in runs):
             raise EspalierError(f"it is {reprlib.repr(entry)}; it must have a shape and runs of [tensor, first entry, entry after the last]")
         return cls(tuple(shape), tuple((name, start, stop) for name, start, stop in runs))
 

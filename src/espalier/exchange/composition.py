@@ -83,8 +83,8 @@ def outputs(directory: ModelDirectory, deltas: Sequence[Delta], dtype: str | Non
     Raises:
         EspalierError: when a delta does not fit the base, or two parameters of a delta are one tensor of it.
     """
-    own = directory.stored if isinstance(directory, Relaid) else directory
-    found = {n: Output(n, own.info(n).dtype, own.info(n).shape, n) for n in own}
+    stored = directory.stored if isinstance(directory, Relaid) else directory
+    found = {n: Output(n, stored.info(n).dtype, stored.info(n).shape, n) for n in stored}
     gone: set[str] = set()
     for position, delta in enumerate(deltas):
         taken: dict[str, str] = {}
