@@ -140,6 +140,22 @@ def test_a_delta_under_the_names_of_a_bare_model_goes_onto_the_live_one(family: 
     assert (there - logits(base)).abs().max() > 0.01
 
 
+def test_a_delta_under_the_names_of_a_bare_model_becomes_a_lora_that_peft_loads(tmp_path: Path) -> None:
+    tiny("gpt2").save_pretrained(tmp_path / "saved")
+
+    def matrices(tensors: Tensors) -> Tensors:
+        return {n: t + 0.1 * torch.randn(t.shape, generator=torch.Generator().manual_seed(i)) if "c_fc.weight" in n else t for i, (n, t) in enumerate(bare(tensors).items())}
+
+    base, tuned = rewritten(tmp_path / "saved", tmp_path / "base", bare), rewritten(tmp_path / "saved", tmp_path / "tuned", matrices)
+    diff(str(base), str(tuned), str(tmp_path / "d"), to="lowrank", rank=4, quiet=True)
+    convert(str(tmp_path / "d"), str(tmp_path / "lora"), to="peft", model=str(base), quiet=True)
+    from peft import PeftModel
+
+    with torch.no_grad():
+        found = PeftModel.from_pretrained(load_model(base), tmp_path / "lora")(input_ids=tokens()).logits
+    torch.testing.assert_close(found, logits(base, tmp_path / "d"), rtol=1e-4, atol=1e-4)
+
+
 def test_a_tied_parameter_that_a_delta_changes_under_both_names_must_change_alike(tmp_path: Path) -> None:
     tiny("qwen2").save_pretrained(tmp_path / "saved")
     name = "model.embed_tokens.weight"

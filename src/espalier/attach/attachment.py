@@ -10,14 +10,13 @@ import torch
 from torch import nn
 
 from espalier import registry
-from espalier.anatomy.layout import place
 from espalier.anatomy.parameters import parameters, select
 from espalier.anatomy.target import Target
 from espalier.attach.method import Adapter
 from espalier.attach.routes import rebuild
 from espalier.attach.slot import Pool, Slot, Whole
 from espalier.delta.forms import Update
-from espalier.delta.gather import gathered
+from espalier.delta.gather import by_parameter
 from espalier.errors import EspalierError
 from espalier.kernels.philox import Stream
 
@@ -252,8 +251,7 @@ def attach_updates(
     """Put given updates (of a stored delta) on a model, frozen, in place.
 
     Args:
-        updates: parameter name to update; names of the files' layouts are found too (see ``anatomy/layout.py``), and
-            updates of single experts become one of the parameter that fuses them.
+        updates: parameter name to update; names that the files have are found too (see ``delta/gather.py``).
         scale: multiplies every update; 0 restores the base.
 
     Raises:
@@ -261,23 +259,11 @@ def attach_updates(
     """
     from espalier.attach.stored import Stored
 
-    by_name = {alias: target for target in parameters(model) for alias in target.names}
+    targets = {target.name: target for target in parameters(model)}
     name = _fresh_name(model, name)
-    slots: dict[str, Slot] = {}
-    given: dict[str, tuple[str, Update]] = {}
-    for updated, update in gathered(updates, {alias: target.shape for alias, target in by_name.items()}).items():
-        found = place(updated, by_name)
-        if found is None or found.expert is not None:
-            raise EspalierError(f"the delta updates {updated!r}, which the model does not have")
-        target = by_name[found.name]
-        if tuple(update.shape) != target.shape:
-            raise EspalierError(f"the delta's update of {updated!r} is for shape {update.shape}; the model's is {target.shape}")
-        if target.name in given:  # files may hold a tied parameter under each of its names
-            other, same = given[target.name]
-            if not update.equals(same):
-                raise EspalierError(f"the delta updates {other!r} and {updated!r} differently; the model ties them")
-            continue
-        given[target.name] = updated, update
+    slots = {}
+    for updated, update in by_parameter(updates, targets.values()).items():
+        target = targets[updated]
         method = Stored(update, scale)
         weight = stored(model, target.name)
         tensors = {key.replace(".", "__"): tensor.to(weight.device) for key, tensor in update.tensors().items()}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from espalier.anatomy.layout import Place, place
+from espalier.anatomy.target import Target
 from espalier.delta.forms import Blocks, Update
 from espalier.errors import EspalierError
 
@@ -30,6 +31,28 @@ def gathered(updates: Mapping[str, Update], shapes: Mapping[str, tuple[int, ...]
         if name in updates:
             raise EspalierError(f"the delta updates {name!r} and {next(iter(blocks))!r}, which is a part of it")
     return _Gathered(updates, fused, shapes) if fused else updates
+
+
+def by_parameter(updates: Mapping[str, Update], targets: Iterable[Target]) -> dict[str, Update]:
+    """Updates by the canonical names of a live model's parameters, whatever layout of its files their names are of.
+
+    Raises:
+        EspalierError: when the model has no such parameter, or one of another shape, or two updates of one differ.
+    """
+    by_name = {alias: target for target in targets for alias in target.names}
+    found: dict[str, Update] = {}
+    called: dict[str, str] = {}
+    for name, update in gathered(updates, {alias: target.shape for alias, target in by_name.items()}).items():
+        at = place(name, by_name)
+        if at is None or at.expert is not None:
+            raise EspalierError(f"the delta updates {name!r}, which the model does not have")
+        target = by_name[at.name]
+        if tuple(update.shape) != target.shape:
+            raise EspalierError(f"the delta's update of {name!r} is for shape {update.shape}; the model's is {target.shape}")
+        if target.name in found and not found[target.name].equals(update):  # files may hold a tied parameter under each of its names
+            raise EspalierError(f"the delta updates {called[target.name]!r} and {name!r} differently; the model ties them")
+        found[target.name], called[target.name] = update, name
+    return found
 
 
 class _Gathered(Mapping[str, Update]):

@@ -10,6 +10,7 @@ from espalier.anatomy.target import Target
 from espalier.checkpoint import peft_adapter
 from espalier.checkpoint.peft_adapter import Factors
 from espalier.delta.forms import LowRank, Magnitude, Update
+from espalier.delta.gather import by_parameter
 from espalier.delta.store import Delta
 
 
@@ -40,7 +41,7 @@ def export(folder: Path, delta: Delta, targets: Mapping[str, Target], base: str,
         ``None`` when written, or the reason why PEFT cannot hold this delta as it is.
     """
     factors = {}
-    for name, update in delta.updates.items():
+    for name, update in by_parameter(delta.updates, targets.values()).items():
         made = _factors(update, targets[name])
         if isinstance(made, str):
             return made
