@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM,
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from espalier import attach
-from espalier.anatomy.layout import Piece, locate
+from espalier.anatomy.layout import Piece, locate, place
 from espalier.anatomy.parameters import parameters, select
 from espalier.anatomy.structure import Anatomy, Part, anatomy, couplings, logical_tensors, permute
 from espalier.checkpoint.directory import ModelDirectory
@@ -583,3 +583,21 @@ def test_every_parameter_of_a_saved_model_is_found_in_its_files_with_its_values(
     assert sorted(claimed) == sorted(directory)
     if family in ("qwen3_moe", "qwen2_moe", "mixtral"):
         assert any(".experts.3." in name for name in directory)
+
+
+@every_family
+def test_the_place_of_every_tensor_of_the_files_is_in_the_parameter_that_it_was_located_for(family: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    model.save_pretrained(tmp_path)
+    names = {name for target in parameters(model) for name in target.names}
+    for target in parameters(model):
+        for piece in locate(target.name, target.names, target.lead[0] if target.lead else None, ModelDirectory(tmp_path)):
+            for part, name in enumerate(piece.names):
+                found = place(name, names)
+                assert found is not None and found.name in target.names
+                assert (found.expert, found.part, found.parts) == (piece.expert, part, len(piece.names))
+
+
+def test_a_name_that_no_layout_knows_has_no_place() -> None:
+    for name in ("mlp.experts.0.gate.weight", "mlp.experts.x.up_proj.weight", f"mlp.experts.{'9' * 5000}.up_proj.weight", "base_model.model.mlp.experts.0.up_proj.weight", ""):
+        assert place(name, {"mlp.experts.gate_up_proj"}) is None
