@@ -189,6 +189,14 @@ def test_the_difference_of_two_layouts_is_exact_and_holds_only_what_changed(fami
     assert values[0] <= 1.1 * values[1] and (own["tensors"] or not result["tensors"])
 
 
+def test_an_approximation_does_not_depend_on_the_layout_of_the_base(four: Any, tmp_path: Path) -> None:
+    folder = four("mixtral")
+    for old in ("base", "base5"):
+        diff(str(folder / old), str(folder / "tuned"), str(tmp_path / f"d{old}"), to="lowrank", rank=2, quiet=True)
+        apply(str(folder / old), [str(tmp_path / f"d{old}")], str(tmp_path / f"out{old}"), quiet=True)
+    assert all_bytes(tmp_path / "outbase") == all_bytes(tmp_path / "outbase5") != all_bytes(folder / "tuned")
+
+
 @pytest.mark.parametrize("family", EXPERTS)
 @pytest.mark.parametrize("to", ["auto", "lowrank", "sparse", "ternary", "rows"])
 def test_a_delta_of_either_layout_makes_the_same_numbers_of_a_base_in_either(family: str, to: Any, four: Any, tmp_path: Path) -> None:

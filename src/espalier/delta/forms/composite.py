@@ -45,8 +45,8 @@ class Composite(Update):
         own = {name: tensor for name, tensor in tensors.items() if name in self.fields}
         of: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.parts}
         for name, tensor in tensors.items():
-            part, dot, key = name.partition(".")
-            if dot:
+            part, _, key = name.partition(".")
+            if part in of and key:  # a form above may have tensors of its own
                 of[part][key] = tensor
         return self._with_parts({n: p.with_tensors(of[n]) for n, p in self.parts.items()}, own)
 
