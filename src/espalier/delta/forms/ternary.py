@@ -80,7 +80,7 @@ class Ternary(Update):
 
     def materialize(self, weight: torch.Tensor) -> torch.Tensor:
         scale = self.scale.to(working_dtype(weight)) * self.gain
-        return self.signs() * scale.reshape(*scale.shape, *[1] * (len(self.shape) - scale.ndim))
+        return self.signs() * scale.reshape((*scale.shape, *[1] * (len(self.shape) - scale.ndim)))
 
     def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
         if self.scale.ndim:
