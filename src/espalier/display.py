@@ -112,14 +112,15 @@ class Display:
     def _lines(self, what: str, total: int, unit: str) -> Callable[..., None]:
         began = last = time.monotonic()
         first: int | None = None
+        ended = False
 
         def update(done: int, **fields: Any) -> None:
-            nonlocal last, first
+            nonlocal last, first, ended
             now = time.monotonic()
             first = done if first is None else first
-            if now - last < LINE_EVERY and done < total:
+            if now - last < LINE_EVERY and (ended or done < total):
                 return
-            last = now
+            last, ended = now, done >= total
             left = (now - began) / max(done - first, 1) * (total - done)
             self.note(f"{what} {done}/{total}{unit and ' ' + unit} {_joined(fields)} {now - began:.0f}s, {left:.0f}s left")
 
