@@ -29,7 +29,7 @@ ROOMS = (
 )  # fmt: skip
 """The rooms of methods; a room's name is the kind of its methods."""
 
-DECORATORS = ("adapter", "optimizer", "compressor")
+DECORATORS = ("adapter", "optimizer", "compressor", "merger")
 _PACKAGE = Path(__file__).parent
 _plugins: list[Path] = []
 T = TypeVar("T")
@@ -104,6 +104,7 @@ def declaration(role: str) -> Callable[..., Callable[[T], T]]:
 adapter = declaration("adapter")
 optimizer = declaration("optimizer")
 compressor = declaration("compressor")
+merger = declaration("merger")
 
 
 def _docstring_after(body: list[ast.stmt], position: int) -> str:

@@ -6,13 +6,14 @@ A threshold alone keeps another number wherever values are equal, as they often 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy
 import torch
 
 from espalier.errors import EspalierError
+from espalier.kernels.merging import gather
 
 _LOW = 16  # bits of a magnitude that the second pass looks at
 
@@ -105,6 +106,88 @@ def across(vectors: Callable[[], Iterable[torch.Tensor]], density: float) -> Cut
     ties = wanted - above - inner
     size += float(sums[lower + 1 :].sum()) + ties * threshold
     return Cut(threshold, ties, std, size / wanted)
+
+
+class Chosen:
+    """The largest numbers of several vectors, vector by vector exactly as many as wanted; asked slice by slice, in order.
+
+    Args:
+        limits: the least score of each vector that is chosen, (vectors,) float32.
+        ties: how many of exactly that score are chosen, or -1 where all of them are.
+    """
+
+    def __init__(self, limits: torch.Tensor, ties: list[int]) -> None:
+        self.limits, self.ties = limits, torch.tensor(ties)
+
+    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
+        """Where the next slice of scores (vectors, ...) is chosen, as a mask of its shape."""
+        limits = self.limits.reshape(-1, *[1] * (scores.ndim - 1))
+        mask = scores >= limits
+        for vector, left in enumerate(self.ties.tolist()):
+            if left < 0:
+                continue
+            ties = (scores[vector] == self.limits[vector]).flatten().nonzero().squeeze(-1)
+            mask[vector].view(-1)[ties[left:]] = False
+            self.ties[vector] = max(left - len(ties), 0)
+        return mask
+
+
+def thresholds(
+    slices: Callable[[], Iterable[torch.Tensor]], sample: torch.Tensor, counts: Sequence[int], length: int
+) -> Chosen:
+    """The ``counts[i]`` largest of each vector i, of ``length`` numbers at least 0 each; of equal ones the first.
+
+    A sample gives bounds between which the threshold all but certainly lies. One pass counts what is above them and
+    gathers what is between them; it is repeated with other bounds where the sample misled.
+
+    Args:
+        slices: gives the vectors, (vectors, n), slice by slice, as often as asked.
+        sample: some numbers of each, (vectors, s).
+    """
+    limits, ties = torch.empty(len(counts)), [-1] * len(counts)
+    bounds = {}
+    ordered = sample.sort(dim=-1).values
+    for vector, count in enumerate(counts):
+        if 0 < count < length:
+            bounds[vector] = _bounds(ordered[vector], 1 - count / length)
+        else:
+            limits[vector] = torch.inf if count <= 0 else -1.0
+    while bounds:
+        above, at_low = dict.fromkeys(bounds, 0), dict.fromkeys(bounds, 0)
+        gathered: dict[int, list[torch.Tensor]] = {vector: [] for vector in bounds}
+        for part in slices():
+            for vector, (low, high) in bounds.items():
+                upper, equal, inside = gather(part[vector], low, high)
+                above[vector] += upper
+                at_low[vector] += equal
+                gathered[vector].append(inside)
+        for vector, (low, high) in list(bounds.items()):
+            inside, wanted = torch.cat(gathered.pop(vector)), counts[vector] - above[vector]
+            if wanted <= 0:
+                bounds[vector] = (high, torch.inf)
+            elif wanted <= len(inside):
+                limits[vector] = limit = inside.kthvalue(len(inside) - wanted + 1).values
+                ties[vector] = _missing(wanted - int(torch.count_nonzero(inside > limit)), int(torch.count_nonzero(inside == limit)))
+                del bounds[vector]
+            elif wanted <= len(inside) + at_low[vector]:
+                limits[vector] = low
+                ties[vector] = _missing(wanted - len(inside), at_low[vector])
+                del bounds[vector]
+            else:
+                bounds[vector] = (-1.0, low)
+    return Chosen(limits, ties)
+
+
+def _bounds(ordered: torch.Tensor, share: float) -> tuple[float, float]:
+    """Between which numbers a quantile lies, but for a chance of about 1e-9, by a sample in ascending order."""
+    size = len(ordered)
+    margin = 6 * math.sqrt(share * (1 - share) / size) + 4 / size
+    low, high = math.floor((share - margin) * size), math.ceil((share + margin) * size)
+    return float(ordered[low]) if low > 0 else -1.0, float(ordered[high]) if high < size else math.inf
+
+
+def _missing(wanted: int, there: int) -> int:
+    return -1 if wanted == there else wanted
 
 
 def _magnitudes(vector: torch.Tensor) -> tuple[numpy.ndarray, numpy.ndarray]:
