@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-
-from espalier.delta.merging import Combine, Parameter, Piece
+from espalier.delta.merging import Combine, Parameter
 from espalier.kernels.merging import elect
 from espalier.registry import merger
 
@@ -21,15 +19,10 @@ def ties(
     gamma the sign of ``sum_i w_i t_i`` (a tie is positive).
 
     Args:
-        density: share of the numbers of a tensor that each model keeps, in [0, 1]; exactly int(share * numbers)
+        density: share of the numbers of a tensor that each model keeps, in [0, 1]; exactly int(share * numbers), one at least
         majority: what elects the sign: the sum of weighted changes, or how many models have it
         normalize: whether what agrees is averaged; else it is summed
     """
-    kept = parameter.largest([int(share * parameter.numel) for share in parameter.each(density, "density")])
-
-    def combine(piece: Piece) -> torch.Tensor:
-        return elect(
-            piece.base, piece.updates, parameter.weights, kept.limits, kept.ties, majority == "mass", normalize, parameter.scale
-        )
-
-    return combine
+    kept = parameter.largest([parameter.count(share) for share in parameter.each(density, "density")])
+    weights, mass, scale = parameter.weights, majority == "mass", parameter.scale
+    return lambda piece: elect(piece.base, piece.updates, weights, kept.limits, kept.ties, mass, normalize, scale)
