@@ -8,6 +8,7 @@ models there are. Arithmetic is in float32; the result is rounded once, when it 
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ import torch
 
 from espalier.delta.selection import Chosen, thresholds
 from espalier.errors import EspalierError
+from espalier.kernels.merging import elect, histogram, number_of
 from espalier.kernels.philox import Stream
 
 PIECE = 1 << 17
@@ -25,6 +27,9 @@ PIECE = 1 << 17
 
 SAMPLE = 1 << 16
 """Numbers of each model by which thresholds are guessed, before a pass finds them."""
+
+
+NEEDS_BASE = "the method merges changes; it needs the model that they are changes of: --model BASE"
 
 
 @dataclass
@@ -45,7 +50,7 @@ class Piece:
     def updates(self) -> torch.Tensor:
         """What each model changed: (models, rows, columns)."""
         if self.base is None:
-            raise EspalierError("the method merges changes; it needs the model that they are changes of: --model BASE")
+            raise EspalierError(NEEDS_BASE)
         return self.models - self.base
 
 
@@ -123,6 +128,27 @@ class Parameter(abc.ABC):
             raise EspalierError(f"{name} has {len(values)} values; there are {self.models} models (or give one for all)")
         return values
 
+    def shares(self) -> torch.Tensor:
+        """The weights divided by their sum.
+
+        Raises:
+            EspalierError: when they sum to zero.
+        """
+        total = self.weights.sum()
+        if float(total.abs()) < 1e-8:
+            raise EspalierError(f"the weights {self.weights.tolist()} sum to 0 and cannot be normalized; give others, or --no-normalize")
+        return self.weights / total
+
+    def count(self, density: float) -> int:
+        """How many of the parameter's numbers a density keeps: int(density numbers), but one at least unless it is 0.
+
+        Raises:
+            EspalierError: for a density that is not in [0, 1].
+        """
+        if not 0 <= density <= 1:
+            raise EspalierError(f"density is {density}; it must be from 0 to 1")
+        return max(1, int(density * self.numel)) if density else 0
+
     def stream(self, purpose: str) -> Stream:
         """Random numbers of this parameter, the same whatever the slices and threads."""
         return Stream(self.seed, f"{purpose} {self.name}")
@@ -148,6 +174,43 @@ class Parameter(abc.ABC):
         return thresholds(lambda: (scores(piece).flatten(1) for piece in self.pieces()), sample, counts, self.numel)
 
 
+    def ratio(self, over: Callable[[Piece], torch.Tensor], under: Callable[[Piece], torch.Tensor]) -> torch.Tensor:
+        """Sums of scores of each model, one over the other: (models, 1, 1); 1 where one of them is as good as zero."""
+        sums = torch.zeros(2, self.models, dtype=torch.float64)
+        for piece in self.pieces():
+            sums += torch.stack([over(piece), under(piece)]).flatten(2).sum(-1, dtype=torch.float64)
+        found = torch.where((sums > 1e-7).all(0), sums[0] / sums[1].clamp_min(1e-7), 1.0)
+        return found.float()[:, None, None]
+
+
+def combination(parameter: Parameter, coefficients: Sequence[float], of: str = "models") -> Combine:
+    """The linear combination of the models, or the base plus that of their updates."""
+    factors = torch.tensor(list(coefficients), dtype=torch.float32)
+
+    def combine(piece: Piece) -> torch.Tensor:
+        made = torch.einsum("n,nrc->rc", factors, getattr(piece, of))
+        return piece.base + made * parameter.scale if of == "updates" and piece.base is not None else made
+
+    return combine
+
+
+def merged_changes(parameter: Parameter, changes: Callable[[Piece], torch.Tensor], majority: str, normalize: bool | None) -> Combine:
+    """The base plus the weighted changes: all of them (``majority`` "none"), or those of the sign that is elected."""
+    weights, by_vote = parameter.weights, majority != "none"
+    everything, all_of_them = torch.zeros_like(weights), torch.full((parameter.models,), -1)
+    divisor = float(parameter.shares()[0] / weights[0]) if normalize and not by_vote and float(weights[0]) else 1.0
+
+    def combine(piece: Piece) -> torch.Tensor:
+        if piece.base is None:
+            raise EspalierError(NEEDS_BASE)
+        if by_vote:
+            mass, divide = majority == "mass", normalize is not False
+            return elect(piece.base, changes(piece), weights, everything, all_of_them, mass, divide, parameter.scale)
+        return piece.base + torch.einsum("n,nrc->rc", weights * divisor, changes(piece)) * parameter.scale
+
+    return combine
+
+
 @dataclass
 class Whole:
     """All parameters that are merged, for methods with a first pass over the whole model."""
@@ -155,3 +218,40 @@ class Whole:
     parameters: Sequence[Parameter]
     each: Callable[[Callable[[Parameter], Any]], list[Any]]
     """Does something with every parameter, on all threads; the results are in the parameters' order."""
+
+    def quantiles(self, score: Callable[[Parameter, Piece], torch.Tensor], shares: Sequence[float]) -> list[torch.Tensor]:
+        """Exact quantiles of each model's scores over all parameters: the number at place int(share d) of d in order.
+
+        Args:
+            score: from a parameter and a piece to scores (models, rows, columns).
+
+        Returns:
+            For each share the numbers, (models, 1, 1).
+        """
+        models = self.parameters[0].models
+        total = sum(parameter.numel for parameter in self.parameters)
+        places = [min(int(share * total), total - 1) for share in shares]
+
+        def counted(uppers: list[list[int]] | None) -> torch.Tensor:
+            """Counts by the upper half of the bits, (models, 1, bins), or by the lower half of those with an upper half."""
+
+            def of(parameter: Parameter) -> torch.Tensor:
+                bins = torch.zeros(models, len(uppers[0]) if uppers else 1, 1 << 16, dtype=torch.int64)
+                for piece in parameter.pieces():
+                    for model, numbers in enumerate(score(parameter, piece).flatten(1)):
+                        for row in range(bins.shape[1]):
+                            histogram(numbers, uppers[model][row] if uppers else -1, bins[model, row])
+                return bins
+
+            return functools.reduce(torch.add, self.each(of))
+
+        first = counted(None)[:, 0].cumsum(-1)
+        uppers = [[int(torch.searchsorted(row, place, right=True)) for place in places] for row in first]
+        second = counted(uppers).cumsum(-1)
+        found = torch.empty(len(places), models)
+        for model in range(models):
+            for row, (place, upper) in enumerate(zip(places, uppers[model], strict=True)):
+                before = int(first[model, upper - 1]) if upper else 0
+                lower = int(torch.searchsorted(second[model, row], place - before, right=True))
+                found[row, model] = number_of(upper << 16 | lower)
+        return [row[:, None, None] for row in found]

@@ -13,7 +13,7 @@ import numpy
 import torch
 
 from espalier.errors import EspalierError
-from espalier.kernels.merging import gather
+from espalier.kernels.merging import Gathered
 
 _LOW = 16  # bits of a magnitude that the second pass looks at
 
@@ -118,6 +118,11 @@ class Chosen:
 
     def __init__(self, limits: torch.Tensor, ties: list[int]) -> None:
         self.limits, self.ties = limits, torch.tensor(ties)
+        self._ties = self.ties.clone()
+
+    def again(self) -> None:
+        """Begin anew with the first slice."""
+        self.ties.copy_(self._ties)
 
     def __call__(self, scores: torch.Tensor) -> torch.Tensor:
         """Where the next slice of scores (vectors, ...) is chosen, as a mask of its shape."""
@@ -154,15 +159,14 @@ def thresholds(
             limits[vector] = torch.inf if count <= 0 else -1.0
     while bounds:
         above, at_low = dict.fromkeys(bounds, 0), dict.fromkeys(bounds, 0)
-        gathered: dict[int, list[torch.Tensor]] = {vector: [] for vector in bounds}
+        gathered = {vector: Gathered() for vector in bounds}
         for part in slices():
             for vector, (low, high) in bounds.items():
-                upper, equal, inside = gather(part[vector], low, high)
+                upper, equal = gathered[vector].add(part[vector], low, high)
                 above[vector] += upper
                 at_low[vector] += equal
-                gathered[vector].append(inside)
         for vector, (low, high) in list(bounds.items()):
-            inside, wanted = torch.cat(gathered.pop(vector)), counts[vector] - above[vector]
+            inside, wanted = gathered.pop(vector).numbers(), counts[vector] - above[vector]
             if wanted <= 0:
                 bounds[vector] = (high, torch.inf)
             elif wanted <= len(inside):

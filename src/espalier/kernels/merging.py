@@ -22,15 +22,54 @@ def _fast() -> Any:
     return merging_fast
 
 
-def gather(numbers: torch.Tensor, low: float, high: float) -> tuple[int, int, torch.Tensor]:
-    """How many of ``numbers`` (n,) are above ``high``, how many equal ``low``, and those above low and at most high."""
+class Gathered:
+    """What lies between two bounds, of numbers that come slice by slice; kept in one buffer that grows."""
+
+    def __init__(self) -> None:
+        self._buffer, self._count = torch.empty(0), 0
+
+    def numbers(self) -> torch.Tensor:
+        """All that has been gathered."""
+        return self._buffer[: self._count]
+
+    def add(self, numbers: torch.Tensor, low: float, high: float) -> tuple[int, int]:
+        """Gather what is above ``low`` and at most ``high`` of (n,); how many are above ``high``, and equal to ``low``."""
+        if len(self._buffer) < self._count + len(numbers) + 1:
+            larger = torch.empty(2 * (self._count + len(numbers)) + 1, device=numbers.device)
+            larger[: self._count] = self.numbers()
+            self._buffer = larger
+        rest = self._buffer[self._count :]
+        if numbers.is_cpu and (fast := _fast()):
+            above, at_low, count = fast.gather(numbers.numpy(), low, high, rest.numpy())
+        else:
+            upper = numbers > low
+            inside = numbers[upper & (numbers <= high)]
+            count = len(inside)
+            rest[:count] = inside
+            above, at_low = int(torch.count_nonzero(upper)) - count, int(torch.count_nonzero(numbers == low))
+        self._count += count
+        return above, at_low
+
+
+def histogram(numbers: torch.Tensor, upper: int, bins: torch.Tensor) -> None:
+    """Count float32 ``numbers`` (n,) into ``bins`` (65536,) by the upper 16 bits of their keys.
+
+    With ``upper`` of at least 0, those whose upper bits these are, by their lower 16 bits. Keys are integers in the
+    order of the numbers: :func:`number_of` is the way back.
+    """
     if numbers.is_cpu and (fast := _fast()):
-        inside = torch.empty(len(numbers) + 1)
-        above, at_low, count = fast.gather(numbers.numpy(), low, high, inside.numpy())
-        return above, at_low, inside[:count].clone()
-    upper = numbers > low
-    inside = numbers[upper & (numbers <= high)]
-    return int(torch.count_nonzero(upper)) - len(inside), int(torch.count_nonzero(numbers == low)), inside
+        fast.histogram(numbers.contiguous().view(torch.int32).numpy(), upper, bins.numpy())
+        return
+    bits = numbers.contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    keys = torch.where(bits >= 1 << 31, 0xFFFFFFFF - bits, bits + (1 << 31))
+    places = keys >> 16 if upper < 0 else keys[keys >> 16 == upper] & 0xFFFF
+    bins += torch.bincount(places, minlength=1 << 16)
+
+
+def number_of(key: int) -> float:
+    """The float32 whose key this is."""
+    bits = key - (1 << 31) if key >= 1 << 31 else 0xFFFFFFFF - key
+    return float(torch.tensor([bits], dtype=torch.int64).to(torch.uint32).view(torch.float32))
 
 
 def elect(

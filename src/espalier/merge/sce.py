@@ -23,7 +23,8 @@ def sce(parameter: Parameter, *, density: float = 1.0) -> Combine:
         raise EspalierError(f"density is {density}; it must be from 0 to 1")
 
     def variance(piece: Piece) -> torch.Tensor:
-        return piece.updates.var(0, correction=0, keepdim=True)
+        mean = piece.updates.mean(0)
+        return torch.stack([(update - mean).square_() for update in piece.updates]).mean(0, keepdim=True)
 
     kept = None
     if density < 1:
