@@ -29,22 +29,24 @@ def kept(count: int, density: float) -> int:
     return min(count, max(1, round(density * count))) if density else 0
 
 
+def largest_mask(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Where the ``count`` largest of every row of ``scores`` (..., n) are; of equal ones the first."""
+    length = scores.shape[-1]
+    if count >= length or not count:
+        return torch.full_like(scores, count > 0, dtype=torch.bool)
+    threshold = scores.kthvalue(length - count + 1, dim=-1, keepdim=True).values
+    chosen = scores >= threshold
+    surplus = chosen.sum(-1, keepdim=True) - count
+    rows = surplus.squeeze(-1) > 0  # where equal ones are too many, the last of them go
+    if bool(rows.any()):
+        ties = scores[rows] == threshold[rows]
+        chosen[rows] &= ~(ties & (ties.flip(-1).cumsum(-1).flip(-1) <= surplus[rows]))
+    return chosen
+
+
 def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Positions of the ``count`` largest of ``scores`` (..., n), ascending, (..., count); of equal ones the first."""
-    length = scores.shape[-1]
-    if count >= length:
-        return torch.arange(length, device=scores.device).expand(*scores.shape[:-1], length)
-    if not count:
-        return torch.empty(*scores.shape[:-1], 0, dtype=torch.int64, device=scores.device)
-    threshold = scores.kthvalue(length - count + 1, dim=-1, keepdim=True).values
-    chosen = scores > threshold
-    ties = scores == threshold
-    missing = count - chosen.sum(-1, keepdim=True)
-    if scores.ndim == 1:
-        chosen[ties.nonzero()[: int(missing)]] = True
-        return chosen.nonzero().squeeze(-1)
-    chosen |= ties & (ties.cumsum(-1) <= missing)
-    return chosen.nonzero()[:, -1].reshape(*scores.shape[:-1], count)
+    return largest_mask(scores, count).nonzero()[:, -1].reshape(*scores.shape[:-1], min(count, scores.shape[-1]))
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from espalier.delta.merging import Combine, Parameter, Piece, merged_changes
+from espalier.delta.selection import largest_mask
 from espalier.errors import EspalierError
 from espalier.registry import merger
 
@@ -50,11 +51,10 @@ def breadcrumbs(
     else:
 
         def keep(piece: Piece) -> torch.Tensor:
-            order = piece.updates.abs().argsort(dim=-1, descending=True, stable=True)
-            made = torch.zeros_like(piece.updates)
+            magnitudes = piece.updates.abs()
+            made = piece.updates.clone()
             for model, (top, stop) in enumerate(zip(tops, outer, strict=True)):
-                place = order[model, :, top:stop]
-                made[model].scatter_(-1, place, piece.updates[model].gather(-1, place))
+                made[model] *= largest_mask(magnitudes[model], stop) & ~largest_mask(magnitudes[model], top)
             return made
 
     return merged_changes(parameter, keep, elect, normalize)

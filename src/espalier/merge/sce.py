@@ -36,7 +36,7 @@ def sce(parameter: Parameter, *, density: float = 1.0) -> Combine:
 
     energy = torch.zeros(parameter.models, dtype=torch.float64)
     for piece in parameter.pieces():
-        energy += selected(piece).double().square().flatten(1).sum(1)
+        energy += torch.linalg.vector_norm(selected(piece).flatten(1), dim=1, dtype=torch.float64).square()
     if kept is not None:
         kept.again()
     energy = energy * parameter.weights.double()
@@ -44,7 +44,7 @@ def sce(parameter: Parameter, *, density: float = 1.0) -> Combine:
 
     def combine(piece: Piece) -> torch.Tensor:
         changes = selected(piece)
-        sign = torch.where(changes.sum(0) >= 0, 1.0, -1.0)
+        sign = (changes.sum(0) >= 0) * 2.0 - 1.0
         shares = weights * (changes.sign() == sign)
         return piece.base + parameter.scale * (changes * shares).sum(0) / shares.sum(0).clamp_min(1e-6)
 
