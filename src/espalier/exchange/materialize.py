@@ -155,7 +155,7 @@ def _jobs(made: Mapping[str, Output], updates: Scaled) -> Iterator[list[Output]]
         if output.name in done:
             continue
         together = [output]
-        if len(output.others) > 1 and not _by_rows(output.layout, [updates(*step, output.expert) for step in output.steps]):
+        if len(output.others) > 1 and not by_rows(output.layout, [updates(*step, output.expert) for step in output.steps]):
             together = [made[name] for name in output.others]
         done.update(o.name for o in together)
         yield together
@@ -181,7 +181,7 @@ def _contents(
         return
     item, wider = DTYPES[info.dtype][1], DTYPES[first.dtype][1]
     for offset, shape, own in _matrices(info, steps):
-        whole = not shape or not _by_rows(first.layout, own)
+        whole = not shape or not by_rows(first.layout, own)
         nbytes = math.prod(shape) * item
         unit = nbytes if whole else nbytes // max(shape[0], 1)
         for start, piece in slices(directory, first.source, unit, offset, offset + nbytes, hashes):
@@ -193,8 +193,17 @@ def _contents(
             else:
                 weight = stored.reshape(-1, *shape[1:])
                 row = first.row + (start - offset) // unit
-                new = _updated(weight, [_rows(step, row, row + len(weight)) for step in own], target, rounding)
+                new = _updated(weight, [rows(step, row, row + len(weight)) for step in own], target, rounding)
             yield first, start // item * wider, tensor_bytes(new)
+
+
+def contents(directory: ModelDirectory, job: list[Output], updates: Scaled) -> dict[str, torch.Tensor]:
+    """The updated tensors of a job, whole, in the dtypes of their outputs."""
+    whole = {output.name: torch.empty(output.nbytes, dtype=torch.uint8) for output in job}
+    for output, offset, content in _contents(directory, job, updates, Rounding(job[0].name, torch_dtype(job[0].dtype)), None):
+        view = memoryview(content).cast("B")
+        whole[output.name].numpy()[offset : offset + len(view)] = view
+    return {output.name: whole[output.name].view(torch_dtype(output.dtype)).view(output.shape) for output in job}
 
 
 def _matrices(info: TensorInfo, steps: list[Update]) -> Iterator[tuple[int, tuple[int, ...], list[Update]]]:
@@ -207,12 +216,13 @@ def _matrices(info: TensorInfo, steps: list[Update]) -> Iterator[tuple[int, tupl
         yield info.nbytes // info.shape[0] * expert, info.shape[1:], [step[expert] for step in experts]
 
 
-def _by_rows(layout: Layout, steps: Sequence[Update]) -> bool:
+def by_rows(layout: Layout, steps: Sequence[Update]) -> bool:
     """Whether a matrix can be updated in slices of its stored rows."""
     return not (layout.transposed and steps) and all(step.slice_rows(0, 0) is not None for step in steps)
 
 
-def _rows(update: Update, start: int, stop: int) -> Update:
+def rows(update: Update, start: int, stop: int) -> Update:
+    """The update of some rows, of an update that :func:`by_rows` says has rows of its own."""
     sliced = update.slice_rows(start, stop)
     assert sliced is not None
     return sliced

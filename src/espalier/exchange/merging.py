@@ -1,12 +1,13 @@
-"""Several models into one, parameter by parameter in slices: reads maps of their files, keeps no model in memory.
+"""Several models into one, parameter by parameter in slices: no model is in memory, however many there are.
 
-What a method may need of memory is said by the method: a slice of each model and thread, unless it asks for the whole
-parameter. A delta whose form has no rows of its own (a layer that stores its matrix transposed, forms whose rows depend
-on one another) is worked out for one whole parameter at a time.
+In memory is a slice of every model for each thread, unless a method asks for whole parameters. A delta whose form has no
+rows of its own (a layer that stores its matrix transposed, forms whose rows depend on one another) is worked out for one
+whole parameter at a time.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,77 +17,120 @@ from typing import Any
 
 import torch
 
-from espalier.anatomy.layout import locate
-from espalier.checkpoint.directory import ModelDirectory
+from espalier.checkpoint.directory import INDEX, SINGLE, ModelDirectory
+from espalier.checkpoint.relaid import Relaid
 from espalier.checkpoint.safetensors_file import DTYPES, SafetensorsWriter, tensor_bytes, torch_dtype
 from espalier.checkpoint.stream import one_thread_each
 from espalier.delta.merging import Combine, Parameter, Piece, Whole
+from espalier.delta.store import Delta
 from espalier.errors import EspalierError
+from espalier.exchange import materialize
+from espalier.exchange.composition import Output, outputs, seen_by
+from espalier.exchange.difference import _source
 
-Source = Callable[[int, int], torch.Tensor]
-"""From a range of rows to these rows of one model, (rows, columns), in any dtype."""
-
-
-class Rows:
-    """The rows of one parameter, from tensors that hold them one after the other (experts, gate and up)."""
-
-    def __init__(self, parts: Sequence[torch.Tensor]) -> None:
-        self.parts = list(parts)
-
-    def __call__(self, start: int, stop: int) -> torch.Tensor:
-        found, begin = [], 0
-        for part in self.parts:
-            low, high = max(start - begin, 0), min(stop - begin, len(part))
-            if low < high:
-                found.append(part[low:high])
-            begin += len(part)
-        return found[0] if len(found) == 1 else torch.cat(found)
+Rows = Callable[[int, int], torch.Tensor]
+"""From a range of rows to these rows of one model's parameter, (rows, columns), in any dtype."""
 
 
-def as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor as (rows, columns); a vector is one row."""
-    return tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim else tensor.reshape(1, 1)
+class Model:
+    """A model on disk, one of those that are merged.
 
-
-class ModelSource:
-    """The parameters of a model on disk, under the names and in the layout of another."""
+    Args:
+        directory: the model.
+        like: the model whose names and layout the merged one has.
+    """
 
     def __init__(self, directory: ModelDirectory, like: ModelDirectory) -> None:
-        self.directory = directory
-        self._fused: dict[str, tuple[str, int]] = {}
-        for name in directory:
-            shape = directory.info(name).shape
-            if name in like or len(shape) != 3:
-                continue
-            try:
-                pieces = locate(name, (), shape[0], like)
-            except EspalierError:
-                continue
-            row = 0
-            for piece in pieces:
-                for part in piece.names:
-                    self._fused[part] = (name, row)
-                    row += like.info(part).shape[0]
+        model_type = str(like.config.get("model_type"))
+        sources = {n: s for n in like if n not in directory and (s := _source(directory, like, n, model_type))}
+        self.path = directory.path
+        self.directory = Relaid(directory, sources) if sources else directory
 
-    def __call__(self, name: str, shape: tuple[int, ...]) -> Source:
-        if name in self._fused:
-            fused, row = self._fused[name]
-            view = as_rows(self._map(fused))[row : row + shape[0]]
-            return Rows([view])
-        pieces = locate(name, (), shape[0] if len(shape) == 3 else None, self.directory)
-        if pieces[0].expert is None:
-            found = self.directory.info(pieces[0].names[0]).shape
-            if found != shape:
-                raise EspalierError(f"{name} is {found} in {self.directory.path}; it must be {shape}")
-            return Rows([as_rows(self._map(pieces[0].names[0]))])
-        return Rows([self._map(part) for piece in pieces for part in piece.names])
+    def __contains__(self, name: object) -> bool:
+        return name in self.directory
 
-    def _map(self, name: str) -> torch.Tensor:
-        return self.directory.file(self.directory.file_of[name]).map(name)
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor as it is stored."""
+        return self.directory.info(name).shape
+
+    def rows(self, name: str) -> Rows:
+        """The rows of a tensor, read when they are asked for; each call overwrites what the one before gave."""
+        info = self.directory.info(name)
+        file, dtype = self.directory.file(self.directory.file_of[name]), torch_dtype(info.dtype)
+        columns = info.shape[-1] if info.shape else 1
+        size, held = columns * DTYPES[info.dtype][1], torch.empty(0, dtype=torch.uint8)
+
+        def read(start: int, stop: int) -> torch.Tensor:
+            nonlocal held
+            if len(held) < (stop - start) * size:
+                held = torch.empty((stop - start) * size, dtype=torch.uint8)
+            taken = held[: (stop - start) * size]
+            file.read_into(taken.numpy(), name, start * size)
+            return taken.view(dtype).view(stop - start, columns)
+
+        return read
+
+
+class Changed:
+    """The model that a base becomes under a delta, one of those that are merged; it is never written.
+
+    Args:
+        base: the base.
+        delta: the delta.
+        path: where the delta is.
+    """
+
+    def __init__(self, base: ModelDirectory, delta: Delta, path: Path) -> None:
+        self.path = path
+        self.directory, deltas = seen_by(base, [delta])
+        self._updates = materialize.Scaled(deltas, 1.0)
+        self._outputs = outputs(self.directory, deltas, "F32")
+        self._stored = Model(base, base)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._outputs
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor as it is stored."""
+        return self._outputs[name].shape
+
+    def rows(self, name: str) -> Rows:
+        """The rows of a tensor, worked out when they are asked for, in float32."""
+        output = self._outputs[name]
+        if not output.steps:
+            return self._stored.rows(name)
+        steps = [self._updates(*step, output.expert) for step in output.steps]
+        if output.source is None or len(output.shape) != 2 or not materialize.by_rows(output.layout, steps):
+            return self._whole(output)
+        read = self._stored.rows(output.source)
+
+        def updated(start: int, stop: int) -> torch.Tensor:
+            rows = read(start, stop).float()
+            for step in steps:
+                rows = materialize.rows(step, output.row + start, output.row + stop).apply(rows)
+            return rows
+
+        return updated
+
+    def _whole(self, output: Output) -> Rows:
+        found = torch.empty(0)
+
+        def rows(start: int, stop: int) -> torch.Tensor:
+            nonlocal found
+            if not len(found):
+                job = [self._outputs[n] for n in output.others] if len(output.others) > 1 else [output]
+                found = materialize.contents(self.directory, job, self._updates)[output.name]
+                found = found.view(-1, output.shape[-1] if output.shape else 1)
+            return found[start:stop]
+
+        return rows
+
+
+Member = Model | Changed
 
 
 class _Parameter(Parameter):
-    def __init__(self, base: Source | None, models: Sequence[Source], *arguments: Any, **keywords: Any) -> None:
+    def __init__(self, base: Rows | None, models: Sequence[Rows], *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self._base, self._models = base, models
 
@@ -99,78 +143,113 @@ class _Parameter(Parameter):
 
 
 @dataclass
-class Merge:
-    """What is merged, and how.
+class Item:
+    """How one tensor of the new model is merged.
 
     Args:
-        like: the model whose names, dtypes and files the new one has: the base, or the first model.
-        base: whose changes are merged; ``None`` for methods that merge the models themselves.
-        method: from a parameter and its options to what combines its pieces.
-        options: of one parameter, by its name.
-        weights, scale: of one parameter, by its name.
+        sources: (model, its tensor), for every model that has a part in it.
+        base: the base's tensor that changes are taken from, or ``None``.
+        weights: one of each source.
+        options: of the method.
     """
 
-    like: ModelDirectory
-    base: ModelDirectory | None
-    models: Sequence[ModelSource]
-    method: Callable[..., Combine | torch.Tensor]
-    options: Callable[[str], Mapping[str, Any]]
-    weights: Callable[[str], Sequence[float]]
-    scale: Callable[[str], float]
-    seed: int = 0
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    sources: list[tuple[Member, str]]
+    base: tuple[Member, str] | None
+    weights: list[float]
+    scale: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether it is computed; integers, and tensors without numbers, are copied from the first source."""
+        return torch_dtype(self.dtype).is_floating_point and math.prod(self.shape) > 0
+
+    def parameter(self, seed: int, survey: Any = None) -> Parameter:
+        """Its numbers in every model.
+
+        Raises:
+            EspalierError: when a model has it in another shape.
+        """
+        for member, name in (*self.sources, *([self.base] if self.base else [])):
+            if member.shape(name) != self.shape:
+                raise EspalierError(f"it is {member.shape(name)} in {member.path}; the merged model has {self.shape}")
+        base = self.base[0].rows(self.base[1]) if self.base else None
+        models = [member.rows(name) for member, name in self.sources]
+        return _Parameter(base, models, self.name, self.shape, self.weights, self.scale, base is not None, seed, survey)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method: from a parameter and options to what combines its pieces, and its first pass if it has one."""
+
+    function: Callable[..., Combine | torch.Tensor]
     first_pass: Callable[..., Any] | None = None
-    dtype: str | None = None
-    timings: dict[str, float] = field(default_factory=dict)
-
-    def parameter(self, name: str, survey: Any = None) -> Parameter:
-        shape = self.like.info(name).shape
-        base = ModelSource(self.base, self.like)(name, shape) if self.base else None
-        sources = [model(name, shape) for model in self.models]
-        return _Parameter(base, sources, name, shape, self.weights(name), self.scale(name), base is not None, self.seed, survey)
 
 
-def write_merged(merge: Merge, files: Mapping[str, str], out: Path, progress: Callable[[int], Any]) -> None:
-    """Write the merged weights into ``out``, into the files that ``files`` says by name.
+def write_merged(
+    items: Sequence[Item], files: Mapping[str, str], method: Method, seed: int, out: Path, progress: Callable[[int], Any]
+) -> None:
+    """Write the merged weights into ``out``, each tensor into the file that ``files`` says, and the index.
+
+    Args:
+        progress: called with the bytes written so far.
 
     Raises:
         EspalierError: naming the tensor, where a model does not fit or a merged value is not finite.
     """
-    like = merge.like
-    stored = {n: merge.dtype if merge.dtype and torch_dtype(like.info(n).dtype).is_floating_point else like.info(n).dtype for n in like}
     writers = {
-        file: SafetensorsWriter(out / file, {n: (stored[n], like.info(n).shape) for n in like if files[n] == file})
+        file: SafetensorsWriter(out / file, {i.name: (i.dtype, i.shape) for i in items if files[i.name] == file})
         for file in sorted(set(files.values()))
     }
-    floating = [n for n in like if torch_dtype(like.info(n).dtype).is_floating_point and math.prod(like.info(n).shape)]
     done = 0
 
-    def work(name: str, survey: Any) -> int:
-        writer, info = writers[files[name]], like.info(name)
-        if name not in merging:
-            writer.write(name, like.read(name))
-            return info.nbytes
+    def work(item: Item) -> int:
+        writer = writers[files[item.name]]
+        size, target = DTYPES[item.dtype][1], torch_dtype(item.dtype)
         try:
-            parameter = merge.parameter(name, survey)
-            combine = merge.method(parameter, **merge.options(name))
-            item, target = DTYPES[stored[name]][1], torch_dtype(stored[name])
+            if not item.is_merged:
+                member, name = item.sources[0]
+                rows = member.rows(name)(0, math.prod(item.shape[:-1]))
+                writer.write_bytes(item.name, tensor_bytes(rows.to(target)))
+                return item.nbytes
+            parameter = item.parameter(seed, survey)
+            made = method.function(parameter, **item.options)
+            if isinstance(made, torch.Tensor):
+                _write_rows(writer, item, made, 0)
+                return item.nbytes
             for piece in parameter.pieces():
-                new = combine(piece)
-                if not math.isfinite(float(new.abs().max())):
-                    raise EspalierError("the merged tensor has values that are not finite")
-                writer.write_bytes(name, tensor_bytes(new.to(target)), piece.start * item)
+                _write_rows(writer, item, made(piece).to(torch.float32), piece.start * size)
         except EspalierError as error:
-            raise EspalierError(f"{name}: {error}") from error
-        return math.prod(info.shape) * item
+            raise EspalierError(f"{item.name}: {error}") from error
+        return item.nbytes
 
-    merging = set(floating)
-    order = sorted(like, key=lambda name: -like.info(name).nbytes)
+    def _write_rows(writer: SafetensorsWriter, item: Item, rows: torch.Tensor, offset: int) -> None:
+        rounded = rows.to(torch_dtype(item.dtype))
+        if not math.isfinite(largest := float(rounded.abs().max())):
+            raise EspalierError(f"a merged value is {largest} in {item.dtype}; are the models finite, and the weights right?")
+        writer.write_bytes(item.name, tensor_bytes(rounded), offset)
+
+    survey = None
     with one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
-        survey = None
-        if merge.first_pass is not None:
-            parameters = [merge.parameter(name) for name in floating]
-            survey = merge.first_pass(Whole(parameters, lambda do: list(pool.map(do, parameters))), **merge.options(""))
-        for nbytes in pool.map(lambda name: work(name, survey), order):
+        if method.first_pass is not None:
+            merged = [item for item in items if item.is_merged]
+
+            def each(do: Callable[[Parameter], Any]) -> list[Any]:
+                return list(pool.map(lambda item: do(item.parameter(seed)), merged))
+
+            survey = method.first_pass(Whole([item.parameter(seed) for item in merged], each), **merged[0].options)
+        for nbytes in pool.map(work, sorted(items, key=lambda item: -item.nbytes)):
             progress(done := done + nbytes)
     for writer in writers.values():
         writer.close()
         writer.require_complete()
+    if len(writers) > 1 or SINGLE not in writers:
+        total = {"metadata": {"total_size": sum(i.nbytes for i in items)}, "weight_map": dict(files)}
+        (out / INDEX).write_text(json.dumps(total, indent=2) + "\n", encoding="utf-8")
