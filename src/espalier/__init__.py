@@ -23,6 +23,7 @@ _WHERE = {
     "eval": "espalier.verbs.eval",
     "generate": "espalier.verbs.generate",
     "info": "espalier.verbs.info",
+    "merge": "espalier.verbs.merge",
     "methods": "espalier.verbs.methods",
     "pretrain": "espalier.verbs.pretrain",
     "revert": "espalier.verbs.revert",

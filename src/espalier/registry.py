@@ -16,8 +16,9 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -129,9 +130,11 @@ def _fields(node: ast.ClassDef) -> Iterator[Hyperparameter]:
 
 
 def _keywords(node: ast.FunctionDef) -> Iterator[Hyperparameter]:
+    section = (ast.get_docstring(node) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    help = dict(re.findall(r"^ {4}(\w+): (.+)$", section, re.MULTILINE))
     for argument, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
         if default is not None and argument.annotation is not None:
-            yield Hyperparameter(argument.arg, ast.unparse(argument.annotation), ast.literal_eval(default), "")
+            yield Hyperparameter(argument.arg, ast.unparse(argument.annotation), ast.literal_eval(default), help.get(argument.arg, ""))
 
 
 def _declarations(file: Path, kind: str, module: str) -> Iterator[MethodInfo]:
@@ -255,19 +258,21 @@ def coerce(name: str, annotation: Any, value: Any) -> Any:
     """
     from pydantic import TypeAdapter, ValidationError
 
-    if isinstance(value, str) and "list[" in str(annotation):
-        value = [item.strip() for item in value.split(",") if item.strip()]
+    texts = [value] if isinstance(value, str) else value
+    if "list[" in str(annotation) and isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+        listed = "str" in str(annotation) and texts is value  # paths may hold commas
+        value = texts if listed else [item.strip() for text in texts for item in text.split(",") if item.strip()]
     try:
         return TypeAdapter(annotation).validate_python(value)
     except ValidationError as error:
         raise EspalierError(f"{name} is {value!r}: {error.errors()[0]['msg'].lower()}") from error
 
 
-def make(name: str, role: str, **hyperparameters: Any) -> Any:
-    """A method of a class-based role with the given hyperparameters, checked.
+def options_of(name: str, role: str, hyperparameters: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A method's class or function, and the given hyperparameters as its types.
 
     Raises:
-        EspalierError: for an unknown method, an unknown hyperparameter or a value out of range.
+        EspalierError: for an unknown method, an unknown hyperparameter or a value of another type.
     """
     info = find(name, role)
     known = [h.name for h in info.hyperparameters]
@@ -278,6 +283,16 @@ def make(name: str, role: str, **hyperparameters: Any) -> Any:
             raise EspalierError(f"{option} is no option of {name}{belongs}; {name} has: {', '.join(known) or 'none'}")
     method = load(info)
     hints = get_type_hints(method)
-    made = method(**{option: coerce(option, hints[option], value) for option, value in hyperparameters.items()})
+    return method, {option: coerce(option, hints[option], value) for option, value in hyperparameters.items()}
+
+
+def make(name: str, role: str, **hyperparameters: Any) -> Any:
+    """A method of a class-based role with the given hyperparameters, checked.
+
+    Raises:
+        EspalierError: for an unknown method, an unknown hyperparameter or a value out of range.
+    """
+    method, options = options_of(name, role, hyperparameters)
+    made = method(**options)
     made.check()
     return made

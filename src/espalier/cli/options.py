@@ -49,6 +49,8 @@ def _option(name: str, annotation: Any, default: Any, help: str) -> click.Parame
     if kind is bool:
         declaration = flag if default is False else f"{flag}/--no-{name.replace('_', '-')}"
         return click.Option([declaration, name], default=None, is_flag=True, help=text)
+    if many and kind in (int, float):
+        kind = str  # so that 0.5,0.3 is two of them
     type_: Any = click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind
     # whether a required value is missing is known only after --config has been read
     return click.Option([flag, name], type=type_, multiple=many, default=None, help=text + ("  [required]" if required else ""))
@@ -129,7 +131,7 @@ def command(
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             continue
         if name in positional:
-            params.append(click.Argument([name]))
+            params.append(click.Argument([name], nargs=-1 if _unwrapped(parameter.annotation)[1] else 1, required=True))
         else:
             params.append(_option(name, parameter.annotation, parameter.default, help.get(name, "")))
     own = set(signature.parameters) - {"options"}

@@ -8,7 +8,6 @@ models there are. Arithmetic is in float32; the result is rounded once, when it 
 from __future__ import annotations
 
 import abc
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -123,7 +122,8 @@ class Parameter(abc.ABC):
         Raises:
             EspalierError: when there are neither one nor as many as models.
         """
-        values = [float(value)] * self.models if isinstance(value, int | float) else [float(v) for v in value]
+        values = [float(v) for v in ([value] if isinstance(value, int | float) else value)]
+        values = values * self.models if len(values) == 1 else values
         if len(values) != self.models:
             raise EspalierError(f"{name} has {len(values)} values; there are {self.models} models (or give one for all)")
         return values
@@ -216,8 +216,8 @@ class Whole:
     """All parameters that are merged, for methods with a first pass over the whole model."""
 
     parameters: Sequence[Parameter]
-    each: Callable[[Callable[[Parameter], Any]], list[Any]]
-    """Does something with every parameter, on all threads; the results are in the parameters' order."""
+    total: Callable[[Callable[[Parameter], torch.Tensor]], torch.Tensor]
+    """The sum of a tensor that is made of every parameter, on all threads, added in the parameters' order."""
 
     def quantiles(self, score: Callable[[Parameter, Piece], torch.Tensor], shares: Sequence[float]) -> list[torch.Tensor]:
         """Exact quantiles of each model's scores over all parameters: the number at place int(share d) of d in order.
@@ -243,7 +243,7 @@ class Whole:
                             histogram(numbers, uppers[model][row] if uppers else -1, bins[model, row])
                 return bins
 
-            return functools.reduce(torch.add, self.each(of))
+            return self.total(of)
 
         first = counted(None)[:, 0].cumsum(-1)
         uppers = [[int(torch.searchsorted(row, place, right=True)) for place in places] for row in first]

@@ -7,6 +7,7 @@ whole parameter at a time.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +46,9 @@ class Model:
         sources = {n: s for n in like if n not in directory and (s := _source(directory, like, n, model_type))}
         self.path = directory.path
         self.directory = Relaid(directory, sources) if sources else directory
+        used = {part for source in sources.values() for part, _, _ in source.runs}
+        self.extra = sorted(n for n in directory if n not in like and n not in used)
+        """Tensors that ``like`` has in no layout."""
 
     def __contains__(self, name: object) -> bool:
         return name in self.directory
@@ -56,7 +60,7 @@ class Model:
     def rows(self, name: str) -> Rows:
         """The rows of a tensor, read when they are asked for; each call overwrites what the one before gave."""
         info = self.directory.info(name)
-        file, dtype = self.directory.file(self.directory.file_of[name]), torch_dtype(info.dtype)
+        dtype = torch_dtype(info.dtype)
         columns = info.shape[-1] if info.shape else 1
         size, held = columns * DTYPES[info.dtype][1], torch.empty(0, dtype=torch.uint8)
 
@@ -65,7 +69,7 @@ class Model:
             if len(held) < (stop - start) * size:
                 held = torch.empty((stop - start) * size, dtype=torch.uint8)
             taken = held[: (stop - start) * size]
-            file.read_into(taken.numpy(), name, start * size)
+            self.directory.read_into(taken.numpy().data, name, start * size)
             return taken.view(dtype).view(stop - start, columns)
 
         return read
@@ -86,6 +90,8 @@ class Changed:
         self._updates = materialize.Scaled(deltas, 1.0)
         self._outputs = outputs(self.directory, deltas, "F32")
         self._stored = Model(base, base)
+        self.extra = sorted(n for n in self._outputs if n not in base)
+        """Tensors that the base does not have."""
 
     def __contains__(self, name: object) -> bool:
         return name in self._outputs
@@ -241,10 +247,10 @@ def write_merged(
         if method.first_pass is not None:
             merged = [item for item in items if item.is_merged]
 
-            def each(do: Callable[[Parameter], Any]) -> list[Any]:
-                return list(pool.map(lambda item: do(item.parameter(seed)), merged))
+            def total(do: Callable[[Parameter], torch.Tensor]) -> torch.Tensor:
+                return functools.reduce(torch.Tensor.add_, pool.map(lambda item: do(item.parameter(seed)), merged))
 
-            survey = method.first_pass(Whole([item.parameter(seed) for item in merged], each), **merged[0].options)
+            survey = method.first_pass(Whole([item.parameter(seed) for item in merged], total), **merged[0].options)
         for nbytes in pool.map(work, sorted(items, key=lambda item: -item.nbytes)):
             progress(done := done + nbytes)
     for writer in writers.values():
