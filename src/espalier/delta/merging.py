@@ -24,7 +24,7 @@ PIECE = 1 << 17
 """Numbers of each model in a slice: those of a few models and what is made of them stay in the second-level cache."""
 
 
-SAMPLE = 1 << 16
+SAMPLE = 1 << 15
 """Numbers of each model by which thresholds are guessed, before a pass finds them."""
 
 
@@ -39,18 +39,22 @@ class Piece:
         base: (rows, columns), or ``None`` where the merge has no base.
         models: (models, rows, columns).
         start: place of the first number in the parameter.
+        room: where the updates are put.
+
+    The tensors are those of the next piece too, which overwrites them.
     """
 
     base: torch.Tensor | None
     models: torch.Tensor
     start: int
+    room: torch.Tensor | None = None
 
     @cached_property
     def updates(self) -> torch.Tensor:
         """What each model changed: (models, rows, columns)."""
         if self.base is None:
             raise EspalierError(NEEDS_BASE)
-        return self.models - self.base
+        return torch.sub(self.models, self.base, out=self.room)
 
 
 Combine = Callable[[Piece], torch.Tensor]
@@ -167,10 +171,10 @@ class Parameter(abc.ABC):
         """Which numbers have the largest scores: exactly ``counts[i]`` of row i of the scores, of equal ones the first.
 
         Args:
-            score: from a piece to scores (n, rows, columns), at least 0; default: the magnitudes of the updates.
+            score: from a piece to scores (n, rows, columns), whose magnitudes count; default: the updates.
         """
-        scores = score or (lambda piece: piece.updates.abs())
-        sample = torch.cat([scores(piece).flatten(1) for piece in self.sampled()], -1)
+        scores = score or (lambda piece: piece.updates)
+        sample = torch.cat([scores(piece).flatten(1).clone() for piece in self.sampled()], -1)
         return thresholds(lambda: (scores(piece).flatten(1) for piece in self.pieces()), sample, counts, self.numel)
 
 

@@ -142,7 +142,7 @@ class Chosen:
 def thresholds(
     slices: Callable[[], Iterable[torch.Tensor]], sample: torch.Tensor, counts: Sequence[int], length: int
 ) -> Chosen:
-    """The ``counts[i]`` largest of each vector i, of ``length`` numbers at least 0 each; of equal ones the first.
+    """The ``counts[i]`` largest magnitudes of each vector i, of ``length`` numbers each; of equal ones the first.
 
     A sample gives bounds between which the threshold all but certainly lies. One pass counts what is above them and
     gathers what is between them; it is repeated with other bounds where the sample misled.
@@ -153,10 +153,9 @@ def thresholds(
     """
     limits, ties = torch.empty(len(counts)), [-1] * len(counts)
     bounds = {}
-    ordered = sample.sort(dim=-1).values
     for vector, count in enumerate(counts):
         if 0 < count < length:
-            bounds[vector] = _bounds(ordered[vector], 1 - count / length)
+            bounds[vector] = _bounds(sample[vector].abs(), 1 - count / length)
         else:
             limits[vector] = torch.inf if count <= 0 else -1.0
     while bounds:
@@ -184,12 +183,13 @@ def thresholds(
     return Chosen(limits, ties)
 
 
-def _bounds(ordered: torch.Tensor, share: float) -> tuple[float, float]:
-    """Between which numbers a quantile lies, but for a chance of about 1e-9, by a sample in ascending order."""
-    size = len(ordered)
+def _bounds(sample: torch.Tensor, share: float) -> tuple[float, float]:
+    """Between which numbers a quantile lies, but for a chance of about 1e-9, by a sample."""
+    size = len(sample)
     margin = 6 * math.sqrt(share * (1 - share) / size) + 4 / size
     low, high = math.floor((share - margin) * size), math.ceil((share + margin) * size)
-    return float(ordered[low]) if low > 0 else -1.0, float(ordered[high]) if high < size else math.inf
+    lower = float(sample.kthvalue(low + 1).values) if low > 0 else -1.0
+    return lower, float(sample.kthvalue(high + 1).values) if high < size else math.inf
 
 
 def _missing(wanted: int, there: int) -> int:

@@ -139,13 +139,17 @@ class _Parameter(Parameter):
     def __init__(self, base: Rows | None, models: Sequence[Rows], *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         self._base, self._models = base, models
+        self._room = torch.empty(0)
 
     def rows_of(self, start: int, stop: int) -> Piece:
-        models = torch.empty(len(self._models), stop - start, self.columns)
-        for row, source in zip(models, self._models, strict=True):
+        count = len(self._models)
+        shape = (2 * count + 1, stop - start, self.columns)
+        if len(self._room) < math.prod(shape):
+            self._room = torch.empty(math.prod(shape))
+        room = self._room[: math.prod(shape)].view(shape)
+        for row, source in zip(room, [*self._models, *([self._base] if self._base else [])], strict=False):
             row.copy_(source(start, stop))
-        base = self._base(start, stop).float() if self._base else None
-        return Piece(base, models, start * self.columns)
+        return Piece(room[count] if self._base else None, room[:count], start * self.columns, room[count + 1 :])
 
 
 @dataclass

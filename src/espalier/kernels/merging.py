@@ -33,7 +33,7 @@ class Gathered:
         return self._buffer[: self._count]
 
     def add(self, numbers: torch.Tensor, low: float, high: float) -> tuple[int, int]:
-        """Gather what is above ``low`` and at most ``high`` of (n,); how many are above ``high``, and equal to ``low``."""
+        """Gather the magnitudes above ``low`` and at most ``high`` of (n,); how many are above ``high``, and equal ``low``."""
         if len(self._buffer) < self._count + len(numbers) + 1:
             larger = torch.empty(2 * (self._count + len(numbers)) + 1, device=numbers.device)
             larger[: self._count] = self.numbers()
@@ -42,6 +42,7 @@ class Gathered:
         if numbers.is_cpu and (fast := _fast()):
             above, at_low, count = fast.gather(numbers.numpy(), low, high, rest.numpy())
         else:
+            numbers = numbers.abs()
             upper = numbers > low
             inside = numbers[upper & (numbers <= high)]
             count = len(inside)

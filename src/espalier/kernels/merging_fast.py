@@ -13,10 +13,14 @@ TILE = 2048
 
 
 def _gather(numbers, low, high, inside):  # type: ignore[no-untyped-def]
-    """How many are above ``high`` and equal to ``low``, and how many are between: those are put into ``inside``."""
+    """How many magnitudes are above ``high`` and equal to ``low``, and how many are between: those are put into ``inside``."""
     above, at_low, count = 0, 0, 0
+    magnitudes = np.empty(TILE, np.float32)
     for begin in range(0, len(numbers), TILE):
-        tile = numbers[begin : begin + TILE]
+        tile = magnitudes[: min(TILE, len(numbers) - begin)]
+        theirs = numbers[begin : begin + TILE]
+        for i in range(len(tile)):
+            tile[i] = abs(theirs[i])
         upper, equal = 0, 0
         for i in range(len(tile)):
             upper += tile[i] > high
