@@ -8,7 +8,8 @@ models there are. Arithmetic is in float32; the result is rounded once, when it 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 
 from espalier.delta.selection import Chosen, thresholds
 from espalier.errors import EspalierError
-from espalier.kernels.merging import elect, histogram, number_of
+from espalier.kernels.merging import Between, elect
 from espalier.kernels.philox import Stream
 
 PIECE = 1 << 17
@@ -49,12 +50,21 @@ class Piece:
     start: int
     room: torch.Tensor | None = None
 
+    @property
+    def origin(self) -> torch.Tensor:
+        """The base, for what cannot do without: (rows, columns).
+
+        Raises:
+            EspalierError: when there is none.
+        """
+        if self.base is None:
+            raise EspalierError(NEEDS_BASE)
+        return self.base
+
     @cached_property
     def updates(self) -> torch.Tensor:
         """What each model changed: (models, rows, columns)."""
-        if self.base is None:
-            raise EspalierError(NEEDS_BASE)
-        return torch.sub(self.models, self.base, out=self.room)
+        return torch.sub(self.models, self.origin, out=self.room)
 
 
 Combine = Callable[[Piece], torch.Tensor]
@@ -177,7 +187,6 @@ class Parameter(abc.ABC):
         sample = torch.cat([scores(piece).flatten(1).clone() for piece in self.sampled()], -1)
         return thresholds(lambda: (scores(piece).flatten(1) for piece in self.pieces()), sample, counts, self.numel)
 
-
     def ratio(self, over: Callable[[Piece], torch.Tensor], under: Callable[[Piece], torch.Tensor]) -> torch.Tensor:
         """Sums of scores of each model, one over the other: (models, 1, 1); 1 where one of them is as good as zero."""
         sums = torch.zeros(2, self.models, dtype=torch.float64)
@@ -188,29 +197,40 @@ class Parameter(abc.ABC):
 
 
 def combination(parameter: Parameter, coefficients: Sequence[float], of: str = "models") -> Combine:
-    """The linear combination of the models, or the base plus that of their updates."""
+    """The linear combination of the models, or the base plus that of their updates.
+
+    The scale is of the change: models that are combined themselves are taken so far away from the base.
+    """
     factors = torch.tensor(list(coefficients), dtype=torch.float32)
+    if of == "updates":
+        return lambda piece: piece.origin + torch.einsum("n,nrc->rc", factors, piece.updates) * parameter.scale
+    return scaled(parameter, lambda piece: torch.einsum("n,nrc->rc", factors, piece.models))
 
-    def combine(piece: Piece) -> torch.Tensor:
-        made = torch.einsum("n,nrc->rc", factors, getattr(piece, of))
-        return piece.base + made * parameter.scale if of == "updates" and piece.base is not None else made
 
-    return combine
+def scaled(parameter: Parameter, combine: Combine) -> Combine:
+    """For methods that combine models: the scale times what the result changed of the base.
+
+    Raises:
+        EspalierError: for a scale that is not 1, without a base.
+    """
+    if parameter.scale == 1:
+        return combine
+    if not parameter.has_base:
+        raise EspalierError(f"scale is {parameter.scale}; it is of the merged change, and there is no base; give one: --model BASE")
+    return lambda piece: torch.lerp(piece.origin, combine(piece), parameter.scale)
 
 
 def merged_changes(parameter: Parameter, changes: Callable[[Piece], torch.Tensor], majority: str, normalize: bool | None) -> Combine:
     """The base plus the weighted changes: all of them (``majority`` "none"), or those of the sign that is elected."""
     weights, by_vote = parameter.weights, majority != "none"
     everything, all_of_them = torch.zeros_like(weights), torch.full((parameter.models,), -1)
-    divisor = float(parameter.shares()[0] / weights[0]) if normalize and not by_vote and float(weights[0]) else 1.0
+    factors = parameter.shares() if normalize and not by_vote else weights
 
     def combine(piece: Piece) -> torch.Tensor:
-        if piece.base is None:
-            raise EspalierError(NEEDS_BASE)
         if by_vote:
             mass, divide = majority == "mass", normalize is not False
-            return elect(piece.base, changes(piece), weights, everything, all_of_them, mass, divide, parameter.scale)
-        return piece.base + torch.einsum("n,nrc->rc", weights * divisor, changes(piece)) * parameter.scale
+            return elect(piece.origin, changes(piece), weights, everything, all_of_them, mass, divide, parameter.scale)
+        return piece.origin + torch.einsum("n,nrc->rc", factors, changes(piece)) * parameter.scale
 
     return combine
 
@@ -220,11 +240,14 @@ class Whole:
     """All parameters that are merged, for methods with a first pass over the whole model."""
 
     parameters: Sequence[Parameter]
-    total: Callable[[Callable[[Parameter], torch.Tensor]], torch.Tensor]
-    """The sum of a tensor that is made of every parameter, on all threads, added in the parameters' order."""
+    each: Callable[[Callable[[Parameter], Any]], Iterable[Any]]
+    """What is made of every parameter, in order; made on all threads."""
 
     def quantiles(self, score: Callable[[Parameter, Piece], torch.Tensor], shares: Sequence[float]) -> list[torch.Tensor]:
         """Exact quantiles of each model's scores over all parameters: the number at place int(share d) of d in order.
+
+        A sample gives bounds between which they all but certainly lie; a pass counts what is below and gathers what is
+        between, and is repeated with other bounds where the sample misled.
 
         Args:
             score: from a parameter and a piece to scores (models, rows, columns).
@@ -232,30 +255,65 @@ class Whole:
         Returns:
             For each share the numbers, (models, 1, 1).
         """
-        models = self.parameters[0].models
         total = sum(parameter.numel for parameter in self.parameters)
-        places = [min(int(share * total), total - 1) for share in shares]
+        found = torch.empty(len(shares), self.parameters[0].models)
+        wanted = {
+            (row, model): min(int(share * total), total - 1) for row, share in enumerate(shares) for model in range(found.shape[1])
+        }
+        bounds = self._bounds(score, {where: place / total for where, place in wanted.items()})
 
-        def counted(uppers: list[list[int]] | None) -> torch.Tensor:
-            """Counts by the upper half of the bits, (models, 1, bins), or by the lower half of those with an upper half."""
+        def gathered(parameter: Parameter) -> dict[tuple[int, int], tuple[list[int], torch.Tensor]]:
+            made = {where: Between(*bound) for where, bound in bounds.items()}
+            for piece in parameter.pieces():
+                scores = score(parameter, piece).flatten(1)
+                for (_, model), between in made.items():
+                    between.add(scores[model])
+            return {where: (between.counts, between.numbers().clone()) for where, between in made.items()}
 
-            def of(parameter: Parameter) -> torch.Tensor:
-                bins = torch.zeros(models, len(uppers[0]) if uppers else 1, 1 << 16, dtype=torch.int64)
-                for piece in parameter.pieces():
-                    for model, numbers in enumerate(score(parameter, piece).flatten(1)):
-                        for row in range(bins.shape[1]):
-                            histogram(numbers, uppers[model][row] if uppers else -1, bins[model, row])
-                return bins
-
-            return self.total(of)
-
-        first = counted(None)[:, 0].cumsum(-1)
-        uppers = [[int(torch.searchsorted(row, place, right=True)) for place in places] for row in first]
-        second = counted(uppers).cumsum(-1)
-        found = torch.empty(len(places), models)
-        for model in range(models):
-            for row, (place, upper) in enumerate(zip(places, uppers[model], strict=True)):
-                before = int(first[model, upper - 1]) if upper else 0
-                lower = int(torch.searchsorted(second[model, row], place - before, right=True))
-                found[row, model] = number_of(upper << 16 | lower)
+        while bounds:
+            counts = {where: [0, 0, 0] for where in bounds}
+            inside: dict[tuple[int, int], list[torch.Tensor]] = {where: [] for where in bounds}
+            for made in self.each(gathered):
+                for where, (some, numbers) in made.items():
+                    counts[where] = [a + b for a, b in zip(counts[where], some, strict=True)]
+                    inside[where].append(numbers)
+            for where, (low, high) in list(bounds.items()):
+                below, at_low, at_high = counts[where]
+                at_high = at_high if low < high else 0
+                numbers = torch.cat(inside.pop(where))
+                place = wanted[where] - below
+                if place < 0:
+                    bounds[where] = (-math.inf, low)
+                    continue
+                if place >= at_low + len(numbers) + at_high:
+                    bounds[where] = (high, math.inf)
+                    continue
+                if place < at_low:
+                    found[where] = low
+                elif place < at_low + len(numbers):
+                    found[where] = numbers.kthvalue(place - at_low + 1).values
+                else:
+                    found[where] = high
+                del bounds[where]
         return [row[:, None, None] for row in found]
+
+    def _bounds(
+        self, score: Callable[[Parameter, Piece], torch.Tensor], shares: dict[tuple[int, int], float]
+    ) -> dict[tuple[int, int], tuple[float, float]]:
+        """Between which numbers the shares' quantiles lie, but for a small chance."""
+        samples = list(self.each(lambda p: torch.cat([score(p, piece).flatten(1).clone() for piece in p.sampled()], -1)))
+        weights = torch.cat([torch.full((s.shape[1],), p.numel / s.shape[1]) for p, s in zip(self.parameters, samples, strict=True)])
+        size = float(weights.sum().square() / weights.square().sum())
+        order = torch.cat(samples, -1).sort()
+        reached = weights[order.indices].double().cumsum(-1)
+        made = {}
+        for (row, model), share in shares.items():
+            margin = 8 * math.sqrt(share * (1 - share) / size) + 8 / size
+            ends = torch.tensor([share - margin, share + margin], dtype=torch.float64) * reached[model, -1]
+            low, high = torch.searchsorted(reached[model], ends).tolist()
+            there = order.values[model]
+            made[row, model] = (
+                float(there[low]) if share > margin else -math.inf,
+                float(there[high]) if high < len(there) else math.inf,
+            )
+        return made

@@ -7,10 +7,9 @@ whole parameter at a time.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,9 +135,9 @@ Member = Model | Changed
 
 
 class _Parameter(Parameter):
-    def __init__(self, base: Rows | None, models: Sequence[Rows], *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self._base, self._models = base, models
+    def __init__(self, base: Rows | None, models: Sequence[Rows], paths: Sequence[Path], *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._base, self._models, self._paths = base, models, paths
         self._room = torch.empty(0)
 
     def rows_of(self, start: int, stop: int) -> Piece:
@@ -149,7 +148,15 @@ class _Parameter(Parameter):
         room = self._room[: math.prod(shape)].view(shape)
         for row, source in zip(room, [*self._models, *([self._base] if self._base else [])], strict=False):
             row.copy_(source(start, stop))
+        if not all(map(math.isfinite, torch.stack(torch.aminmax(room[: count + bool(self._base)])).tolist())):
+            self._refuse(room)
         return Piece(room[count] if self._base else None, room[:count], start * self.columns, room[count + 1 :])
+
+    def _refuse(self, room: torch.Tensor) -> None:
+        """Say which model is not finite."""
+        for row, path in zip(room, self._paths, strict=False):
+            if not bool(row.isfinite().all()):
+                raise EspalierError(f"{path} has {float(row[~row.isfinite()][0])} in it; a model must be finite to be merged")
 
 
 @dataclass
@@ -192,7 +199,8 @@ class Item:
                 raise EspalierError(f"it is {member.shape(name)} in {member.path}; the merged model has {self.shape}")
         base = self.base[0].rows(self.base[1]) if self.base else None
         models = [member.rows(name) for member, name in self.sources]
-        return _Parameter(base, models, self.name, self.shape, self.weights, self.scale, base is not None, seed, survey)
+        paths = [member.path for member, _ in (*self.sources, *([self.base] if self.base else []))]
+        return _Parameter(base, models, paths, self.name, self.shape, self.weights, self.scale, base is not None, seed, survey)
 
 
 @dataclass(frozen=True)
@@ -251,10 +259,16 @@ def write_merged(
         if method.first_pass is not None:
             merged = [item for item in items if item.is_merged]
 
-            def total(do: Callable[[Parameter], torch.Tensor]) -> torch.Tensor:
-                return functools.reduce(torch.Tensor.add_, pool.map(lambda item: do(item.parameter(seed)), merged))
+            def each(do: Callable[[Parameter], Any]) -> Iterable[Any]:
+                def one(item: Item) -> Any:
+                    try:
+                        return do(item.parameter(seed))
+                    except EspalierError as error:
+                        raise EspalierError(f"{item.name}: {error}") from error
 
-            survey = method.first_pass(Whole([item.parameter(seed) for item in merged], total), **merged[0].options)
+                return pool.map(one, merged)
+
+            survey = method.first_pass(Whole([item.parameter(seed) for item in merged], each), **merged[0].options)
         for nbytes in pool.map(work, sorted(items, key=lambda item: -item.nbytes)):
             progress(done := done + nbytes)
     for writer in writers.values():

@@ -52,25 +52,37 @@ class Gathered:
         return above, at_low
 
 
-def histogram(numbers: torch.Tensor, upper: int, bins: torch.Tensor) -> None:
-    """Count float32 ``numbers`` (n,) into ``bins`` (65536,) by the upper 16 bits of their keys.
+class Between:
+    """What lies between two bounds of the numbers that come, the bounds themselves left out; kept in one buffer that grows.
 
-    With ``upper`` of at least 0, those whose upper bits these are, by their lower 16 bits. Keys are integers in the
-    order of the numbers: :func:`number_of` is the way back.
+    ``counts``: how many are below the lower bound, how many equal it, and how many equal the upper one.
     """
-    if numbers.is_cpu and (fast := _fast()):
-        fast.histogram(numbers.contiguous().view(torch.int32).numpy(), upper, bins.numpy())
-        return
-    bits = numbers.contiguous().view(torch.int32).long() & 0xFFFFFFFF
-    keys = torch.where(bits >= 1 << 31, 0xFFFFFFFF - bits, bits + (1 << 31))
-    places = keys >> 16 if upper < 0 else keys[keys >> 16 == upper] & 0xFFFF
-    bins += torch.bincount(places, minlength=1 << 16)
 
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high, self.counts = low, high, [0, 0, 0]
+        self._buffer, self._count = torch.empty(0), 0
 
-def number_of(key: int) -> float:
-    """The float32 whose key this is."""
-    bits = key - (1 << 31) if key >= 1 << 31 else 0xFFFFFFFF - key
-    return float(torch.tensor([bits], dtype=torch.int64).to(torch.uint32).view(torch.float32))
+    def numbers(self) -> torch.Tensor:
+        """All that has been gathered."""
+        return self._buffer[: self._count]
+
+    def add(self, numbers: torch.Tensor) -> None:
+        """Go through (n,) float32 numbers."""
+        if len(self._buffer) < self._count + len(numbers) + 1:
+            larger = torch.empty(2 * (self._count + len(numbers)) + 1, device=numbers.device)
+            larger[: self._count] = self.numbers()
+            self._buffer = larger
+        rest = self._buffer[self._count :]
+        if numbers.is_cpu and (fast := _fast()):
+            *counts, count = fast.between(numbers.numpy(), self.low, self.high, rest.numpy())
+        else:
+            inside = numbers[(numbers > self.low) & (numbers < self.high)]
+            count = len(inside)
+            rest[:count] = inside
+            masks = numbers < self.low, numbers == self.low, numbers == self.high
+            counts = [int(torch.count_nonzero(mask)) for mask in masks]
+        self._count += count
+        self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
 
 
 def elect(

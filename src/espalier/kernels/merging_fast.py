@@ -33,15 +33,23 @@ def _gather(numbers, low, high, inside):  # type: ignore[no-untyped-def]
     return above, at_low, count
 
 
-def _histogram(bits, upper, bins):  # type: ignore[no-untyped-def]
-    """Count numbers by the upper or lower half of the bits of their keys: see ``merging.histogram``."""
-    for i in range(len(bits)):
-        key = np.int64(bits[i]) & np.int64(0xFFFFFFFF)
-        key = np.int64(0xFFFFFFFF) - key if key >> 31 else key + np.int64(1 << 31)
-        if upper < 0:
-            bins[key >> 16] += 1
-        elif key >> 16 == upper:
-            bins[key & 0xFFFF] += 1
+def _between(numbers, low, high, inside):  # type: ignore[no-untyped-def]
+    """How many numbers are below ``low``, equal to it, and equal to ``high``; those between are put into ``inside``."""
+    below, at_low, at_high, count = 0, 0, 0, 0
+    for begin in range(0, len(numbers), TILE):
+        tile = numbers[begin : begin + TILE]
+        lower, first, last = 0, 0, 0
+        for i in range(len(tile)):
+            lower += tile[i] < low
+            first += tile[i] == low
+            last += tile[i] == high
+        below += lower
+        at_low += first
+        at_high += last
+        for i in range(len(tile)):
+            inside[count] = tile[i]
+            count += (tile[i] > low) & (tile[i] < high)
+    return below, at_low, at_high, count
 
 
 def _elect(base, updates, weights, below, limits, ties, by_mass, normalize, scale, out):  # type: ignore[no-untyped-def]
@@ -102,7 +110,7 @@ def _compiled(loop, signature):  # type: ignore[no-untyped-def]
 
 
 gather = _compiled(_gather, "UniTuple(int64, 3)(float32[::1], float32, float32, float32[::1])")
-histogram = _compiled(_histogram, "void(int32[::1], int64, int64[::1])")
+between = _compiled(_between, "UniTuple(int64, 4)(float32[::1], float32, float32, float32[::1])")
 elect = _compiled(
     _elect,
     "void(float32[::1], float32[:, ::1], float32[::1], float32[::1], float32[::1], int64[::1], boolean, boolean, float32, float32[::1])",

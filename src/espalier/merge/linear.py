@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from espalier.delta.merging import Combine, Parameter
+from espalier.delta.merging import Combine, Parameter, combination
 from espalier.registry import merger
 
 
@@ -16,4 +14,4 @@ def linear(parameter: Parameter, *, normalize: bool = True) -> Combine:
         normalize: whether the weights are divided by their sum
     """
     weights = parameter.shares() if normalize else parameter.weights
-    return lambda piece: torch.einsum("n,nrc->rc", weights, piece.models)
+    return combination(parameter, weights.tolist())

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from espalier.delta.merging import Combine, Parameter, Piece
+from espalier.delta.merging import Combine, Parameter, Piece, combination
 from espalier.registry import merger
 
 
@@ -21,7 +21,7 @@ def model_stock(parameter: Parameter, *, per: Literal["tensor", "row"] = "tensor
         per: whether t is of each tensor or of each row (the paper's filters)
     """
     if parameter.models == 1:
-        return lambda piece: piece.models[0]
+        return combination(parameter, [1.0])
     count = parameter.models
     pairs = torch.triu_indices(count, count, 1)
 
@@ -33,10 +33,10 @@ def model_stock(parameter: Parameter, *, per: Literal["tensor", "row"] = "tensor
 
     if per == "tensor":
         t = ratio(parameter.gram("updates")).float()
-        return lambda piece: piece.base + t * piece.updates.mean(0)
+        return lambda piece: piece.origin + parameter.scale * t * piece.updates.mean(0)
 
     def combine(piece: Piece) -> torch.Tensor:
         rows = piece.updates.transpose(0, 1).double()
-        return piece.base + ratio(rows @ rows.mT).float()[:, None] * piece.updates.mean(0)
+        return piece.origin + parameter.scale * ratio(rows @ rows.mT).float()[:, None] * piece.updates.mean(0)
 
     return combine

@@ -60,6 +60,6 @@ def pcb(
         clamped, scores = balance(parameter, found["low"], found["high"], piece, inter)
         shares = (scores.clamp_min(found["cut"]) - found["cut"]) / (found["top"] - found["cut"]).clamp_min(1e-12)
         merged = (weights * shares * clamped).sum(0) / shares.sum(0).clamp_min(1e-12)
-        return piece.base + parameter.scale * merged
+        return piece.origin + parameter.scale * merged
 
     return combine

@@ -46,6 +46,6 @@ def sce(parameter: Parameter, *, density: float = 1.0) -> Combine:
         changes = selected(piece)
         sign = (changes.sum(0) >= 0) * 2.0 - 1.0
         shares = weights * (changes.sign() == sign)
-        return piece.base + parameter.scale * (changes * shares).sum(0) / shares.sum(0).clamp_min(1e-6)
+        return piece.origin + parameter.scale * (changes * shares).sum(0) / shares.sum(0).clamp_min(1e-6)
 
     return combine

@@ -18,6 +18,6 @@ def task_arithmetic(parameter: Parameter, *, normalize: bool = False) -> Combine
     weights = parameter.shares() if normalize else parameter.weights
 
     def combine(piece: Piece) -> torch.Tensor:
-        return piece.base + parameter.scale * torch.einsum("n,nrc->rc", weights, piece.updates)
+        return piece.origin + parameter.scale * torch.einsum("n,nrc->rc", weights, piece.updates)
 
     return combine
