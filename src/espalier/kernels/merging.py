@@ -6,6 +6,7 @@ Both do the same float32 operations in the same order, so they agree bit for bit
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from typing import Any
 
@@ -130,3 +131,118 @@ def elect(
     if normalize:
         merged = merged / divisor.masked_fill(divisor == 0, 1.0)
     return base + merged * scale
+
+
+def middle(updates: torch.Tensor, skip: int, keep: int, out: torch.Tensor) -> None:
+    """Per row, leave out the ``skip`` largest magnitudes and keep the ``keep`` next, of equal ones the first.
+
+    Args:
+        updates: (rows, columns), float32.
+        out: what is kept, and zeros, (rows, columns).
+    """
+    if updates.is_cpu and (fast := _fast()):
+        fast.middle(updates.numpy(), updates.view(torch.int32).numpy(), skip, keep, out.numpy())
+        return
+    order = updates.abs().argsort(dim=-1, descending=True, stable=True)
+    chosen = order[:, skip : skip + keep]
+    out.zero_().scatter_(-1, chosen, updates.gather(-1, chosen))
+
+
+def thin(updates: torch.Tensor, drawn: torch.Tensor, odds: torch.Tensor, factors: torch.Tensor, out: torch.Tensor) -> None:
+    """Keep numbers with the odds of their magnitude's rank in their row, times the rank's factor.
+
+    Args:
+        updates: (rows, columns), float32.
+        drawn: uniform numbers in [0, 1); one is kept where it is below the odds, (rows, columns).
+        odds, factors: of each rank, the smallest first, (columns,); of equal magnitudes the first has the lower rank.
+        out: what is kept, and zeros, (rows, columns).
+    """
+    if updates.is_cpu and (fast := _fast()):
+        bits = updates.view(torch.int32)
+        fast.thin(*(t.numpy() for t in (updates, bits, drawn, odds, factors, out)))
+        return
+    order = updates.abs().argsort(dim=-1, stable=True)
+    ranks = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    out.copy_(torch.where(drawn < odds[ranks], updates * factors[ranks], 0.0))
+
+
+def drop(updates: torch.Tensor, drawn: torch.Tensor, odds: float, factor: float, out: torch.Tensor) -> None:
+    """Keep the numbers (n,) where what was ``drawn`` (n,) is below the odds, times the factor, in ``out``."""
+    if updates.is_cpu and (fast := _fast()):
+        fast.drop(updates.numpy(), drawn.numpy(), odds, factor, out.numpy())
+        return
+    out.copy_(torch.where(drawn < odds, updates * factor, 0.0))
+
+
+def variance(updates: torch.Tensor) -> torch.Tensor:
+    """The variance of (models, n) float32 numbers over models, divided by their number; zero where all are equal."""
+    out = torch.zeros_like(updates[0])
+    if updates.is_cpu and (fast := _fast()):
+        fast.variance(updates.numpy(), out.numpy())
+        return out
+    share, mean = torch.tensor(1.0) / len(updates), torch.zeros_like(out)
+    for update in updates[1:]:
+        mean += update - updates[0]
+    mean *= share
+    for update in updates:
+        off = update - updates[0] - mean
+        out += off * off
+    return out * share
+
+
+def agree(base: torch.Tensor, updates: torch.Tensor, weights: torch.Tensor, scale: float) -> torch.Tensor:
+    """The base plus scale times the weighted mean of those updates that have the sign of their plain sum (SCE, arXiv:2408.07990).
+
+    Args:
+        base, updates: (n,) and (models, n), float32.
+        weights: of the models, (models,).
+    """
+    if base.is_cpu and (fast := _fast()):
+        out = torch.empty_like(base)
+        fast.agree(base.numpy(), updates.numpy(), weights.numpy(), scale, out.numpy())
+        return out
+    total, divisor, merged = (torch.zeros_like(base) for _ in range(3))
+    for update in updates:
+        total += update
+    for update, weight in zip(updates, weights, strict=True):
+        agrees = (update > 0) & (total >= 0) | (update < 0) & (total < 0)
+        merged += torch.where(agrees, update * weight, 0.0)
+        divisor += torch.where(agrees, weight, 0.0)
+    return base + merged / divisor.masked_fill(divisor == 0, 1.0) * scale
+
+
+_EXPONENTIAL = tuple(math.exp(-0.5) / math.factorial(power) for power in range(9))
+"""exp(x - 1/2) as a series in x; on [-1/2, 1/2] it is exact to float32."""
+
+
+def compete(updates: torch.Tensor, low: torch.Tensor, high: torch.Tensor, width: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clamped updates and scores of PCB-Merging (arXiv:2410.02396), both (models, n).
+
+    With a the magnitude between ``low`` and ``high`` divided by ``width``, and s the signed a, the score of model i is
+    ``exp(N (a_i^2 - 1)) sum_j tanh(s_i s_j)``. Both functions are rational ones that are exact to float32 here.
+
+    Args:
+        updates: (models, n), float32.
+        low, high, width: (models,).
+    """
+    if updates.is_cpu and (fast := _fast()):
+        clamped, scores = torch.empty_like(updates), torch.empty_like(updates)
+        limits = (low.numpy(), high.numpy(), width.numpy())
+        fast.compete(updates.numpy(), *limits, _EXPONENTIAL, clamped.numpy(), scores.numpy())
+        return clamped, scores
+    magnitudes = updates.abs().clamp_min(low[:, None]).clamp_max(high[:, None])
+    sign = updates.sign()
+    signed = sign * ((magnitudes - low[:, None]) / width[:, None])
+    scores = torch.zeros_like(updates)
+    for model, own in enumerate(signed):
+        for other in signed:
+            x = own * other
+            y = x * x
+            scores[model] += x * ((y * 21 + 1260) * y + 10395) / (((y + 210) * y + 4725) * y + 10395)
+    x = signed * signed - 0.5
+    intra = torch.full_like(x, _EXPONENTIAL[8])
+    for factor in reversed(_EXPONENTIAL[:8]):
+        intra = intra * x + factor
+    for _ in updates:
+        scores *= intra
+    return sign * magnitudes, scores

@@ -102,6 +102,197 @@ def _elect(base, updates, weights, below, limits, ties, by_mass, normalize, scal
             made[i] = ours[i] + share * scale
 
 
+@numba.njit(nogil=True)
+def _limit(bits, count):  # type: ignore[no-untyped-def]
+    """(least of the ``count`` largest, how many of exactly that are among them or -1 for all), by bisection."""
+    if count >= len(bits):
+        return 0, -1
+    if count <= 0:
+        return 1 << 31, -1
+    low, high, reached, above = 0, 0, len(bits), 0
+    for i in range(len(bits)):
+        high = max(high, np.int64(bits[i]))
+    high += 1
+    while high - low > 1 and reached != count:
+        middle = (low + high) // 2
+        there = 0
+        for i in range(len(bits)):
+            there += bits[i] >= middle
+        if there >= count:
+            low, reached = middle, there
+        else:
+            high, above = middle, there
+    return low, (-1 if reached == count else count - above)
+
+
+def _middle(updates, bits, skip, keep, out):  # type: ignore[no-untyped-def]
+    """What is neither among the ``skip`` largest of its row nor below the ``keep`` next: see ``merging.middle``."""
+    magnitudes = np.empty(updates.shape[1], np.int32)
+    for row in range(len(updates)):
+        theirs, ours, made = bits[row], updates[row], out[row]
+        for i in range(len(magnitudes)):
+            magnitudes[i] = theirs[i] & 0x7FFFFFFF
+        low, inner = _limit(magnitudes, skip + keep)
+        high, outer = _limit(magnitudes, skip)
+        if inner < 0 and outer < 0:
+            for i in range(len(magnitudes)):
+                made[i] = ours[i] if (magnitudes[i] >= low) & (magnitudes[i] < high) else np.float32(0)
+            continue
+        for i in range(len(magnitudes)):
+            inside = magnitudes[i] >= low
+            if inner >= 0 and magnitudes[i] == low:
+                inside = inner > 0
+                inner -= inside
+            outlier = magnitudes[i] >= high
+            if outer >= 0 and magnitudes[i] == high:
+                outlier = outer > 0
+                outer -= outlier
+            made[i] = ours[i] if inside and not outlier else np.float32(0)
+
+
+def _thin(updates, bits, drawn, odds, factors, out):  # type: ignore[no-untyped-def]
+    """Numbers of which those drawn below the odds of their rank are kept, times its factor: see ``merging.thin``.
+
+    The rank is found by sorting the bits of the magnitudes, eight at a time.
+    """
+    columns = updates.shape[1]
+    keys, other_keys = np.empty(columns, np.uint32), np.empty(columns, np.uint32)
+    places, other_places = np.empty(columns, np.uint32), np.empty(columns, np.uint32)
+    counts = np.empty((4, 256), np.uint32)
+    for row in range(len(updates)):
+        theirs, counts[:] = bits[row], 0
+        for i in range(columns):
+            key = np.uint32(theirs[i]) & np.uint32(0x7FFFFFFF)
+            keys[i] = key
+            places[i] = i
+            counts[0, key & np.uint32(255)] += np.uint32(1)
+            counts[1, key >> np.uint32(8) & np.uint32(255)] += np.uint32(1)
+            counts[2, key >> np.uint32(16) & np.uint32(255)] += np.uint32(1)
+            counts[3, key >> np.uint32(24)] += np.uint32(1)
+        ours, chance, made = updates[row], drawn[row], out[row]
+        for digit in range(4):
+            shift, starts, begin = np.uint32(8 * digit), counts[digit], np.uint32(0)
+            for value in range(256):
+                size = starts[value]
+                starts[value] = begin
+                begin += size
+            if digit == 3:  # where a number goes now is its rank
+                for i in range(columns):
+                    value, place = keys[i] >> shift, places[i]
+                    rank = starts[value]
+                    starts[value] = rank + np.uint32(1)
+                    made[place] = ours[place] * factors[rank] if chance[place] < odds[rank] else np.float32(0)
+                continue
+            for i in range(columns):
+                key = keys[i]
+                value = key >> shift & np.uint32(255)
+                place = starts[value]
+                starts[value] = place + np.uint32(1)
+                other_keys[place] = key
+                other_places[place] = places[i]
+            keys, other_keys = other_keys, keys
+            places, other_places = other_places, places
+
+
+def _drop(updates, drawn, odds, factor, out):  # type: ignore[no-untyped-def]
+    """Numbers of which those drawn below the odds are kept, times a factor."""
+    for i in range(len(updates)):
+        out[i] = updates[i] * factor if drawn[i] < odds else np.float32(0)
+
+
+def _variance(updates, out):  # type: ignore[no-untyped-def]
+    """The variance over models: see ``merging.variance``."""
+    share = np.float32(1) / np.float32(len(updates))
+    mean = np.empty(TILE, np.float32)
+    for begin in range(0, len(out), TILE):
+        made = out[begin : begin + TILE]
+        first = updates[0, begin : begin + TILE]
+        for i in range(len(made)):
+            mean[i] = np.float32(0)
+            made[i] = np.float32(0)
+        for m in range(1, len(updates)):
+            update = updates[m, begin : begin + TILE]
+            for i in range(len(made)):
+                mean[i] += update[i] - first[i]
+        for i in range(len(made)):
+            mean[i] *= share
+        for m in range(len(updates)):
+            update = updates[m, begin : begin + TILE]
+            for i in range(len(made)):
+                off = (update[i] - first[i]) - mean[i]
+                made[i] += off * off
+        for i in range(len(made)):
+            made[i] *= share
+
+
+def _agree(base, updates, weights, scale, out):  # type: ignore[no-untyped-def]
+    """The base plus the weighted mean of the updates that have the sign of their sum: see ``merging.agree``."""
+    zero, one = np.float32(0), np.float32(1)
+    total, divisor = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    for begin in range(0, len(base), TILE):
+        ours, made = base[begin : begin + TILE], out[begin : begin + TILE]
+        size = len(ours)
+        for i in range(size):
+            total[i] = zero
+            divisor[i] = zero
+            made[i] = zero
+        for m in range(len(updates)):
+            update = updates[m, begin : begin + size]
+            for i in range(size):
+                total[i] += update[i]
+        for m in range(len(updates)):
+            update, weight = updates[m, begin : begin + size], weights[m]
+            for i in range(size):
+                agrees = (update[i] > zero) & (total[i] >= zero) | (update[i] < zero) & (total[i] < zero)
+                made[i] += update[i] * weight if agrees else zero
+                divisor[i] += weight if agrees else zero
+        for i in range(size):
+            made[i] = ours[i] + made[i] / (divisor[i] if divisor[i] != zero else one) * scale
+
+
+def _compete(updates, low, high, width, exponential, clamped, scores):  # type: ignore[no-untyped-def]
+    """Clamped updates and scores of PCB-Merging: see ``merging.compete``."""
+    count = len(updates)
+    zero = np.float32(0)
+    signed, tanh = np.empty((count, TILE), np.float32), np.empty(TILE, np.float32)
+    e0, e1, e2, e3, e4, e5, e6, e7, e8 = exponential
+    for begin in range(0, updates.shape[1], TILE):
+        size = min(TILE, updates.shape[1] - begin)
+        for m in range(count):
+            update, clamp, score = updates[m, begin : begin + size], clamped[m, begin : begin + size], scores[m, begin : begin + size]
+            least, most, over, own = low[m], high[m], width[m], signed[m]
+            for i in range(size):
+                magnitude = abs(update[i])
+                magnitude = least if magnitude < least else magnitude
+                magnitude = most if magnitude > most else magnitude
+                sign = np.float32(update[i] > zero) - np.float32(update[i] < zero)
+                clamp[i] = sign * magnitude
+                own[i] = sign * ((magnitude - least) / over)
+                score[i] = zero
+        for m in range(count):
+            for other in range(m + 1):
+                mine, theirs = signed[m], signed[other]
+                score, to = scores[m, begin : begin + size], scores[other, begin : begin + size]
+                for i in range(size):
+                    x = mine[i] * theirs[i]
+                    y = x * x
+                    above = x * ((y * np.float32(21) + np.float32(1260)) * y + np.float32(10395))
+                    tanh[i] = above / (((y + np.float32(210)) * y + np.float32(4725)) * y + np.float32(10395))
+                for i in range(size):
+                    score[i] += tanh[i]
+                if m != other:
+                    for i in range(size):
+                        to[i] += tanh[i]
+        for m in range(count):
+            score, own = scores[m, begin : begin + size], signed[m]
+            for i in range(size):
+                x = own[i] * own[i] - np.float32(0.5)
+                own[i] = (((((((e8 * x + e7) * x + e6) * x + e5) * x + e4) * x + e3) * x + e2) * x + e1) * x + e0
+            for _ in range(count):
+                for i in range(size):
+                    score[i] *= own[i]
+
+
 def _compiled(loop, signature):  # type: ignore[no-untyped-def]
     try:
         return numba.njit(signature, nogil=True, cache=True, error_model="numpy")(loop)
@@ -114,4 +305,13 @@ between = _compiled(_between, "UniTuple(int64, 4)(float32[::1], float32, float32
 elect = _compiled(
     _elect,
     "void(float32[::1], float32[:, ::1], float32[::1], float32[::1], float32[::1], int64[::1], boolean, boolean, float32, float32[::1])",
+)
+middle = _compiled(_middle, "void(float32[:, ::1], int32[:, ::1], int64, int64, float32[:, ::1])")
+thin = _compiled(_thin, "void(float32[:, ::1], int32[:, ::1], float32[:, ::1], float32[::1], float32[::1], float32[:, ::1])")
+drop = _compiled(_drop, "void(float32[::1], float32[::1], float32, float32, float32[::1])")
+variance = _compiled(_variance, "void(float32[:, ::1], float32[::1])")
+agree = _compiled(_agree, "void(float32[::1], float32[:, ::1], float32[::1], float32, float32[::1])")
+compete = _compiled(
+    _compete,
+    "void(float32[:, ::1], float32[::1], float32[::1], float32[::1], UniTuple(float32, 9), float32[:, ::1], float32[:, ::1])",
 )

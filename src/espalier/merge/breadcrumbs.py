@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 
 from espalier.delta.merging import Combine, Parameter, Piece, merged_changes
-from espalier.delta.selection import largest_mask
 from espalier.errors import EspalierError
+from espalier.kernels.merging import middle
 from espalier.registry import merger
 
 
@@ -41,9 +41,9 @@ def breadcrumbs(
             raise EspalierError(f"density is {share} and gamma {top}; both must be from 0 to 1")
         kept.append(int(size * share))
         tops.append(min(int(size * top), size - kept[-1]))
-    outer = [k + t for k, t in zip(kept, tops, strict=True)]
     if per == "tensor":
-        inside, outliers = parameter.largest(outer), parameter.largest(tops)
+        inside = parameter.largest([k + t for k, t in zip(kept, tops, strict=True)])
+        outliers = parameter.largest(tops)
 
         def keep(piece: Piece) -> torch.Tensor:
             magnitudes = piece.updates.abs()
@@ -51,10 +51,9 @@ def breadcrumbs(
     else:
 
         def keep(piece: Piece) -> torch.Tensor:
-            magnitudes = piece.updates.abs()
-            made = piece.updates.clone()
-            for model, (top, stop) in enumerate(zip(tops, outer, strict=True)):
-                made[model] *= largest_mask(magnitudes[model], stop) & ~largest_mask(magnitudes[model], top)
+            made = torch.empty_like(piece.updates)
+            for update, out, top, count in zip(piece.updates, made, tops, kept, strict=True):
+                middle(update, top, count, out)
             return made
 
     return merged_changes(parameter, keep, elect, normalize)

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 
 from espalier.delta.merging import Combine, Parameter, Piece, merged_changes
+from espalier.errors import EspalierError
+from espalier.kernels.merging import drop
 from espalier.registry import merger
 
 
@@ -30,15 +32,20 @@ def dare(
         elect: merge only the changes of the sign that has the greater mass, or the most models; none: all of them
         normalize: divide by the weights that were merged; default: only with an election
     """
-    shares = torch.tensor(parameter.each(density, "density"))[:, None, None]
+    shares = parameter.each(density, "density")
+    for share in shares:
+        if not 0 <= share <= 1:
+            raise EspalierError(f"density is {share}; it must be from 0 to 1")
+    factors = [1 / share if share and rescale == "density" else 1.0 for share in shares]
     streams = [parameter.stream(f"dare {model}") for model in range(parameter.models)]
 
     def keep(piece: Piece) -> torch.Tensor:
-        size = piece.updates[0].numel()
-        drawn = torch.stack([stream.at(piece.start).uniform(size) for stream in streams]).view_as(piece.updates)
-        return piece.updates * (drawn < shares)
+        made = piece.updates
+        for update, share, factor, stream in zip(made.flatten(1), shares, factors, streams, strict=True):
+            drop(update, stream.at(piece.start).uniform(len(update)), share, factor, update)
+        return made
 
-    factors = torch.where(shares > 0, 1 / shares, 0.0) if rescale == "density" else torch.ones_like(shares)
-    if rescale == "norm":
-        factors = parameter.ratio(lambda piece: piece.updates.abs(), lambda piece: keep(piece).abs())
-    return merged_changes(parameter, lambda piece: keep(piece) * factors, elect, normalize)
+    if rescale != "norm":
+        return merged_changes(parameter, keep, elect, normalize)
+    ratio = parameter.ratio(lambda piece: piece.updates.abs(), lambda piece: keep(piece).abs())
+    return merged_changes(parameter, lambda piece: keep(piece).mul_(ratio), elect, normalize)

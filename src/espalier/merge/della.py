@@ -8,6 +8,7 @@ import torch
 
 from espalier.delta.merging import Combine, Parameter, Piece, merged_changes
 from espalier.errors import EspalierError
+from espalier.kernels.merging import thin
 from espalier.registry import merger
 
 
@@ -28,30 +29,29 @@ def della(
 
     Args:
         density: average probability that a number is kept
-        epsilon: by how much the probability rises and falls over a row; density +- epsilon must stay inside (0, 1)
+        epsilon: by how much the probability rises and falls over a row; density +- epsilon must stay inside (0, 1], but for a density of 1, which keeps all
         rescale: divide each number by its probability; or scale each tensor to the sum of magnitudes that it had; or not
         elect: merge only the changes of the sign that has the greater mass, or the most models; none: all of them
         normalize: divide by the weights that were merged; default: only with an election
     """
     shares, spreads = parameter.each(density, "density"), parameter.each(epsilon, "epsilon")
     for share, spread in zip(shares, spreads, strict=True):
-        if share < 1 and not 0 < share - spread <= share + spread < 1:
-            raise EspalierError(f"density {share} and epsilon {spread} give probabilities outside (0, 1)")
-    streams = [parameter.stream(f"della {model}") for model in range(parameter.models)]
-    last = max(parameter.columns - 1, 1)
+        if share < 1 and not (0 <= spread and 0 < share - spread and share + spread <= 1) or share > 1:
+            raise EspalierError(f"density {share} and epsilon {spread} give probabilities outside (0, 1]")
+    streams = [parameter.stream(f"dare {model}") for model in range(parameter.models)]
+    ranks = torch.arange(parameter.columns) / max(parameter.columns - 1, 1)
+    if parameter.columns == 1:
+        ranks.fill_(0.5)
+    odds = [torch.ones_like(ranks) if d == 1 else d - e + 2 * e * ranks for d, e in zip(shares, spreads, strict=True)]
+    factors = [1 / odd if rescale == "density" else torch.ones_like(odd) for odd in odds]
 
     def keep(piece: Piece) -> torch.Tensor:
-        kept = torch.empty_like(piece.updates)
-        for model, (update, share, spread, stream) in enumerate(zip(piece.updates, shares, spreads, streams, strict=True)):
-            if share >= 1:
-                kept[model] = update
-                continue
-            order = update.abs().argsort(dim=-1, stable=True)
-            ranks = torch.empty_like(update).scatter_(-1, order, torch.arange(update.shape[-1]).float().expand_as(update))
-            odds = share - spread + 2 * spread * ranks / last if parameter.columns > 1 else torch.full_like(update, share)
-            chosen = stream.at(piece.start).uniform(update.numel()).view_as(update) < odds
-            kept[model] = torch.where(chosen, update / odds if rescale == "density" else update, 0.0)
-        return kept
+        made = torch.empty_like(piece.updates)
+        for update, stream, odd, factor, out in zip(piece.updates, streams, odds, factors, made, strict=True):
+            thin(update, stream.at(piece.start).uniform(*update.shape), odd, factor, out)
+        return made
 
-    factors = parameter.ratio(lambda piece: piece.updates.abs(), lambda piece: keep(piece).abs()) if rescale == "norm" else 1.0
-    return merged_changes(parameter, lambda piece: keep(piece) * factors, elect, normalize)
+    if rescale != "norm":
+        return merged_changes(parameter, keep, elect, normalize)
+    ratio = parameter.ratio(lambda piece: piece.updates.abs(), lambda piece: keep(piece).abs())
+    return merged_changes(parameter, lambda piece: keep(piece).mul_(ratio), elect, normalize)

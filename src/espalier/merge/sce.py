@@ -6,6 +6,7 @@ import torch
 
 from espalier.delta.merging import Combine, Parameter, Piece
 from espalier.errors import EspalierError
+from espalier.kernels.merging import agree, variance
 from espalier.registry import merger
 
 
@@ -22,30 +23,28 @@ def sce(parameter: Parameter, *, density: float = 1.0) -> Combine:
     if not 0 <= density <= 1:
         raise EspalierError(f"density is {density}; it must be from 0 to 1")
 
-    def variance(piece: Piece) -> torch.Tensor:
-        mean = piece.updates.mean(0)
-        return torch.stack([(update - mean).square_() for update in piece.updates]).mean(0, keepdim=True)
+    def spread(piece: Piece) -> torch.Tensor:
+        return variance(piece.updates.flatten(1)).view(1, *piece.updates.shape[1:])
 
     kept = None
     if density < 1:
-        varied = sum(int(torch.count_nonzero(variance(piece))) for piece in parameter.pieces())
-        kept = parameter.largest([int(varied * density)], variance)
+        varied = sum(int(torch.count_nonzero(spread(piece))) for piece in parameter.pieces())
+        kept = parameter.largest([int(varied * density)], spread)
 
     def selected(piece: Piece) -> torch.Tensor:
-        return piece.updates if kept is None else piece.updates * kept(variance(piece))
+        return piece.updates if kept is None else piece.updates.mul_(kept(spread(piece)).float())
 
     energy = torch.zeros(parameter.models, dtype=torch.float64)
     for piece in parameter.pieces():
-        energy += torch.linalg.vector_norm(selected(piece).flatten(1), dim=1, dtype=torch.float64).square()
+        changes = selected(piece).flatten(1)
+        energy += torch.stack([change @ change for change in changes]).double()
     if kept is not None:
         kept.again()
     energy = energy * parameter.weights.double()
-    weights = (energy / energy.sum() if float(energy.sum()) > 0 else parameter.shares().double()).float()[:, None, None]
+    weights = (energy / energy.sum() if float(energy.sum()) > 0 else parameter.shares().double()).float()
 
     def combine(piece: Piece) -> torch.Tensor:
-        changes = selected(piece)
-        sign = (changes.sum(0) >= 0) * 2.0 - 1.0
-        shares = weights * (changes.sign() == sign)
-        return piece.origin + parameter.scale * (changes * shares).sum(0) / shares.sum(0).clamp_min(1e-6)
+        changes = selected(piece).flatten(1)
+        return agree(piece.origin.flatten(), changes, weights, parameter.scale).view_as(piece.origin)
 
     return combine
