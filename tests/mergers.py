@@ -29,7 +29,7 @@ class Held(Parameter):
 
     @functools.cached_property
     def _room(self) -> torch.Tensor:
-        return torch.empty(2 * len(self._all) * self.numel)
+        return torch.empty((2 * self.models + 1) * self.numel)
 
     def rows_of(self, start: int, stop: int) -> Piece:
         count = self.models

@@ -24,7 +24,7 @@ def breadcrumbs(
 ) -> Combine:
     """Leave out the share gamma of largest changes, keep the share ``density`` of the next largest, add up.
 
-    Per row as in the official code, or per tensor. Counts are int(n gamma) and int(n density); equal magnitudes go in
+    Per row as in the official code, or per tensor. Counts are int(n gamma) and int(n density), one at least; equal magnitudes go in
     the order of their index. With gamma 0 and density 1 it is task arithmetic.
 
     Args:
@@ -39,7 +39,7 @@ def breadcrumbs(
     for share, top in zip(parameter.each(density, "density"), parameter.each(gamma, "gamma"), strict=True):
         if not 0 <= share <= 1 or not 0 <= top <= 1:
             raise EspalierError(f"density is {share} and gamma {top}; both must be from 0 to 1")
-        kept.append(int(size * share))
+        kept.append(max(1, int(size * share)) if share else 0)
         tops.append(min(int(size * top), size - kept[-1]))
     if per == "tensor":
         inside = parameter.largest([k + t for k, t in zip(kept, tops, strict=True)])
