@@ -39,6 +39,9 @@ class Held(Parameter):
             row.copy_(tensor.reshape(self.rows, self.columns)[start:stop])
         return Piece(room[count] if self.has_base else None, room[:count], start * self.columns, room[count + 1 :])
 
+    def one(self, model: int | None) -> torch.Tensor:
+        return self._all[-1 if model is None else model].reshape(self.rows, self.columns).clone()
+
 
 def method_of(name: str) -> Method:
     """A registered merger, with its first pass."""

@@ -31,7 +31,7 @@ METHODS = [info.name for info in registry.methods() if info.role == "merger"]
 every_method = pytest.mark.parametrize("method", METHODS)
 pytestmark = [pytest.mark.room("merge")]
 
-COUNT = {"slerp": 2, "nearswap": 2, "passthrough": 1, "wise_ft": 1}
+COUNT = {"slerp": 2, "nearswap": 1, "passthrough": 1, "wise_ft": 1}
 """How many models a method takes, where it does not take any number."""
 REQUIRED: dict[str, dict[str, Any]] = {"metrics_weighted": {"metrics": [1.0, 2.0, 4.0]}}
 """Options that a method cannot do without."""
@@ -42,13 +42,14 @@ COMPLETE: dict[str, dict[str, Any]] = {
     "dare": {"density": 1.0, "normalize": True},
     "della": {"density": 1.0},
     "task_arithmetic": {"normalize": True},
+    "nearswap": {"t": 100.0},
     "ties": {"density": 1.0},
     "wise_ft": {"alpha": 1.0},
 }
 """Options with which a method leaves nothing out."""
 NOT_THE_COMMON_MODEL = ("pcb", "opcm")
 """Copies of one model do not give it: these drop low scores, or rescale all tensors together."""
-ORDERED = ("slerp", "dare", "della", "nearswap", "opcm")
+ORDERED = ("slerp", "dare", "della", "opcm")
 """The order of the models matters: from the first to the second, which mask is whose, what comes first."""
 
 SHAPES: dict[str, tuple[int, ...]] = {

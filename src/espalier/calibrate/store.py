@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -121,13 +122,45 @@ class Calibration:
         Raises:
             EspalierError: when the file does not hold it.
         """
+        return self._file.read(self._key(name, statistic))
+
+    def part(self, name: str, statistic: str, start: int, count: int) -> torch.Tensor:
+        """``count`` numbers of a statistic in the order of its entries, from one on, (count,), in float64.
+
+        Raises:
+            EspalierError: when the file does not hold it, or not so many.
+        """
+        import torch
+
+        key = self._key(name, statistic)
+        if not 0 <= start <= start + count <= math.prod(self._file.info(key).shape):
+            raise EspalierError(f"{self.path}: {key!r} is {list(self._file.info(key).shape)}, it has no numbers {start} to {start + count}")
+        made = torch.empty(count, dtype=torch.float64)
+        self._file.read_into(made.numpy().view("u1").data, key, 8 * start)
+        return made
+
+    def __contains__(self, of: tuple[str, str]) -> bool:
+        """Whether a statistic of a parameter or site is there, (name, statistic)."""
+        name, statistic = of
+        place = self.sites.get(name, name) if STATISTICS[statistic].kind == "input" else name
+        return f"{place}:{statistic}" in self._file.tensors
+
+    def shape(self, name: str, statistic: str) -> tuple[int, ...]:
+        """The shape of one statistic.
+
+        Raises:
+            EspalierError: when the file does not hold it.
+        """
+        return self._file.info(self._key(name, statistic)).shape
+
+    def _key(self, name: str, statistic: str) -> str:
         if statistic not in self.statistics:
             raise EspalierError(f"{self.path} does not hold {statistic!r} (it holds: {', '.join(self.statistics)})")
         place = self.sites.get(name, name) if STATISTICS[statistic].kind == "input" else name
         if f"{place}:{statistic}" not in self._file.tensors:
             known = [*self.sites, *self.names(statistic)]
             raise EspalierError(f"{self.path} holds no {statistic} of {name!r}{suggestion(name, known)}")
-        return self._file.read(f"{place}:{statistic}")
+        return f"{place}:{statistic}"
 
     def tokens(self, name: str) -> list[int]:
         """Tokens that came to a parameter or input site: one number, or one per expert.

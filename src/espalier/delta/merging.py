@@ -114,6 +114,16 @@ class Parameter(abc.ABC):
     def rows_of(self, start: int, stop: int) -> Piece:
         """The rows from ``start`` to ``stop`` of every model."""
 
+    @abc.abstractmethod
+    def one(self, model: int | None) -> torch.Tensor:
+        """All of one model, or of the base (``None``), for methods that need a matrix: (rows, columns), float32."""
+
+    def change(self, model: int) -> torch.Tensor:
+        """All that one model changed: (rows, columns), float32."""
+        if not self.has_base:
+            raise EspalierError(NEEDS_BASE)
+        return self.one(model).sub_(self.one(None))
+
     def pieces(self) -> Iterator[Piece]:
         """All of it in order, in slices of whole rows."""
         step = max(PIECE // max(self.columns, 1), 1)
@@ -125,10 +135,6 @@ class Parameter(abc.ABC):
         take = max(SAMPLE // 32 // max(self.columns, 1), 1)
         for start in range(0, self.rows, max(self.rows // 32, take)):
             yield self.rows_of(start, min(start + take, self.rows))
-
-    def whole(self) -> Piece:
-        """All of it at once, for methods that need a matrix."""
-        return self.rows_of(0, self.rows)
 
     def each(self, value: float | Sequence[float], name: str) -> list[float]:
         """A hyperparameter of every model: one number for all, or one for each.

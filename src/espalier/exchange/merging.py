@@ -149,14 +149,23 @@ class _Parameter(Parameter):
         for row, source in zip(room, [*self._models, *([self._base] if self._base else [])], strict=False):
             row.copy_(source(start, stop))
         if not all(map(math.isfinite, torch.stack(torch.aminmax(room[: count + bool(self._base)])).tolist())):
-            self._refuse(room)
+            _refuse(room, self._paths)
         return Piece(room[count] if self._base else None, room[:count], start * self.columns, room[count + 1 :])
 
-    def _refuse(self, room: torch.Tensor) -> None:
-        """Say which model is not finite."""
-        for row, path in zip(room, self._paths, strict=False):
-            if not bool(row.isfinite().all()):
-                raise EspalierError(f"{path} has {float(row[~row.isfinite()][0])} in it; a model must be finite to be merged")
+    def one(self, model: int | None) -> torch.Tensor:
+        source = self._base if model is None else self._models[model]
+        assert source is not None
+        made = torch.empty(self.rows, self.columns).copy_(source(0, self.rows))
+        if not bool(made.isfinite().all()):
+            _refuse(made[None], [self._paths[-1 if model is None else model]])
+        return made
+
+
+def _refuse(rows: torch.Tensor, paths: Sequence[Path]) -> None:
+    """Say which model is not finite."""
+    for row, path in zip(rows, paths, strict=False):
+        if not bool(row.isfinite().all()):
+            raise EspalierError(f"{path} has {float(row[~row.isfinite()][0])} in it; a model must be finite to be merged")
 
 
 @dataclass
