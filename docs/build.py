@@ -24,9 +24,10 @@ TITLES = {
     "select": "Methods of `select/`: some of the model's own numbers train",
     "optim": "Methods of `optim/`: optimizers",
     "compress": "Methods of `compress/`: smaller deltas",
+    "merge": "Methods of `merge/`: several models into one",
 }
 """Kind -> title of its page; any other kind that has methods gets a plain one."""
-OPTION_OF = {"adapter": "--method", "optimizer": "--optimizer", "compressor": "--method"}
+OPTION_OF = {"adapter": "--method", "optimizer": "--optimizer", "compressor": "--method", "merger": "--method"}
 """Role -> the option that chooses a method of it."""
 
 

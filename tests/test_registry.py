@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import re
 import subprocess
@@ -88,9 +89,12 @@ def test_what_is_read_is_what_runs(name: str) -> None:
     """Options, defaults, papers and settings read from the source are those of the class."""
     info = registry.find(name)
     method = registry.load(info)
-    made = registry.make(name, info.role)
     assert (method.name, method.role, method.ids, method.paper) == (name, info.role, info.ids, info.paper)
-    assert [(h.name, h.default) for h in info.hyperparameters] == [(f.name, f.default) for f in dataclasses.fields(method)]
+    if isinstance(method, type):
+        made, fields = registry.make(name, info.role), [(f.name, f.default) for f in dataclasses.fields(method)]
+    else:
+        made, fields = method, [(p.name, p.default) for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    assert [(h.name, h.default) for h in info.hyperparameters] == fields
     assert all(getattr(made, key) == value for key, value in info.settings.items())
     assert info.summary and method.__doc__.startswith(info.summary[:20])
     assert all(h.help for h in info.hyperparameters)
@@ -154,7 +158,7 @@ def test_two_methods_of_one_name_are_refused(plugins: None, tmp_path: Path) -> N
     ("content", "complaint"),
     [
         (None, r"does not exist; give a Python file"),
-        (b"def nothing(): ...\n", r"declares no method \(a class or function under @adapter or @optimizer or @compressor\)"),
+        (b"def nothing(): ...\n", r"declares no method \(a class or function under @adapter or @optimizer or @compressor or @merger\)"),
         (b"# mentions @adapter( only\n", "declares no method"),
         (b'@adapter("x", ids=(), paper="")\nclass X(:\n', r"p\.py is not Python"),
         (b"@adapter(\xff\n", r"p\.py is not Python"),

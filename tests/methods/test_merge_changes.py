@@ -132,7 +132,7 @@ def test_dare_at_the_ends() -> None:
     near(merge("dare", BASE, MODELS, density=1.0), merge("task_arithmetic", BASE, MODELS))
     assert torch.equal(merge("dare", BASE, MODELS, density=0.0), BASE)
     near(merge("dare", BASE, MODELS, density=1.0, elect="mass"), merge("ties", BASE, MODELS, density=1.0))
-    with pytest.raises(EspalierError, match="density is -0.1"):
+    with pytest.raises(EspalierError, match=r"density is -0.1"):
         merge("dare", BASE, MODELS, density=-0.1)
 
 

@@ -7,6 +7,7 @@ that differ in nothing but the statistics asked for lie in one folder, so that a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from espalier.calibrate.statistics import STATISTICS
 from espalier.checkpoint.atomic import atomic_file
-from espalier.checkpoint.fingerprint import cache_directory
+from espalier.checkpoint.fingerprint import cache_directory, file_identity
 from espalier.checkpoint.safetensors_file import SafetensorsFile, SafetensorsWriter
 from espalier.errors import EspalierError, suggestion
 
@@ -182,6 +183,28 @@ class Calibration:
 def load(path: str | Path) -> Calibration:
     """Open a calibration file; see :class:`Calibration`."""
     return Calibration(path)
+
+
+@functools.lru_cache(maxsize=256)
+def _opened(path: str, identity: str) -> Calibration:
+    return Calibration(path)
+
+
+def of_models(paths: Sequence[str] | None, models: int, want: str) -> list[Calibration]:
+    """One open calibration for each model of a merge; files that were opened before and have not changed are used again.
+
+    Raises:
+        EspalierError: when there are not as many as models, or a file cannot be read.
+    """
+    if paths is None or len(paths) != models:
+        have = "no files" if paths is None else f"{len(paths)} files"
+        raise EspalierError(
+            f"statistics names {have}; there are {models} models, and each needs its own: espalier calibrate MODEL --want {want} --targets all"
+        )
+    try:
+        return [_opened(path, file_identity(Path(path))) for path in paths]
+    except OSError as error:
+        raise EspalierError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 def write(path: Path, facts: Mapping[str, Any], sources: Mapping[str, SafetensorsFile]) -> None:

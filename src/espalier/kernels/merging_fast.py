@@ -109,10 +109,7 @@ def _limit(bits, count):  # type: ignore[no-untyped-def]
         return 0, -1
     if count <= 0:
         return 1 << 31, -1
-    low, high, reached, above = 0, 0, len(bits), 0
-    for i in range(len(bits)):
-        high = max(high, np.int64(bits[i]))
-    high += 1
+    low, high, reached, above = 0, 1 << 31, len(bits), 0
     while high - low > 1 and reached != count:
         middle = (low + high) // 2
         there = 0

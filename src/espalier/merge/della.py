@@ -36,7 +36,7 @@ def della(
     """
     shares, spreads = parameter.each(density, "density"), parameter.each(epsilon, "epsilon")
     for share, spread in zip(shares, spreads, strict=True):
-        if share < 1 and not (0 <= spread and 0 < share - spread and share + spread <= 1) or share > 1:
+        if (share < 1 and not (spread >= 0 and share - spread > 0 and share + spread <= 1)) or share > 1:
             raise EspalierError(f"density {share} and epsilon {spread} give probabilities outside (0, 1]")
     streams = [parameter.stream(f"dare {model}") for model in range(parameter.models)]
     ranks = torch.arange(parameter.columns) / max(parameter.columns - 1, 1)

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
-from espalier.calibrate.store import Calibration
+from espalier.calibrate.store import of_models
 from espalier.delta.merging import Combine, Parameter, Piece, Whole, scaled
 from espalier.errors import EspalierError
 from espalier.registry import merger
 
-opened = functools.lru_cache(maxsize=256)(Calibration)
-
-
-def _files(parameter: Parameter, statistics: list[str] | None) -> list[Calibration]:
-    if statistics is None or len(statistics) != parameter.models:
-        have = "none" if statistics is None else len(statistics)
-        raise EspalierError(
-            f"statistics names {have} files; there are {parameter.models} models, and each needs its own from "
-            "`espalier calibrate MODEL --want fisher --targets all`"
-        )
-    return [opened(path) for path in statistics]
-
 
 def survey(whole: Whole, *, statistics: list[str] | None = None, normalize: bool = False, **_: Any) -> torch.Tensor:
     """What each model's Fisher information is multiplied by, (models,): 1 / sequences, or 1 / its norm over the whole model."""
-    files = _files(whole.parameters[0], statistics)
+    files = of_models(statistics, whole.parameters[0].models, "fisher")
     if not normalize:
         return torch.tensor([1 / max(int(file.facts["sequences"]), 1) for file in files])
 
@@ -52,7 +39,7 @@ def fisher(parameter: Parameter, *, statistics: list[str] | None = None, floor: 
         floor: least Fisher information of a number; where no model depends on it, it is the plain mean
         normalize: divide each model's Fisher information by its norm over the whole model, so that none counts more for its scale
     """
-    files, factors = _files(parameter, statistics), parameter.survey
+    files, factors = of_models(statistics, parameter.models, "fisher"), parameter.survey
     for file in files:
         if (shape := file.shape(parameter.name, "fisher")) != parameter.shape:
             raise EspalierError(f"its Fisher information in {file.path} is {list(shape)}; the tensor is {list(parameter.shape)}")

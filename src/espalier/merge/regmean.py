@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
-from espalier.calibrate.store import Calibration
+from espalier.calibrate.store import Calibration, of_models
 from espalier.delta.merging import Combine, Parameter, Whole, combination
 from espalier.errors import EspalierError
 from espalier.registry import merger
-
-opened = functools.lru_cache(maxsize=256)(Calibration)
-
-
-def _files(parameter: Parameter, statistics: list[str] | None) -> list[Calibration]:
-    if statistics is None or len(statistics) != parameter.models:
-        have = "none" if statistics is None else len(statistics)
-        raise EspalierError(
-            f"statistics names {have} files; there are {parameter.models} models, and each needs its own from "
-            "`espalier calibrate MODEL --want second_moment`"
-        )
-    return [opened(path) for path in statistics]
 
 
 def _is_linear(parameter: Parameter, files: list[Calibration]) -> bool:
@@ -31,7 +18,7 @@ def _is_linear(parameter: Parameter, files: list[Calibration]) -> bool:
 
 def survey(whole: Whole, *, statistics: list[str] | None = None, **_: Any) -> bool:
     """Whether matrices are stored (in, out), as ``Conv1D`` does: seen by those that are not square."""
-    files = _files(whole.parameters[0], statistics)
+    files = of_models(statistics, whole.parameters[0].models, "second_moment")
     linear = [parameter for parameter in whole.parameters if _is_linear(parameter, files)]
     if not linear:
         raise EspalierError(f"{files[0].path} has no second moments of any matrix of these models; is it of such a model?")
@@ -53,7 +40,7 @@ def regmean(
         alpha: how much of the moments off the diagonal counts, from 0 to 1
         ridge: times the mean of the diagonal is added to it
     """
-    files, shares = _files(parameter, statistics), parameter.shares()
+    files, shares = of_models(statistics, parameter.models, "second_moment"), parameter.shares()
     if not 0 <= alpha <= 1:
         raise EspalierError(f"alpha is {alpha}; it must be from 0 to 1")
     if not _is_linear(parameter, files):
