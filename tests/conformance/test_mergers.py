@@ -206,7 +206,6 @@ def test_the_same_seed_gives_the_same_bytes_whatever_the_threads(method: str, wo
 
 @every_method
 def test_bf16_models_give_what_float32_ones_give_rounded_once(method: str, tmp_path: Path) -> None:
-    """Within one unit in the last place: a sum in float32 may lie on the other side of a rounding."""
     world = World(tmp_path / "bf16", torch.bfloat16)
     wide = World.__new__(World)
     wide.folder, wide._made, wide.tensors = tmp_path / "fp32", 0, {n: t.float() for n, t in world.tensors.items()}

@@ -10,8 +10,11 @@ import torch
 from mergers import merge, merge_all, random
 
 from espalier.calibrate import store as calibrations
+from espalier.checkpoint.directory import ModelDirectory, resolve_model
 from espalier.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
 from espalier.errors import EspalierError
+from espalier.verbs.calibrate import calibrate
+from espalier.verbs.merge import merge as merge_models
 
 BASE = random(0, 24, 16)
 MODELS = [BASE + 0.2 * random(i, 24, 16) for i in (1, 2, 3)]
@@ -193,6 +196,17 @@ def test_inputs_that_never_came_give_the_mean_and_other_parameters_are_averaged(
     near(made["w"][:, 10:], mean[:, 10:])
     assert not torch.allclose(made["w"][:, :10].double(), mean[:, :10], atol=1e-3)
     near(made["norm"], mean[0])
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_calibrations_of_a_whole_model_are_taken(method: str, tmp_path: Path) -> None:
+    """Every tensor of a real model finds its statistics by name; copies of it are it."""
+    made = str(tmp_path / "seedling.calibration")
+    calibrate("seedling", "stdlib:docstrings:heldout", made, "second_moment,fisher", tokens=64, sequence_length=32, quiet=True)
+    merge_models(["seedling", "seedling"], str(tmp_path / "out"), method=method, statistics=[made, made], quiet=True)
+    before, after = ModelDirectory(resolve_model("seedling")), ModelDirectory(tmp_path / "out")
+    for name in before:
+        torch.testing.assert_close(after.read(name).float(), before.read(name).float(), rtol=1e-2, atol=1e-6)
 
 
 # OPCM

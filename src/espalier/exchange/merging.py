@@ -265,8 +265,14 @@ def write_merged(
 
     survey = None
     with one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
-        if method.first_pass is not None:
-            merged = [item for item in items if item.is_merged]
+        merged = [item for item in items if item.is_merged]
+        if method.first_pass is not None and merged:
+            for item in merged:
+                if item.options != merged[0].options:
+                    raise EspalierError(
+                        f"{item.name} has the options {dict(item.options)} and {merged[0].name} has {dict(merged[0].options)}; "
+                        "this method looks at the whole model first, so its options must be the same everywhere"
+                    )
 
             def each(do: Callable[[Parameter], Any]) -> Iterable[Any]:
                 def one(item: Item) -> Any:

@@ -35,7 +35,7 @@ def fisher(parameter: Parameter, *, statistics: list[str] | None = None, floor: 
     F is the diagonal of the empirical Fisher information, the mean over sequences. It is read slice by slice.
 
     Args:
-        statistics: one calibration file with `fisher` for every model, in the order of the models
+        statistics: a calibration file with `fisher` for every model, in the order of the models, separated by commas
         floor: least Fisher information of a number; where no model depends on it, it is the plain mean
         normalize: divide each model's Fisher information by its norm over the whole model, so that none counts more for its scale
     """

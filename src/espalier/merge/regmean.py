@@ -36,7 +36,7 @@ def regmean(
     inputs that never came give the mean. In memory for each thread: 16 in^2 + 24 in out bytes of one matrix.
 
     Args:
-        statistics: one calibration file with `second_moment` for every model, in the order of the models
+        statistics: a calibration file with `second_moment` for every model, in the order of the models, separated by commas
         alpha: how much of the moments off the diagonal counts, from 0 to 1
         ridge: times the mean of the diagonal is added to it
     """
