@@ -1,23 +1,29 @@
-"""NearSwap: a model's small changes in full, its large ones cut short."""
+"""NearSwap: another model's numbers where they are near the base's."""
 
 from __future__ import annotations
 
-from espalier.delta.merging import Combine, Parameter
+import torch
+
+from espalier.delta.merging import NEEDS_BASE, Combine, Parameter, Piece
 from espalier.errors import EspalierError
 from espalier.registry import merger
 
 
-@merger("nearswap", ids=(), paper="Alchemonaut, QuartetAnemoi-70B, 2024")
-def nearswap(parameter: Parameter, *, t: float = 1e-3) -> Combine:
-    """The base moved towards one model, by at most t in every number: ``theta_0 + clip(tau, -t, t)``.
+@merger("nearswap", ids=(), paper="huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001")
+def nearswap(parameter: Parameter, *, t: float = 0.001) -> Combine:
+    """Go from the base towards one other model, all the way where they differ by no more than t: ``theta_0 + min(t / |tau|, 1) tau``.
 
-    Other tools write it as an interpolation by ``clip(t / |tau|, 0, 1)``, which is the same.
+    Which is to say that no number moves by more than t. Weights play no part; ``scale`` multiplies the move.
 
     Args:
-        t: the largest change of a number
+        t: largest move of a number
     """
     if parameter.models != 1:
-        raise EspalierError(f"nearswap takes one model and a base, there are {parameter.models} models")
-    if t < 0:
-        raise EspalierError(f"t is {t}; it must be at least 0")
-    return lambda piece: piece.origin + piece.updates[0].clamp_(-t, t) * parameter.scale
+        raise EspalierError(f"nearswap takes one model beside the base, there are {parameter.models}")
+
+    def combine(piece: Piece) -> torch.Tensor:
+        if piece.base is None:
+            raise EspalierError(NEEDS_BASE)
+        return piece.base + parameter.scale * piece.updates[0].clamp(-abs(t), abs(t))
+
+    return combine
