@@ -28,6 +28,9 @@ PIECE = 1 << 17
 SAMPLE = 1 << 15
 """Numbers of each model by which thresholds are guessed, before a pass finds them."""
 
+WHOLE_SAMPLE = 1 << 20
+"""Numbers of each model by which quantiles of the whole model are guessed."""
+
 
 NEEDS_BASE = "the method merges changes; it needs the model that they are changes of: --model BASE"
 
@@ -307,7 +310,14 @@ class Whole:
         self, score: Callable[[Parameter, Piece], torch.Tensor], shares: dict[tuple[int, int], float]
     ) -> dict[tuple[int, int], tuple[float, float]]:
         """Between which numbers the shares' quantiles lie, but for a small chance."""
-        samples = list(self.each(lambda p: torch.cat([score(p, piece).flatten(1).clone() for piece in p.sampled()], -1)))
+        whole = sum(parameter.numel for parameter in self.parameters)
+
+        def sampled(parameter: Parameter) -> torch.Tensor:
+            taken = torch.cat([score(parameter, piece).flatten(1).clone() for piece in parameter.sampled()], -1)
+            wanted = max(WHOLE_SAMPLE * parameter.numel // whole, 1)
+            return taken[:, :: max(taken.shape[1] // wanted, 1)].clone()
+
+        samples = list(self.each(sampled))
         weights = torch.cat([torch.full((s.shape[1],), p.numel / s.shape[1]) for p, s in zip(self.parameters, samples, strict=True)])
         size = float(weights.sum().square() / weights.square().sum())
         order = torch.cat(samples, -1).sort()

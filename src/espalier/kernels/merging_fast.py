@@ -150,45 +150,43 @@ def _middle(updates, bits, skip, keep, out):  # type: ignore[no-untyped-def]
 def _thin(updates, bits, drawn, odds, factors, out):  # type: ignore[no-untyped-def]
     """Numbers of which those drawn below the odds of their rank are kept, times its factor: see ``merging.thin``.
 
-    The rank is found by sorting the bits of the magnitudes, eight at a time.
+    The rank is found by sorting the bits of the magnitudes, each with its place below it, eight at a time.
     """
-    columns = updates.shape[1]
-    keys, other_keys = np.empty(columns, np.uint32), np.empty(columns, np.uint32)
-    places, other_places = np.empty(columns, np.uint32), np.empty(columns, np.uint32)
+    columns, byte = updates.shape[1], np.uint64(255)
+    keys, others = np.empty(columns, np.uint64), np.empty(columns, np.uint64)
     counts = np.empty((4, 256), np.uint32)
+    first, second, third, fourth = counts[0], counts[1], counts[2], counts[3]
     for row in range(len(updates)):
         theirs, counts[:] = bits[row], 0
         for i in range(columns):
-            key = np.uint32(theirs[i]) & np.uint32(0x7FFFFFFF)
-            keys[i] = key
-            places[i] = i
-            counts[0, key & np.uint32(255)] += np.uint32(1)
-            counts[1, key >> np.uint32(8) & np.uint32(255)] += np.uint32(1)
-            counts[2, key >> np.uint32(16) & np.uint32(255)] += np.uint32(1)
-            counts[3, key >> np.uint32(24)] += np.uint32(1)
+            key = np.uint64(np.uint32(theirs[i]) & np.uint32(0x7FFFFFFF))
+            keys[i] = key << np.uint64(32) | np.uint64(i)
+            first[key & byte] += np.uint32(1)
+            second[key >> np.uint64(8) & byte] += np.uint32(1)
+            third[key >> np.uint64(16) & byte] += np.uint32(1)
+            fourth[key >> np.uint64(24)] += np.uint32(1)
         ours, chance, made = updates[row], drawn[row], out[row]
         for digit in range(4):
-            shift, starts, begin = np.uint32(8 * digit), counts[digit], np.uint32(0)
+            shift, starts, begin = np.uint64(32 + 8 * digit), counts[digit], np.uint32(0)
             for value in range(256):
                 size = starts[value]
                 starts[value] = begin
                 begin += size
             if digit == 3:  # where a number goes now is its rank
                 for i in range(columns):
-                    value, place = keys[i] >> shift, places[i]
+                    value, place = keys[i] >> shift, np.uint32(keys[i])
                     rank = starts[value]
                     starts[value] = rank + np.uint32(1)
-                    made[place] = ours[place] * factors[rank] if chance[place] < odds[rank] else np.float32(0)
+                    # a product, as a branch that nothing predicts takes longer than all else
+                    made[place] = ours[place] * factors[rank] * np.float32(chance[place] < odds[rank])
                 continue
             for i in range(columns):
                 key = keys[i]
-                value = key >> shift & np.uint32(255)
+                value = key >> shift & byte
                 place = starts[value]
                 starts[value] = place + np.uint32(1)
-                other_keys[place] = key
-                other_places[place] = places[i]
-            keys, other_keys = other_keys, keys
-            places, other_places = other_places, places
+                others[place] = key
+            keys, others = others, keys
 
 
 def _drop(updates, drawn, odds, factor, out):  # type: ignore[no-untyped-def]
