@@ -45,7 +45,7 @@ class Piece:
         start: place of the first number in the parameter.
         room: where the updates are put.
 
-    The tensors are those of the next piece too, which overwrites them.
+    The tensors are those of the next piece too, which overwrites them; a method may do so itself.
     """
 
     base: torch.Tensor | None
@@ -277,7 +277,7 @@ class Whole:
                 scores = score(parameter, piece).flatten(1)
                 for (_, model), between in made.items():
                     between.add(scores[model])
-            return {where: (between.counts, between.numbers().clone()) for where, between in made.items()}
+            return {where: (between.counts, between.numbers()) for where, between in made.items()}
 
         while bounds:
             counts = {where: [0, 0, 0] for where in bounds}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -134,18 +135,25 @@ class Changed:
 Member = Model | Changed
 
 
+_rooms = threading.local()
+
+
+def _room(size: int) -> torch.Tensor:
+    """Memory of this thread for pieces: each piece overwrites the one before, whichever parameter that was of."""
+    if len(getattr(_rooms, "held", ())) < size:
+        _rooms.held = torch.empty(size)
+    return _rooms.held[:size]
+
+
 class _Parameter(Parameter):
     def __init__(self, base: Rows | None, models: Sequence[Rows], paths: Sequence[Path], *arguments: Any) -> None:
         super().__init__(*arguments)
         self._base, self._models, self._paths = base, models, paths
-        self._room = torch.empty(0)
 
     def rows_of(self, start: int, stop: int) -> Piece:
         count = len(self._models)
         shape = (2 * count + 1, stop - start, self.columns)
-        if len(self._room) < math.prod(shape):
-            self._room = torch.empty(math.prod(shape))
-        room = self._room[: math.prod(shape)].view(shape)
+        room = _room(math.prod(shape)).view(shape)
         for row, source in zip(room, [*self._models, *([self._base] if self._base else [])], strict=False):
             row.copy_(source(start, stop))
         if not all(map(math.isfinite, torch.stack(torch.aminmax(room[: count + bool(self._base)])).tolist())):

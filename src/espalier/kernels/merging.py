@@ -54,35 +54,30 @@ class Gathered:
 
 
 class Between:
-    """What lies between two bounds of the numbers that come, the bounds themselves left out; kept in one buffer that grows.
+    """What lies between two bounds of the numbers that come, the bounds themselves left out.
 
     ``counts``: how many are below the lower bound, how many equal it, and how many equal the upper one.
     """
 
     def __init__(self, low: float, high: float) -> None:
         self.low, self.high, self.counts = low, high, [0, 0, 0]
-        self._buffer, self._count = torch.empty(0), 0
+        self._parts = [torch.empty(0)]
 
     def numbers(self) -> torch.Tensor:
         """All that has been gathered."""
-        return self._buffer[: self._count]
+        return torch.cat(self._parts)
 
     def add(self, numbers: torch.Tensor) -> None:
         """Go through (n,) float32 numbers."""
-        if len(self._buffer) < self._count + len(numbers) + 1:
-            larger = torch.empty(2 * (self._count + len(numbers)) + 1, device=numbers.device)
-            larger[: self._count] = self.numbers()
-            self._buffer = larger
-        rest = self._buffer[self._count :]
         if numbers.is_cpu and (fast := _fast()):
-            *counts, count = fast.between(numbers.numpy(), self.low, self.high, rest.numpy())
+            room = torch.empty(len(numbers) + 1)
+            *counts, count = fast.between(numbers.numpy(), self.low, self.high, room.numpy())
+            inside = room[:count].clone()
         else:
             inside = numbers[(numbers > self.low) & (numbers < self.high)]
-            count = len(inside)
-            rest[:count] = inside
             masks = numbers < self.low, numbers == self.low, numbers == self.high
             counts = [int(torch.count_nonzero(mask)) for mask in masks]
-        self._count += count
+        self._parts.append(inside)
         self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
 
 
@@ -215,25 +210,25 @@ _EXPONENTIAL = tuple(math.exp(-0.5) / math.factorial(power) for power in range(9
 """exp(x - 1/2) as a series in x; on [-1/2, 1/2] it is exact to float32."""
 
 
-def compete(updates: torch.Tensor, low: torch.Tensor, high: torch.Tensor, width: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clamped updates and scores of PCB-Merging (arXiv:2410.02396), both (models, n).
+def compete(updates: torch.Tensor, low: torch.Tensor, high: torch.Tensor, width: torch.Tensor, scores: torch.Tensor) -> None:
+    """Clamp updates, and score them (PCB-Merging, arXiv:2410.02396).
 
     With a the magnitude between ``low`` and ``high`` divided by ``width``, and s the signed a, the score of model i is
     ``exp(N (a_i^2 - 1)) sum_j tanh(s_i s_j)``. Both functions are rational ones that are exact to float32 here.
 
     Args:
-        updates: (models, n), float32.
+        updates: (models, n), float32; they become the clamped ones.
         low, high, width: (models,).
+        scores: where they are put, (models, n).
     """
     if updates.is_cpu and (fast := _fast()):
-        clamped, scores = torch.empty_like(updates), torch.empty_like(updates)
         limits = (low.numpy(), high.numpy(), width.numpy())
-        fast.compete(updates.numpy(), *limits, _EXPONENTIAL, clamped.numpy(), scores.numpy())
-        return clamped, scores
+        fast.compete(updates.numpy(), *limits, _EXPONENTIAL, updates.numpy(), scores.numpy())
+        return
     magnitudes = updates.abs().clamp_min(low[:, None]).clamp_max(high[:, None])
     sign = updates.sign()
     signed = sign * ((magnitudes - low[:, None]) / width[:, None])
-    scores = torch.zeros_like(updates)
+    scores.zero_()
     for model, own in enumerate(signed):
         for other in signed:
             x = own * other
@@ -245,4 +240,4 @@ def compete(updates: torch.Tensor, low: torch.Tensor, high: torch.Tensor, width:
         intra = intra * x + factor
     for _ in updates:
         scores *= intra
-    return sign * magnitudes, scores
+    updates.copy_(sign * magnitudes)

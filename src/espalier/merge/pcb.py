@@ -16,8 +16,9 @@ def balance(low: torch.Tensor, high: torch.Tensor, piece: Piece, inter: str) -> 
     width = (high - low).clamp_min(1e-12)
     if inter == "pairs":
         limits = (low.flatten(), high.flatten(), width.flatten())
-        clamped, scores = compete(piece.updates.flatten(1), *limits)
-        return clamped.view_as(piece.updates), scores.view_as(piece.updates)
+        updates, scores = piece.updates, piece.models  # which nothing needs any more, so that no memory is
+        compete(updates.flatten(1), *limits, scores.flatten(1))
+        return updates, scores
     magnitudes, sign = torch.clip(piece.updates.abs(), low, high), piece.updates.sign()
     normal = (magnitudes - low) / width
     others = (sign * normal if inter == "normalized" else piece.updates).sum(0)
@@ -26,7 +27,7 @@ def balance(low: torch.Tensor, high: torch.Tensor, piece: Piece, inter: str) -> 
 
 def survey(whole: Whole, *, density: float = 0.1, clamp: float = 0.0001, inter: str = "pairs") -> dict[str, torch.Tensor]:
     """Limits of the clamp, and the threshold and largest of the scores, over the whole model: each (models, 1, 1)."""
-    low, high = whole.quantiles(lambda parameter, piece: piece.updates.abs(), [clamp, 1 - clamp])
+    low, high = whole.quantiles(lambda parameter, piece: piece.updates.abs_(), [clamp, 1 - clamp])
     scores = lambda parameter, piece: balance(low, high, piece, inter)[1]  # noqa: E731
     cut, top = whole.quantiles(scores, [1 - density, 1.0])
     return {"low": low, "high": high, "cut": cut, "top": top}
