@@ -36,17 +36,18 @@ def _gather(numbers, low, high, inside):  # type: ignore[no-untyped-def]
 def _between(numbers, low, high, inside):  # type: ignore[no-untyped-def]
     """How many numbers are below ``low``, equal to it, and equal to ``high``; those between are put into ``inside``."""
     below, at_low, at_high, count = 0, 0, 0, 0
-    for begin in range(0, len(numbers), TILE):
-        tile = numbers[begin : begin + TILE]
-        lower, first, last = 0, 0, 0
+    for begin in range(0, len(numbers), 256):
+        tile = numbers[begin : begin + 256]
+        lower, first, last, there = 0, 0, 0, 0
         for i in range(len(tile)):
             lower += tile[i] < low
             first += tile[i] == low
             last += tile[i] == high
+            there += (tile[i] > low) & (tile[i] < high)
         below += lower
         at_low += first
         at_high += last
-        for i in range(len(tile)):
+        for i in range(len(tile) if there else 0):  # the bounds are close: often there is nothing
             inside[count] = tile[i]
             count += (tile[i] > low) & (tile[i] < high)
     return below, at_low, at_high, count
