@@ -5,6 +5,9 @@ Imported where numba is installed; the plain twins are in ``merging.py``, and th
 
 from __future__ import annotations
 
+import functools
+import threading
+
 import numba
 import numpy as np
 
@@ -289,11 +292,26 @@ def _compete(updates, low, high, width, exponential, clamped, scores):  # type: 
                     score[i] *= own[i]
 
 
+_lock = threading.Lock()
+
+
 def _compiled(loop, signature):  # type: ignore[no-untyped-def]
-    try:
-        return numba.njit(signature, nogil=True, cache=True, error_model="numpy")(loop)
-    except (RuntimeError, OSError):  # a cache that cannot be written
-        return numba.njit(signature, nogil=True, error_model="numpy")(loop)
+    """The loop, compiled (or taken from the disk's cache) when it is first called, so that a merge waits for its own only."""
+
+    @functools.cache
+    def compiled():  # type: ignore[no-untyped-def]
+        try:
+            return numba.njit(signature, nogil=True, cache=True, error_model="numpy")(loop)
+        except (RuntimeError, OSError):  # a cache that cannot be written
+            return numba.njit(signature, nogil=True, error_model="numpy")(loop)
+
+    def call(*arguments):  # type: ignore[no-untyped-def]
+        if not compiled.cache_info().currsize:
+            with _lock:  # one thread compiles, the others wait
+                compiled()
+        return compiled()(*arguments)
+
+    return call
 
 
 gather = _compiled(_gather, "UniTuple(int64, 3)(float32[::1], float32, float32, float32[::1])")
