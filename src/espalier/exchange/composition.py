@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from espalier.anatomy.layout import is_transposed, locate
 from espalier.checkpoint.directory import SINGLE, ModelDirectory
@@ -136,7 +137,14 @@ def _check_shape(name: str, shape: tuple[int, ...], layout: Layout, parts: list[
         raise EspalierError(f"{name}: the update is for shape {shape}, the base has {logical}")
 
 
-def cut(made: Mapping[str, Output], directory: ModelDirectory, shard_bytes: int | None = None) -> dict[str, str]:
+class Stored(Protocol):
+    """What takes room in a file."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+def cut(made: Mapping[str, Stored], directory: ModelDirectory, shard_bytes: int | None = None) -> dict[str, str]:
     """Which file each tensor goes into: the base's cut, or files of at most ``shard_bytes`` (but for larger tensors)."""
     if shard_bytes is None:
         last = directory.files()[-1]

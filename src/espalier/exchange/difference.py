@@ -87,7 +87,7 @@ class Pair:
 
     def __init__(self, base: ModelDirectory, tuned: ModelDirectory) -> None:
         self.model_type = str(base.config.get("model_type"))
-        self.relaid = {n: source for n in tuned if n not in base and (source := _source(base, tuned, n, self.model_type))}
+        self.relaid = {n: source for n in tuned if n not in base and (source := source_of(base, tuned, n, self.model_type))}
         self.base, self.tuned = Relaid(base, self.relaid), tuned
         same = {n for n in tuned if n in self.base and _spec(self.base, n) == _spec(tuned, n)}
         self.common = sorted(same)
@@ -172,7 +172,7 @@ def _spec(directory: ModelDirectory, name: str) -> tuple[str, tuple[int, ...]]:
     return info.dtype, info.shape
 
 
-def _source(base: ModelDirectory, tuned: ModelDirectory, name: str, model_type: str) -> Source | None:
+def source_of(base: ModelDirectory, tuned: ModelDirectory, name: str, model_type: str) -> Source | None:
     """What a tensor of TUNED is made of in the base, where that has it in another layout, of the same dtype.
 
     Matrices that lie transposed in a fused tensor have no entries in a row, and are no source.

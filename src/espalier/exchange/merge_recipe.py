@@ -1,9 +1,9 @@
-"""What is merged into what, by which method: the recipe of a merge, as a file says it and as the engine needs it."""
+"""The recipe of a merge as a file says it: what is merged into what, by which method, with which numbers where."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +11,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from espalier.anatomy.parameters import BLOCK
-from espalier.checkpoint.directory import ModelDirectory, resolve_model
-from espalier.delta import store
 from espalier.errors import EspalierError
-from espalier.exchange.merging import Changed, Item, Member, Model
+from espalier.registry import MethodInfo
 
 
 class _Strict(BaseModel):
@@ -22,7 +20,7 @@ class _Strict(BaseModel):
 
 
 class OverDepth(_Strict):
-    """A number that changes over the blocks: ``values`` at equal distances from the first block to the last."""
+    """A number that changes over the blocks: ``depth`` at equal distances from the first block to the last."""
 
     depth: list[float] = Field(min_length=1)
 
@@ -46,29 +44,39 @@ class Ingredient(_Strict):
 
 
 class Override(_Strict):
-    """Other values for some parameters; of several that fit, the last one says."""
+    """Other values for some parameters; of several that fit, the last one says.
+
+    Lists are of one value for each model; ``null`` leaves what was said before. A number over the depth goes over the
+    blocks of ``layers`` or of the part, if one is given, else over all of the new model.
+    """
 
     names: str | list[str] | None = None
     """globs over the names of tensors"""
-    layers: list[int] | None = None
-    """first block and the one after the last"""
-    weights: list[Number] | None = None
+    layers: tuple[int, int] | None = None
+    """first block of the new model, and the one after the last"""
+    part: int | None = None
+    """a part of the stack, counted from 0; what comes before all blocks belongs to the first, what comes after to the last"""
+    weights: list[Number | None] | None = None
     scale: Number | None = None
     options: dict[str, Any] = {}
 
-    def fits(self, name: str) -> bool:
-        """Whether it is about this tensor."""
+    def fits(self, name: str, part: int) -> bool:
+        """Whether it is about this tensor of the new model, which is in this part of it."""
         globs = [self.names] if isinstance(self.names, str) else self.names
         if globs is not None and not any(fnmatch.fnmatchcase(name, glob) for glob in globs):
             return False
-        block = _block(name)
+        block = block_of(name)
+        if self.part not in (None, part):
+            return False
         return self.layers is None or (block is not None and self.layers[0] <= block < self.layers[1])
 
 
 class Part(_Strict):
-    """Blocks of the merged model: of each ingredient (by its place in the list) the blocks from, to; all equally many."""
+    """Blocks of the new model: of each model (by its place in the list) from, to; all equally many."""
 
-    blocks: dict[int, list[int]]
+    blocks: dict[int, tuple[int, int]] = Field(min_length=1)
+    base: tuple[int, int] | None = None
+    """the base's blocks that changes are changes of; default: those of the first model"""
 
 
 class Recipe(_Strict):
@@ -80,26 +88,14 @@ class Recipe(_Strict):
     """the base: what changes are changes of, and whose files the new model gets"""
     options: dict[str, Any] = {}
     scale: Number = 1.0
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    seed: int = 0
     parameters: list[Override] = []
     stack: list[Part] | None = None
+    vocabulary: Literal["base", "union"] | None = None
+    to: Literal["model", "delta"] = "model"
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    shard_size: str | None = None
+    seed: int = 0
     any_base: bool = False
-
-    @classmethod
-    def read(cls, path: Path) -> Recipe:
-        """Read a recipe file.
-
-        Raises:
-            EspalierError: naming the file, and the entry that is wrong.
-        """
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise EspalierError(f"{path} cannot be read: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise EspalierError(f"{path} is not YAML: {error}") from error
-        return cls.of(content, str(path))
 
     @classmethod
     def of(cls, content: Any, where: str) -> Recipe:
@@ -109,122 +105,142 @@ class Recipe(_Strict):
             EspalierError: saying ``where``, and the entry that is wrong.
         """
         try:
-            return cls.model_validate(content)
+            recipe = cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
             entry = ".".join(str(key) for key in first["loc"]) or "it"
             raise EspalierError(f"{where}: {entry}: {first['msg'].lower()} (it is {str(first.get('input'))[:80]})") from error
+        for number, override in enumerate(recipe.parameters):
+            if override.weights is not None and len(override.weights) != len(recipe.models):
+                raise EspalierError(
+                    f"{where}: parameters.{number}.weights: there are {len(override.weights)} weights and {len(recipe.models)} models"
+                )
+        return recipe
 
 
-def _block(name: str) -> int | None:
+def read(path: Path) -> dict[str, Any]:
+    """The entries of a recipe file.
+
+    Raises:
+        EspalierError: when it cannot be read, or holds none.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EspalierError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise EspalierError(f"{path} is not YAML: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(content, dict):
+        raise EspalierError(f"{path} is no recipe: it must hold entries such as 'method: ties' and 'models: [...]'")
+    return content
+
+
+def block_of(name: str) -> int | None:
+    """The number of the block that a tensor belongs to, or ``None``."""
     found = BLOCK.search(name)
     return int(found.group(1)) if found else None
 
 
+def in_block(name: str, block: int) -> str:
+    """The name of the same tensor of another block."""
+    found = BLOCK.search(name)
+    assert found is not None
+    return f"{name[: found.start(1)]}{block}{name[found.end(1) :]}"
+
+
+def _place(block: int | None, first: int, stop: int) -> float:
+    """How deep a block lies among those from ``first`` to ``stop``: 0 to 1; a single one is the last, no block is 0."""
+    if block is None:
+        return 0.0
+    return (block - first) / (stop - 1 - first) if stop - 1 > first else 1.0
+
+
 def _value(number: Any, place: float) -> Any:
-    """A number of an option for one parameter; other kinds of values as they are."""
+    """A number, or a list of numbers, for one parameter; other kinds of values as they are."""
     if isinstance(number, dict) and set(number) == {"depth"}:
-        number = OverDepth(**number)
+        number = OverDepth.model_validate(number)
+    if isinstance(number, list):
+        return [_value(item, place) for item in number]
     return number.at(place) if isinstance(number, OverDepth) else number
 
 
-def members(recipe: Recipe) -> tuple[ModelDirectory, Model | None, list[Member]]:
-    """(the model whose names and files the new one has, the base, what is merged), all opened.
+def settings(recipe: Recipe, info: MethodInfo, name: str, part: int, spans: Sequence[tuple[int, int]]) -> tuple[list[float], float, dict[str, Any]]:
+    """The weights, scale and options of one parameter; options of single models as lists.
 
-    Without a base, deltas name their own; it is the base then.
-
-    Raises:
-        EspalierError: when something cannot be read, or a delta belongs to another base.
-    """
-    folders = [Path(ingredient.path) for ingredient in recipe.models]
-    deltas = {i: store.load(folder, mapped=True) for i, folder in enumerate(folders) if store.is_delta(folder)}
-    base_name = recipe.model
-    if base_name is None and deltas:
-        base_name = str(next(iter(deltas.values())).manifest.get("base", {}).get("name", ""))
-        if not base_name:
-            raise EspalierError(f"{folders[next(iter(deltas))]} does not name its base; give it: --model BASE")
-    base = ModelDirectory(resolve_model(base_name)) if base_name is not None else None
-    like = base or ModelDirectory(resolve_model(recipe.models[0].path))
-    found: list[Member] = []
-    for position, ingredient in enumerate(recipe.models):
-        if position not in deltas:
-            found.append(Model(ModelDirectory(resolve_model(ingredient.path)), like))
-            continue
-        assert base is not None
-        if not recipe.any_base:
-            store.check_base(deltas[position], folders[position], base.path, base.fingerprint())
-        found.append(Changed(base, deltas[position], folders[position]))
-    return like, Model(base, like) if base else None, found
-
-
-def items(recipe: Recipe, like: ModelDirectory, base: Model | None, merged: Sequence[Member]) -> list[Item]:
-    """Every tensor of the new model, and how it is merged.
-
-    A tensor that not all models have is an error, but for one that the base has: models that lack it did not change it.
+    Args:
+        part: the part of the new model that the parameter is in.
+        spans: (first block, the one after the last) of every part.
 
     Raises:
-        EspalierError: naming the tensor and the model.
+        EspalierError: when an option has another number of values than there are models.
     """
-    blocks = 1 + max((block for name in like if (block := _block(name)) is not None), default=0)
-    dtype = {"bf16": "BF16", "fp16": "F16", "fp32": "F32", None: None}[recipe.dtype]
-    for member in merged:
-        if member.extra:
-            raise EspalierError(f"{member.path} has the tensor {member.extra[0]!r}, which {like.path} does not have")
-    made = []
-    for name in like:
-        info = like.info(name)
-        block = _block(name)
-        place = (block / max(blocks - 1, 1)) if block is not None else 0.0
-        overrides = [override for override in recipe.parameters if override.fits(name)]
-        weights = [1.0 if i.weight is None else _value(i.weight, place) for i in recipe.models]
-        scale: Any = recipe.scale
-        options: dict[str, Any] = dict(recipe.options)
-        for override in overrides:
-            weights = [_value(w, place) for w in override.weights] if override.weights is not None else weights
-            scale = override.scale if override.scale is not None else scale
-            options.update(override.options)
-        if len(weights) != len(recipe.models):
-            raise EspalierError(f"{name}: there are {len(weights)} weights and {len(recipe.models)} models")
-        sources = []
-        for member, ingredient in zip(merged, recipe.models, strict=True):
-            if name in member:
-                sources.append((member, name))
-            elif base is not None:
-                sources.append((base, name))
+    block, count = block_of(name), len(recipe.models)
+    place = _place(block, 0, spans[-1][1])
+    weights = [1.0 if i.weight is None else _value(i.weight, place) for i in recipe.models]
+    scale = _value(recipe.scale, place)
+    options: dict[str, Any] = {h.name: h.default for h in info.hyperparameters}
+
+    def change(option: str, values: Sequence[Any]) -> None:
+        if len(values) == 1:
+            values = [*values] * count
+        if len(values) != count:
+            raise EspalierError(f"{option} has {len(values)} values, there are {count} models (or give one for all)")
+        if any(value is None for value in values):
+            before = options.get(option)
+            before = before if isinstance(before, list) else [before] * count
+            values = [b if v is None else v for v, b in zip(values, before, strict=True)]
+        options[option] = list(values)
+
+    def change_all(given: dict[str, Any], place: float) -> None:
+        for option, value in given.items():
+            if isinstance(found := _value(value, place), list):
+                change(option, found)
             else:
-                raise EspalierError(f"{ingredient.path} lacks the tensor {name!r}; with --model BASE it would be taken as unchanged")
-        own = {option for ingredient in recipe.models for option in ingredient.options}
-        for option in own:
-            everyone = options.get(option)
-            values = [_value(i.options.get(option, everyone), place) for i in recipe.models]
-            if None in values:
-                raise EspalierError(f"{option} is given for some models only; give it for all")
-            options[option] = values
-        options = {option: _value(value, place) for option, value in options.items()}
-        stored = dtype if dtype and info.dtype in ("BF16", "F16", "F32", "F64") else info.dtype
-        made.append(
-            Item(name, stored, info.shape, sources, (base, name) if base else None, [float(w) for w in weights], float(_value(scale, place)), options)
-        )
-    return made
+                options[option] = found
+
+    change_all(recipe.options, place)
+    for option in dict.fromkeys(option for i in recipe.models for option in i.options):
+        change(option, [_value(i.options.get(option), place) for i in recipe.models])
+    for override in recipe.parameters:
+        if not override.fits(name, part):
+            continue
+        span = override.layers or (spans[part] if override.part is not None else None)
+        inside = _place(block, *span) if span else place
+        if override.weights is not None:
+            weights = [w if given is None else _value(given, inside) for w, given in zip(weights, override.weights, strict=True)]
+        scale = scale if override.scale is None else _value(override.scale, inside)
+        change_all(override.options, inside)
+    return [float(weight) for weight in weights], float(scale), options
 
 
-def as_yaml(recipe: Recipe, more: Mapping[str, Any]) -> str:
-    """The recipe as a file that makes the same model again."""
+def as_yaml(recipe: Recipe, info: MethodInfo) -> str:
+    """The recipe as a file that makes the same model again, from wherever it is run: with every option, and full paths."""
+
+    def full(path: str) -> str:
+        return str(Path(path).resolve()) if Path(path).exists() else path
+
     content = recipe.model_dump(exclude_defaults=True, mode="json")
-    return yaml.safe_dump({**content, **more}, sort_keys=False, allow_unicode=True)
+    content["options"] = {**{h.name: h.default for h in info.hyperparameters}, **content.get("options", {})}
+    content["seed"] = recipe.seed
+    for ingredient in content["models"]:
+        ingredient["path"] = full(ingredient["path"])
+    if recipe.model is not None:
+        content["model"] = full(recipe.model)
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
-def write_lineage(folder: Path, recipe: Recipe, like: ModelDirectory, shard_size: str | None) -> None:
-    """The recipe beside the model that it made, and a card that says what the model was made of."""
-    (folder / "merge.yaml").write_text(as_yaml(recipe, {}), encoding="utf-8")
-    made = "\n".join(
-        f"- `{i.path}`" + (f", weight {i.weight if isinstance(i.weight, float) else i.weight.depth}" if i.weight is not None else "")
-        for i in recipe.models
+def card(recipe: Recipe, base: str | None) -> str:
+    """A model card that says what the model was made of."""
+    lines = []
+    for ingredient in recipe.models:
+        weight = ingredient.weight.depth if isinstance(ingredient.weight, OverDepth) else ingredient.weight
+        options = {k: v.depth if isinstance(v, OverDepth) else v for k, v in ingredient.options.items()}
+        more = [f"weight {weight}"] if weight is not None else []
+        lines.append(", ".join([f"- `{ingredient.path}`", *more, *(f"{key} {value}" for key, value in options.items())]))
+    how = ", ".join([f"`{recipe.method}`", *(f"{k} {v}" for k, v in recipe.options.items() if v is not None)])
+    return (
+        f"---\nlibrary_name: transformers\nbase_model: {base or recipe.models[0].path}\ntags: [espalier, merge]\n---\n\n"
+        f"# A merge of {len(recipe.models)} {'models' if len(recipe.models) > 1 else 'model'}\n\n"
+        f"Written by `espalier merge` ({how}{f'; base `{base}`' if base else ''}) from:\n\n" + "\n".join(lines) + "\n\n"
+        "`merge.yaml` is the whole recipe; `espalier merge merge.yaml --out DIR` makes the same again.\n"
     )
-    text = (
-        f"---\nlibrary_name: transformers\nbase_model: {recipe.model or recipe.models[0].path}\ntags: [espalier, merge]\n---\n\n"
-        f"# A merge of {len(recipe.models)} models\n\nWritten by `espalier merge` (`{recipe.method}`"
-        + (f", base `{recipe.model}`" if recipe.model else "")
-        + f") from:\n\n{made}\n\n`espalier merge merge.yaml --out DIR` makes it again.\n"
-    )
-    (folder / "README.md").write_text(text, encoding="utf-8")

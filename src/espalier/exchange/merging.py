@@ -7,8 +7,10 @@ whole parameter at a time.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,16 +20,17 @@ from typing import Any
 
 import torch
 
-from espalier.checkpoint.directory import INDEX, SINGLE, ModelDirectory
+from espalier.checkpoint.directory import INDEX, SINGLE, ModelDirectory, read_json
 from espalier.checkpoint.relaid import Relaid
 from espalier.checkpoint.safetensors_file import DTYPES, SafetensorsWriter, tensor_bytes, torch_dtype
 from espalier.checkpoint.stream import one_thread_each
 from espalier.delta.merging import Combine, Parameter, Piece, Whole
-from espalier.delta.store import Delta
+from espalier.delta.store import FILES, Delta
 from espalier.errors import EspalierError
 from espalier.exchange import materialize
 from espalier.exchange.composition import Output, outputs, seen_by
-from espalier.exchange.difference import _source
+from espalier.exchange.difference import source_of
+from espalier.registry import MethodInfo
 
 Rows = Callable[[int, int], torch.Tensor]
 """From a range of rows to these rows of one model's parameter, (rows, columns), in any dtype."""
@@ -43,12 +46,14 @@ class Model:
 
     def __init__(self, directory: ModelDirectory, like: ModelDirectory) -> None:
         model_type = str(like.config.get("model_type"))
-        sources = {n: s for n in like if n not in directory and (s := _source(directory, like, n, model_type))}
+        sources = {n: s for n in like if n not in directory and (s := source_of(directory, like, n, model_type))}
         self.path = directory.path
         self.directory = Relaid(directory, sources) if sources else directory
         used = {part for source in sources.values() for part, _, _ in source.runs}
         self.extra = sorted(n for n in directory if n not in like and n not in used)
         """Tensors that ``like`` has in no layout."""
+        self.names = [n for n in like if n in self.directory] + self.extra
+        self.config = directory.config
 
     def __contains__(self, name: object) -> bool:
         return name in self.directory
@@ -56,6 +61,14 @@ class Model:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor as it is stored."""
         return self.directory.info(name).shape
+
+    def dtype(self, name: str) -> str:
+        """The dtype of a tensor as it is stored, a name of safetensors."""
+        return self.directory.info(name).dtype
+
+    def file(self, name: str) -> Path:
+        """A file beside the weights, which may not exist."""
+        return self.path / name
 
     def rows(self, name: str) -> Rows:
         """The rows of a tensor, read when they are asked for; each call overwrites what the one before gave."""
@@ -92,6 +105,9 @@ class Changed:
         self._stored = Model(base, base)
         self.extra = sorted(n for n in self._outputs if n not in base)
         """Tensors that the base does not have."""
+        self.names = list(self._outputs)
+        self._files, self._base = delta.manifest.get("files", {}), base.path
+        self.config = read_json(self.file("config.json"))
 
     def __contains__(self, name: object) -> bool:
         return name in self._outputs
@@ -99,6 +115,14 @@ class Changed:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor as it is stored."""
         return self._outputs[name].shape
+
+    def dtype(self, name: str) -> str:
+        """The dtype in which a tensor is given, a name of safetensors."""
+        return self._outputs[name].dtype
+
+    def file(self, name: str) -> Path:
+        """A file beside the weights, which may not exist: the delta's own, or the base's."""
+        return (self.path / FILES if name in self._files else self._base) / name
 
     def rows(self, name: str) -> Rows:
         """The rows of a tensor, worked out when they are asked for, in float32."""
@@ -132,7 +156,68 @@ class Changed:
         return rows
 
 
-Member = Model | Changed
+Places = torch.Tensor
+"""For each row of the merged model the row of a model that is about the same token, or -1: (rows,), int64."""
+
+
+class Aligned:
+    """One tensor of a model whose rows are tokens, its rows where the merged model has these tokens.
+
+    Args:
+        places: where the model has them.
+        shape: of the merged tensor.
+        others: (model, tensor, places), for a token that the model does not have: its row is that of the first of
+            these, the base, where that has it, else the mean of all others that do (zero where none does).
+    """
+
+    def __init__(
+        self, member: Model | Changed, tensor: str, places: Places, shape: tuple[int, ...], others: Sequence[tuple[Model | Changed, str, Places]]
+    ) -> None:
+        self.path, self._member, self._tensor, self._places, self._shape, self._others = member.path, member, tensor, places, shape, others
+
+    def __contains__(self, name: object) -> bool:
+        return name == self._tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape after the alignment."""
+        return self._shape
+
+    def dtype(self, name: str) -> str:
+        """The dtype of the tensor as it is stored."""
+        return self._member.dtype(name)
+
+    def rows(self, name: str) -> Rows:
+        """The rows of the tensor, in float32."""
+        if len(self._shape) > 1:
+            read, others = self._member.rows(name), [(member.rows(tensor), places) for member, tensor, places in self._others]
+            return lambda start, stop: self._gathered(read, others, start, stop, self._shape[-1])
+        vector = _by_entries(self._member, name)
+        others = [(_by_entries(member, tensor), places) for member, tensor, places in self._others]
+        return lambda start, stop: self._gathered(vector, others, 0, self._shape[0], 1).view(1, -1)
+
+    def _gathered(self, read: Rows, others: Sequence[tuple[Rows, Places]], start: int, stop: int, columns: int) -> torch.Tensor:
+        made = torch.zeros(stop - start, columns)
+        places = self._places[start:stop]
+        steps = ((places[1:] - places[:-1] != 1) | (places[1:] < 0)).nonzero().flatten() + 1
+        for first, last in itertools.pairwise([0, *steps.tolist(), stop - start]):
+            if (place := int(places[first])) >= 0:
+                made[first:last] = read(place, place + last - first)
+                continue
+            have = [(other, where) for other, found in others if (where := int(found[start + first])) >= 0]
+            if have and int(others[0][1][start + first]) >= 0:
+                have = have[:1]
+            for other, where in have:
+                made[first] += other(where, where + 1)[0].float() / len(have)
+        return made
+
+
+def _by_entries(member: Model | Changed, name: str) -> Rows:
+    """The entries of a vector, as rows."""
+    whole = member.rows(name)
+    return lambda start, stop: whole(0, 1).view(-1, 1)[start:stop]
+
+
+Member = Model | Changed | Aligned
 
 
 _rooms = threading.local()
@@ -202,7 +287,7 @@ class Item:
 
     @property
     def is_merged(self) -> bool:
-        """Whether it is computed; integers, and tensors without numbers, are copied from the first source."""
+        """Whether it is computed; integers, booleans and tensors without numbers are copied from the first source."""
         return torch_dtype(self.dtype).is_floating_point and math.prod(self.shape) > 0
 
     def parameter(self, seed: int, survey: Any = None) -> Parameter:
@@ -226,6 +311,12 @@ class Method:
 
     function: Callable[..., Combine | torch.Tensor]
     first_pass: Callable[..., Any] | None = None
+
+    @classmethod
+    def of(cls, info: MethodInfo, function: Callable[..., Any]) -> Method:
+        """A registered method, with the first pass that its declaration names."""
+        named = info.settings.get("first_pass")
+        return cls(function, getattr(sys.modules[function.__module__], named) if named else None)
 
 
 def write_merged(
@@ -298,5 +389,5 @@ def write_merged(
         writer.close()
         writer.require_complete()
     if len(writers) > 1 or SINGLE not in writers:
-        total = {"metadata": {"total_size": sum(i.nbytes for i in items)}, "weight_map": dict(files)}
-        (out / INDEX).write_text(json.dumps(total, indent=2) + "\n", encoding="utf-8")
+        index = {"metadata": {"total_size": sum(i.nbytes for i in items)}, "weight_map": dict(files)}
+        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -13,6 +13,8 @@ def merge(
     model: str | None = None,
     weights: list[float] | None = None,
     scale: float | None = None,
+    vocabulary: Literal["base", "union"] | None = None,
+    to: Literal["model", "delta"] | None = None,
     dtype: Literal["bf16", "fp16", "fp32"] | None = None,
     shard_size: str | None = None,
     any_base: bool = False,
@@ -24,12 +26,14 @@ def merge(
     """Combine models, or deltas of one base, into one model; none of them is ever in memory.
 
     Args:
-        models: directories of models or deltas, hub ids; or one recipe, a YAML file
+        models: directories of models or deltas, hub ids; or one recipe, a YAML file of Espalier or of mergekit
         out: directory of the new model
         method: how (see `espalier methods --kind merge`)
         model: the base: what changes are changes of, and whose files the new model gets; default: the one that a delta names
         weights: one of each model, such as 0.5,0.3,0.2; default: 1
         scale: of the merged change; default: 1
+        vocabulary: where tokenizers differ, the new model has the tokens of the base, or of all models; default: refuse
+        to: write a model, or the exact delta that makes it of the base; default: model
         dtype: stores every floating point tensor so; default: as the base, or else the first model
         shard_size: cut the weights into files of at most this size, such as 5GB; default: as the base or first model
         any_base: accept deltas that were made for another base
@@ -39,12 +43,11 @@ def merge(
         options: the method's options
 
     Returns:
-        `out`, `method`, `models`, `tensors` merged and `copied`, `bytes`, `seconds` by phase.
+        `out`, `method`, `models`, `base`, `tensors` merged and `copied`, `bytes`, `seconds` by phase.
 
     Raises:
         EspalierError: for models that do not fit each other, a damaged file, too little disk, or anything wrong with an option.
     """
-    import sys
     import time
     from pathlib import Path
 
@@ -54,9 +57,8 @@ def merge(
     from espalier.checkpoint.atomic import atomic_directory, refuse_existing, require_free_space
     from espalier.display import Display
     from espalier.errors import EspalierError, at_least
-    from espalier.exchange import merge_recipe, merging
+    from espalier.exchange import merge_plan, merge_recipe, mergekit_recipe, merging
     from espalier.exchange.composition import cut
-    from espalier.exchange.recipe import write_side_files
     from espalier.memory.meter import format_bytes, parse_bytes
 
     display = Display(quiet)
@@ -66,49 +68,70 @@ def merge(
         at_least("threads", threads, 1)
         torch.set_num_threads(threads)
     began = time.perf_counter()
-    given = {"model": model, "scale": scale, "dtype": dtype, "seed": seed, "method": method, "any_base": any_base or None}
-    content: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    models = [models] if isinstance(models, str) else [str(path) for path in models]
+    where = "the command line"
+    content: dict[str, Any] = {}
     if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
-        recipe = merge_recipe.Recipe.read(Path(models[0]))
-        content = {**recipe.model_dump(), **content, "options": {**recipe.options, **options}}
+        where = models[0]
         if weights is not None:
-            raise EspalierError("the recipe says the weights of its models; --weights is for models on the command line")
+            raise EspalierError(f"{where} says the weights of its models; --weights is for models on the command line")
+        content = merge_recipe.read(Path(where))
+        if mergekit_recipe.is_mergekit(content):
+            content = mergekit_recipe.translated(content, where)
     else:
         if method is None:
-            raise EspalierError(f"merge needs a method: --method {', '.join(i.name for i in registry.methods() if i.role == 'merger')}")
+            names = ", ".join(info.name for info in registry.methods() if info.role == "merger")
+            raise EspalierError(f"merge needs a method: --method {names}")
         if weights is not None and len(weights) != len(models):
             raise EspalierError(f"there are {len(weights)} weights and {len(models)} models")
         content["models"] = [{"path": path, "weight": weights[i] if weights else None} for i, path in enumerate(models)]
-        content["options"] = options
-    recipe = merge_recipe.Recipe.of(content, models[0] if len(models) == 1 else "the command line")
-    function, recipe.options = registry.options_of(recipe.method, "merger", recipe.options)
+    given = {"model": model, "scale": scale, "dtype": dtype, "seed": seed, "method": method, "any_base": any_base or None}
+    given |= {"vocabulary": vocabulary, "to": to, "shard_size": shard_size}
+    content |= {key: str(value) if key == "model" else value for key, value in given.items() if value is not None}
+    recipe = merge_recipe.Recipe.of(content, where)
+    function, own = registry.options_of(recipe.method, "merger", options)
+    recipe.options = {**recipe.options, **own}
+    shard_bytes = parse_bytes(recipe.shard_size) if recipe.shard_size else None
+    opened = merge_plan.opened(recipe)
+    if recipe.to == "delta" and opened.base is None:
+        raise EspalierError("a delta needs the model that it is a change of: --model BASE")
+    items, alignment = merge_plan.items(recipe, opened)
     info = registry.find(recipe.method, "merger")
-    first_pass = getattr(sys.modules[function.__module__], info.settings["first_pass"]) if "first_pass" in info.settings else None
-    like, base, members = merge_recipe.members(recipe)
-    items = merge_recipe.items(recipe, like, base, members)
-    files = cut({item.name: item for item in items}, like, parse_bytes(shard_size) if shard_size else None)
+    like = opened.like.directory
+    if shard_bytes is None and recipe.stack is not None and len(like.files()) > 1:
+        shard_bytes = max((like.path / file).stat().st_size for file in like.files())
+    files = cut({item.name: item for item in items}, like, shard_bytes)
     total = sum(item.nbytes for item in items)
-    opened = time.perf_counter()
-    with atomic_directory(target) as temporary:
-        require_free_space(temporary, total + (8 << 20), f"the new model in {target}")
+    planned = time.perf_counter()
+
+    def write(folder: Path) -> None:
+        require_free_space(folder, total + (8 << 20), f"the new model in {target}")
         with display.bar("merging", max(total >> 20, 1), "MiB") as update:
-            method_ = merging.Method(function, first_pass)
-            merging.write_merged(items, files, method_, recipe.seed, temporary, lambda done: update(done >> 20))
+            merging.write_merged(items, files, merging.Method.of(info, function), recipe.seed, folder, lambda done: update(done >> 20))
+        merge_plan.write_beside(folder, recipe, opened, items, alignment)
+
+    with atomic_directory(target) as temporary:
+        if recipe.to == "delta":
+            merge_plan.write_as_delta(temporary, opened, write)
+        else:
+            write(temporary)
+            (temporary / "README.md").write_text(merge_recipe.card(recipe, opened.base_name), encoding="utf-8")
+        (temporary / "merge.yaml").write_text(merge_recipe.as_yaml(recipe, info), encoding="utf-8")
         merged = time.perf_counter()
-        write_side_files(temporary, like, [], [], {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}.get(str(recipe.dtype)))
-        merge_recipe.write_lineage(temporary, recipe, like, shard_size)
-    seconds = {"open": opened - began, "merge": merged - opened, "finish": time.perf_counter() - merged}
+    seconds = {"open": planned - began, "merge": merged - planned, "finish": time.perf_counter() - merged}
+    nbytes = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     count = sum(item.is_merged for item in items)
     display.note(
-        f"{count} tensors of {len(members)} models merged by {recipe.method} in {sum(seconds.values()):.1f} s; "
-        f"the model is in {target} ({format_bytes(total)})"
+        f"{count} tensors of {len(opened.members)} models merged by {recipe.method} in {sum(seconds.values()):.1f} s; "
+        f"the {recipe.to} is in {target} ({format_bytes(nbytes)})"
     )
     return {
         "out": str(target),
         "method": recipe.method,
         "models": [i.path for i in recipe.models],
+        "base": opened.base_name,
         "tensors": count,
         "copied": len(items) - count,
-        "bytes": total,
+        "bytes": nbytes,
         "seconds": seconds,
     }
