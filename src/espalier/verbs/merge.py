@@ -90,7 +90,7 @@ def merge(
     content |= {key: str(value) if key == "model" else value for key, value in given.items() if value is not None}
     recipe = merge_recipe.Recipe.of(content, where)
     function, own = registry.options_of(recipe.method, "merger", options)
-    recipe.options = {**recipe.options, **own}
+    recipe.options |= {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in own.items()}
     shard_bytes = parse_bytes(recipe.shard_size) if recipe.shard_size else None
     opened = merge_plan.opened(recipe)
     if recipe.to == "delta" and opened.base is None:
