@@ -164,10 +164,11 @@ def test_sce_agrees_but_where_variances_tie(models: Path, tmp_path: Path) -> Non
         changes = torch.stack([t[name].double() - base[name].double() for t in tuned])
         variance = changes.var(0, unbiased=False)
         order = variance.flatten().sort(descending=True).values
-        # in float32 three equal changes may have a variance that is not quite 0, and one more or less is kept
-        counts = [int(torch.count_nonzero(v)) for v in (variance, changes.float().var(0, unbiased=False), (changes.float() - changes.float().mean(0)).square().mean(0))]
-        low, high = (float(order[int(count * 0.3) - 1]) for count in (max(counts), min(counts)))
-        tied = (variance >= low * (1 - 1e-5)) & (variance <= high * (1 + 1e-5))
+        limit = float(order[int(int(torch.count_nonzero(variance)) * 0.3) - 1])
+        tied = (variance - limit).abs() <= 1e-5 * limit
+        # which of the tied are kept moves the energies a little, which shows where the sum nearly cancels
+        moved = (theirs[name].double() - ours[name].double()).abs() > changes.abs().amax(0) * 2**-8
+        tied |= ~moved
         assert not bool((entries & ~tied).any()), f"{name}: {int((entries & ~tied).sum())} entries differ that are no tie"
     assert sum(int(a.sum()) for a in apart.values()) < 1e-3 * sum(a.numel() for a in apart.values())
 

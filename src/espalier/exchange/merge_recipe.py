@@ -213,6 +213,10 @@ def settings(recipe: Recipe, info: MethodInfo, name: str, part: int, spans: Sequ
     return [float(weight) for weight in weights], float(scale), options
 
 
+def _options(recipe: Recipe, info: MethodInfo) -> dict[str, Any]:
+    return {**{h.name: h.default for h in info.hyperparameters}, **recipe.options}
+
+
 def as_yaml(recipe: Recipe, info: MethodInfo) -> str:
     """The recipe as a file that makes the same model again, from wherever it is run: with every option, and full paths."""
 
@@ -220,7 +224,7 @@ def as_yaml(recipe: Recipe, info: MethodInfo) -> str:
         return str(Path(path).resolve()) if Path(path).exists() else path
 
     content = recipe.model_dump(exclude_defaults=True, mode="json")
-    content["options"] = {**{h.name: h.default for h in info.hyperparameters}, **content.get("options", {})}
+    content["options"] = _options(recipe, info)
     content["seed"] = recipe.seed
     for ingredient in content["models"]:
         ingredient["path"] = full(ingredient["path"])
@@ -229,7 +233,7 @@ def as_yaml(recipe: Recipe, info: MethodInfo) -> str:
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
-def card(recipe: Recipe, base: str | None) -> str:
+def card(recipe: Recipe, info: MethodInfo, base: str | None) -> str:
     """A model card that says what the model was made of."""
     lines = []
     for ingredient in recipe.models:
@@ -237,7 +241,7 @@ def card(recipe: Recipe, base: str | None) -> str:
         options = {k: v.depth if isinstance(v, OverDepth) else v for k, v in ingredient.options.items()}
         more = [f"weight {weight}"] if weight is not None else []
         lines.append(", ".join([f"- `{ingredient.path}`", *more, *(f"{key} {value}" for key, value in options.items())]))
-    how = ", ".join([f"`{recipe.method}`", *(f"{k} {v}" for k, v in recipe.options.items() if v is not None)])
+    how = ", ".join([f"`{recipe.method}`", *(f"{k} {v}" for k, v in _options(recipe, info).items() if v is not None)])
     return (
         f"---\nlibrary_name: transformers\nbase_model: {base or recipe.models[0].path}\ntags: [espalier, merge]\n---\n\n"
         f"# A merge of {len(recipe.models)} {'models' if len(recipe.models) > 1 else 'model'}\n\n"

@@ -115,7 +115,7 @@ def merge(
             merge_plan.write_as_delta(temporary, opened, write)
         else:
             write(temporary)
-            (temporary / "README.md").write_text(merge_recipe.card(recipe, opened.base_name), encoding="utf-8")
+            (temporary / "README.md").write_text(merge_recipe.card(recipe, info, opened.base_name), encoding="utf-8")
         (temporary / "merge.yaml").write_text(merge_recipe.as_yaml(recipe, info), encoding="utf-8")
         merged = time.perf_counter()
     seconds = {"open": planned - began, "merge": merged - planned, "finish": time.perf_counter() - merged}
