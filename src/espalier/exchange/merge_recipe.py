@@ -230,6 +230,7 @@ def as_yaml(recipe: Recipe, info: MethodInfo) -> str:
         ingredient["path"] = full(ingredient["path"])
     if recipe.model is not None:
         content["model"] = full(recipe.model)
+    content = {entry: content[entry] for entry in Recipe.model_fields if entry in content}
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
