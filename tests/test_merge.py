@@ -453,7 +453,7 @@ def worded(tmp_path: Path) -> tuple[Path, dict[str, dict[str, int]]]:
 
 
 def test_other_vocabularies_are_refused_without_a_policy(worded: Any, tmp_path: Path) -> None:
-    with pytest.raises(EspalierError, match="has another vocabulary than .* the token .* --vocabulary base .* or union"):
+    with pytest.raises(EspalierError, match=r"has another vocabulary than .* the token .* --vocabulary base .* or union"):
         merge(paths(tmp_path, "ab"), str(tmp_path / "m"), method="linear", quiet=True)
     (tmp_path / "b" / "tokenizer.json").unlink()  # then only the shapes can tell
     with pytest.raises(EspalierError, match=r"lm_head.bias: it is \(\d+,\) in .*; align the tokens: --vocabulary"):
