@@ -25,8 +25,11 @@ from espalier.verbs.apply import apply
 from espalier.verbs.diff import diff
 from espalier.verbs.merge import merge
 
-METHODS = [info.name for info in registry.methods() if info.role == "merger"]
-ONE, TWO = ("passthrough", "nearswap"), ("slerp",)
+MERGERS = [info for info in registry.methods() if info.role == "merger"]
+METHODS = [info.name for info in MERGERS if "statistics" not in [h.name for h in info.hyperparameters]]
+"""All but those that need statistics of data."""
+ONE, TWO = ("passthrough", "nearswap", "wise_ft"), ("slerp",)
+NEEDED = {"metrics_weighted": {"metrics": [1.0, 2.0, 3.0]}}
 Tensors = dict[str, torch.Tensor]
 
 
@@ -94,7 +97,7 @@ def test_every_method_makes_a_checkpoint_that_runs_and_says_how_to_make_it_again
     import transformers
 
     given = paths(models, "a" if method in ONE else "ab" if method in TWO else "abc")
-    result = merge(given, str(tmp_path / "m"), method=method, model=str(models / "base"), quiet=True)
+    result = merge(given, str(tmp_path / "m"), method=method, model=str(models / "base"), quiet=True, **NEEDED.get(method, {}))
     made, base = tensors(tmp_path / "m"), tensors(models / "base")
     assert {n: (t.shape, t.dtype) for n, t in made.items()} == {n: (t.shape, t.dtype) for n, t in base.items()}
     assert result["tensors"] == len(base) and result["copied"] == 0
@@ -235,7 +238,7 @@ def test_models_of_either_layout_merge_into_the_bases(tmp_path: Path) -> None:
 # numbers that differ over the model
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("pcb",)])
+@pytest.mark.parametrize("method", [info.name for info in MERGERS if "first_pass" not in info.settings])
 def test_weights_scale_and_options_change_over_depth_and_by_module_for_every_method(method: str, models: Path, tmp_path: Path) -> None:
     names = "a" if method in ONE else "ab" if method in TWO else "abc"
     numeric = [h for h in registry.find(method, "merger").hyperparameters if h.type.startswith("float")]
@@ -245,10 +248,10 @@ def test_weights_scale_and_options_change_over_depth_and_by_module_for_every_met
         place = block / 3
         weights = [0.4 + 0.6 * place, *[1.0] * (len(names) - 1)]
         listed = [{"path": path, "weight": weight} for path, weight in zip(paths(models, names), weights, strict=True)]
-        return recipe_of(models, method) | {"models": listed, "scale": 1 - 0.5 * place, "options": {k: low + (high - low) * place for k, (low, high) in option.items()}}
+        return recipe_of(models, method) | {"models": listed, "scale": 1 - 0.5 * place, "options": {**NEEDED.get(method, {}), **{k: low + (high - low) * place for k, (low, high) in option.items()}}}
 
     expected = {block: run(at(block), tmp_path / str(block)) for block in (0, 2)}
-    over = at(0) | {"scale": {"depth": [1.0, 0.5]}, "options": {k: {"depth": list(ends)} for k, ends in option.items()}}
+    over = at(0) | {"scale": {"depth": [1.0, 0.5]}, "options": {**NEEDED.get(method, {}), **{k: {"depth": list(ends)} for k, ends in option.items()}}}
     over["models"][0]["weight"] = {"depth": [0.4, 1.0]}
     found = run(over, tmp_path / "over")
     for name, tensor in found.items():

@@ -104,6 +104,7 @@ EXACT = {
     "slerp": {"method": "slerp", "names": "a", "parameters": {"t": FILTERED}},
     "nuslerp": {"method": "nuslerp", "names": "ab", "of": weights},
     "nuslerp, no base": {"method": "nuslerp", "names": "ab", "base": False, "of": weights},
+    "nuslerp by rows": {"method": "nuslerp", "names": "ab", "of": weights, "parameters": {"nuslerp_flatten": False}},
     "multislerp": {"method": "multislerp", "of": weights},
     "multislerp, no base": {"method": "multislerp", "base": False, "of": weights},
     "model stock": {"method": "model_stock"},
@@ -308,6 +309,7 @@ REFUSED = {
     "both": ({"slices": []}, "either models or slices"),
     "of a model": ({"models": [{"model": "a", "parameters": {"weight": 1, "normalize": True}}]}, "is of all models"),
     "twice": ({"models": [{"model": "a", "parameters": {"weight": 1}}] * 2}, "listed twice"),
+    "by columns": ({"merge_method": "nuslerp", "parameters": {"nuslerp_row_wise": True}}, "arc for each column"),
     "residual": ({"models": None, "slices": [{"sources": [], "residual_weight": 1}]}, "residual_weight has no equivalent"),
     "layer_range": ({"models": None, "slices": [{"sources": [{"model": "a", "layer_range": [3, 1]}]}]}, "layer_range is"),
 }  # fmt: skip

@@ -195,8 +195,6 @@ def items(recipe: Recipe, models: Opened) -> tuple[list[Item], vocabulary.Alignm
             made.append(_item(recipe, models, alignment, slot, [weights[i] for i in taking], scale, options))
         except EspalierError as error:
             raise EspalierError(f"{slot.name}: {error}") from error
-    if "first_pass" in info.settings and len({json.dumps(item.options, sort_keys=True) for item in made}) > 1:
-        raise EspalierError(f"{recipe.method} looks at the whole model first; its options must be the same everywhere (weights and scale need not)")
     return made, alignment
 
 

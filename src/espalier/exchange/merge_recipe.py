@@ -224,7 +224,7 @@ def as_yaml(recipe: Recipe, info: MethodInfo) -> str:
         return str(Path(path).resolve()) if Path(path).exists() else path
 
     content = recipe.model_dump(exclude_defaults=True, mode="json")
-    content["options"] = _options(recipe, info)
+    content["options"] = {k: [full(v) if isinstance(v, str) else v for v in vs] if isinstance(vs, list) else vs for k, vs in _options(recipe, info).items()}
     content["seed"] = recipe.seed
     for ingredient in content["models"]:
         ingredient["path"] = full(ingredient["path"])

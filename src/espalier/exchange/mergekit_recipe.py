@@ -34,7 +34,7 @@ _METHODS: dict[str, tuple[str, dict[str, Any], dict[str, str | None], dict[str, 
         "breadcrumbs", {"per": "tensor", "elect": "mass"}, {**_TASK, "gamma": "gamma"}, {"normalize": False, "density": 1.0, "gamma": 0.01}
     ),
     "slerp": ("slerp", {}, {"t": "t"}, {}),
-    "nuslerp": ("slerp", {}, {"weight": "weight", "nuslerp_row_wise": None, "nuslerp_flatten": None}, {}),
+    "nuslerp": ("slerp", {}, {"weight": "weight", "nuslerp_row_wise": None, "nuslerp_flatten": "per"}, {"per": "tensor"}),
     "multislerp": ("multislerp", {}, {"weight": "weight", "normalize_weights": "normalize"}, {"normalize": True}),
     "model_stock": ("model_stock", {}, {"filter_wise": "per"}, {"per": "tensor"}),
     "sce": ("sce", {}, {"select_topk": "density", "int8_mask": None}, {"density": 1.0}),
@@ -105,8 +105,8 @@ class _Translation:
                     raise self.error(f"parameters: rescale of {self.method} has no equivalent; leave it out")
                 return None
             return "norm" if value else "none"
-        if option == "per":
-            return "row" if value is True or value == "row" else "tensor"
+        if option == "per" and isinstance(value, bool):
+            return "row" if value == (self.method == "model_stock") else "tensor"
         return value
 
     def scalar(self, option: str, value: Any, entry: str) -> Any:
@@ -150,8 +150,10 @@ class _Translation:
             raise self.error(f"{entry} must be settings by name")
         for key, setting in parameters.items():
             place = f"{entry}.{key}"
-            if key == "nuslerp_flatten" and setting is not True:
-                raise self.error(f"{place}: an arc for each row has no equivalent; flatten is what there is")
+            if key == "nuslerp_row_wise":  # which goes along the other dimension than its name says
+                if setting is not False:
+                    raise self.error(f"{place}: an arc for each column has no equivalent")
+                continue
             if key not in self.known:
                 raise self.error(f"{place} has no equivalent in {self.name}{suggestion(str(key), list(self.known))}")
             option = self.known[key]
@@ -251,12 +253,15 @@ class _Translation:
         if len(self.paths) != 2:
             raise self.error(f"nuslerp is between two models beside the base, there are {len(self.paths)}")
         totals: list[Any] = [None, None]
+        rest = [override for override in self.overrides if "weights" not in override]
         for override in self.overrides:
+            if override in rest:
+                continue
             if "names" in override or ("part" in override and parts > 1) or "depth" in str(override):
                 raise self.error("weights of nuslerp that change with the tensor have no equivalent; use slerp and its t")
             totals = [new if new is not None else old for new, old in zip(override.pop("weights"), totals, strict=True)]
         self.require_weights(totals)
-        self.overrides = []
+        self.overrides = rest
         total = sum(totals)
         self.options.update(t=totals[1] / total if abs(total) >= 1e-6 else 0.5, of="updates" if self.base else "models")
 
