@@ -181,6 +181,18 @@ def test_a_delta_of_any_form_is_what_it_makes_of_its_base(form: str, models: Pat
     assert all(torch.allclose(found[n], expected[n], rtol=1e-5, atol=1e-6) for n in expected)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "gpt_oss"])
+def test_a_delta_without_rows_of_its_own_is_worked_out_as_a_whole(family: str, tmp_path: Path) -> None:
+    """Matrices that are stored transposed, and experts that are fused."""
+    for number, name in enumerate(("base", "a")):
+        nudged(tiny(family), number).save_pretrained(tmp_path / name)
+    diff(str(tmp_path / "base"), str(tmp_path / "a"), str(tmp_path / "delta"), to="lowrank", rank=2, quiet=True)
+    apply(str(tmp_path / "base"), [str(tmp_path / "delta")], str(tmp_path / "applied"), quiet=True)
+    merge([str(tmp_path / "delta")], str(tmp_path / "m"), method="linear", quiet=True)
+    found, expected = tensors(tmp_path / "m"), tensors(tmp_path / "applied")
+    assert found.keys() == expected.keys() and all(torch.allclose(found[n], expected[n], rtol=1e-5, atol=1e-6) for n in expected)
+
+
 def test_a_base_that_has_moved_is_found_among_the_models_by_its_fingerprint(models: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -409,6 +421,16 @@ def test_a_stack_takes_lists_by_block_along(tmp_path: Path) -> None:
     assert config["layer_types"] == [short, full, full, short, full]
 
 
+def test_a_stack_is_a_delta_too(models: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(models, "linear", "a", stack=[{"blocks": {0: [0, 3]}}, {"blocks": {0: [2, 4]}}])
+    run(recipe, tmp_path)
+    merge([str(tmp_path / "recipe.yaml")], str(tmp_path / "delta"), to="delta", quiet=True)
+    apply(str(models / "base"), [str(tmp_path / "delta")], str(tmp_path / "applied"), quiet=True)
+    found, expected = tensors(tmp_path / "applied"), tensors(tmp_path / "out")
+    assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected)
+    assert ModelDirectory(tmp_path / "applied").config["num_hidden_layers"] == 5
+
+
 @pytest.mark.parametrize(
     ("stack", "message"),
     [
@@ -519,6 +541,49 @@ def test_a_change_of_a_token_that_only_one_model_has_is_none(worded: Any, tmp_pa
     made, b = tensors(tmp_path / "m")["lm_head.weight"], tensors(tmp_path / "b")["lm_head.weight"]
     place = json.loads((tmp_path / "m" / "tokenizer.json").read_text())["model"]["vocab"]["<dog>"]
     assert torch.allclose(made[place], b[vocabularies["b"]["<dog>"]], atol=1e-6)
+
+
+def test_a_delta_that_brings_a_tokenizer_is_merged_by_its_tokens(worded: Any, tmp_path: Path) -> None:
+    diff(str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "delta"), quiet=True)
+    for name, given in (("m", "b"), ("n", "delta")):
+        merge([str(tmp_path / given)], str(tmp_path / name), method="task_arithmetic", model=str(tmp_path / "a"), vocabulary="union", scale=0.5, quiet=True)
+    assert same(tmp_path / "m", tmp_path / "n")
+    assert (tmp_path / "m" / "tokenizer.json").read_bytes() == (tmp_path / "n" / "tokenizer.json").read_bytes()
+    merge([str(tmp_path / "b")], str(tmp_path / "d"), method="task_arithmetic", model=str(tmp_path / "a"), vocabulary="union", scale=0.5, to="delta", quiet=True)
+    apply(str(tmp_path / "a"), [str(tmp_path / "d")], str(tmp_path / "applied"), quiet=True)
+    assert same(tmp_path / "m", tmp_path / "applied") and (tmp_path / "applied" / "tokenizer.json").read_bytes() == (tmp_path / "m" / "tokenizer.json").read_bytes()
+
+
+PLAIN = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"added_tokens": [{"id": 10**9, "content": "<far>", **PLAIN}]}, "they do not belong together"),
+        ({"model": {}}, "has no vocabulary"),
+        ({"added_tokens": [{"id": -1, "content": "<x>"}]}, "has no vocabulary"),
+        ({"added_tokens": 7}, "has no vocabulary"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_forged_tokenizer_is_refused(name: str, content: dict[str, Any], message: str, worded: Any, tmp_path: Path) -> None:
+    file = tmp_path / name / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **content}))
+    if name == "b" and "<far>" in str(content):  # a token that has no row there: the base's stands in, or nothing
+        merge(paths(tmp_path, "ab"), str(tmp_path / "m"), method="linear", vocabulary="base", quiet=True)
+        return
+    with pytest.raises(EspalierError, match=message):
+        merge(paths(tmp_path, "ab"), str(tmp_path / "m"), method="linear", vocabulary="union", quiet=True)
+
+
+def test_buffers_of_old_checkpoints_are_not_missed(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    save(tmp_path / "old", {"w": torch.ones(2, 2), name: torch.ones(4)})
+    save(tmp_path / "new", {"w": torch.zeros(2, 2)})
+    for order in ("old", "new"), ("new", "old"):
+        merge([str(tmp_path / n) for n in order], str(tmp_path / "-".join(order)), method="linear", quiet=True)
+    assert list(tensors(tmp_path / "new-old")) == ["w"] and tensors(tmp_path / "old-new")[name].tolist() == [1.0] * 4
 
 
 # bad input

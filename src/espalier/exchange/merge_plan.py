@@ -234,8 +234,8 @@ def _source(models: Opened, member: Model | Changed, name: str, base: str) -> tu
         return member, name
     if vocabulary.HEAD.search(name) and (embedding := _embedding(member)):
         return member, embedding
-    if models.base is not None and base in models.base:
-        return models.base, base
+    if base in models.like and (models.base is not None or _COMPUTED.search(base)):
+        return models.like, base
     raise EspalierError(f"{member.path} lacks it; with --model BASE it would be taken as unchanged")
 
 

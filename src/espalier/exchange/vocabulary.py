@@ -61,8 +61,17 @@ class Alignment:
     tokenizer: str | None = None
 
     def rows(self, own: int) -> int:
-        """Rows of the merged tensor, where the one that gives the files has ``own``."""
-        return max(own, max(self.merged.values()) + 1) if self.tokenizer else own
+        """Rows of the merged tensor, where the one that gives the files has ``own``.
+
+        Raises:
+            EspalierError: when ids leave larger gaps than all tokens fill.
+        """
+        if self.tokenizer is None:
+            return own
+        rows = max(own, max(self.merged.values()) + 1)
+        if rows > own + len(self.merged):
+            raise EspalierError(f"the tokenizer has {len(self.merged)} tokens and the id {rows - 1}, the tensor {own} rows; they do not belong together")
+        return rows
 
     def places(self, model: int, rows: int, merged_rows: int) -> Places:
         """Where a model that has so many rows has those of the merged one; rows that are no token stay where they are."""
