@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import signal
 import subprocess
@@ -597,6 +598,9 @@ def bad(models: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     (tmp_path / "fits.yaml").write_text(yaml.safe_dump(recipe_of(models, "ties", parameters=[{"names": "*.experts.*", "scale": 2}])))
     (tmp_path / "kit.yaml").write_text(yaml.safe_dump({"merge_method": "arcee_fusion", "models": []}))
     (tmp_path / "list.yaml").write_text(yaml.safe_dump(recipe_of(models, "ties", options={"density": [0.1, 0.2]})))
+    (tmp_path / "depth.yaml").write_text(yaml.safe_dump(recipe_of(models, "ties", options={"density": {"depth": "deep"}})))
+    (tmp_path / "date.yaml").write_text(yaml.safe_dump(recipe_of(models, "ties", options={"density": datetime.date(2020, 1, 1)})))
+    (tmp_path / "unknown.yaml").write_text(yaml.safe_dump(recipe_of(models, "ties", parameters=[{"names": "*", "options": {"desnity": 1}}])))
     state = tensors(models / "a")
     config = ModelDirectory(models / "a").config
     save(tmp_path / "wide", {**state, "model.norm.weight": torch.randn(7)}, config)
@@ -626,12 +630,15 @@ def bad(models: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "override": ([str(tmp_path / "short.yaml")], "there are 1 weights and 3 models"),
         "fits nothing": ([str(tmp_path / "fits.yaml")], "parameters.0: no tensor of the new model fits"),
         "mergekit": ([str(tmp_path / "kit.yaml")], "'arcee_fusion' has no equivalent"),
+        "depth": ([str(tmp_path / "depth.yaml")], "is no number, nor a list of numbers over the depth"),
+        "date": ([str(tmp_path / "date.yaml")], "density is ['2020-01-01']"),
+        "unknown": ([str(tmp_path / "unknown.yaml")], "desnity is no option of ties"),
         "list": ([str(tmp_path / "list.yaml")], "density has 2 values, there are 3 models"),
     }  # fmt: skip
 
 
 BAD = ["no method", "method", "model", "base", "weights", "weights with a recipe", "option", "value", "range", "shape", "NaN", "integers", "YAML",
-       "empty", "missing", "entry", "override", "fits nothing", "mergekit", "list"]  # fmt: skip
+       "empty", "missing", "entry", "override", "fits nothing", "mergekit", "list", "depth", "date", "unknown"]  # fmt: skip
 
 
 def in_process(arguments: list[str], capsys: Any, monkeypatch: Any) -> tuple[int, str]:

@@ -269,6 +269,18 @@ def test_tiny_tensors_keep_their_change_in_both(models: Path, tmp_path: Path) ->
         assert 0.6 * base[name].numel() < changed <= int(0.9 * base[name].numel())
 
 
+def test_a_tensor_with_less_than_one_number_to_keep_keeps_one_as_in_ties(models: Path, tmp_path: Path) -> None:
+    """mergekit keeps int(density n), which is none of a norm's 64 at 1 %: what was learnt there is lost whole. Its own TIES keeps one."""
+    (tmp_path / "breadcrumbs").mkdir()
+    (tmp_path / "ties").mkdir()
+    base, name = tensors(models / "base"), "model.norm.weight"
+    changed = {}
+    for method in ("breadcrumbs", "ties"):
+        made = both(recipe_of(models, method, names="a", of={"weight": 1.0, "density": 0.01}), tmp_path / method)
+        changed[method] = [int((found[name].float() != base[name].to(torch.bfloat16).float()).sum()) for found in made]
+    assert changed == {"breadcrumbs": [0, 1], "ties": [1, 1]}
+
+
 def test_models_that_oppose_each_other_give_the_base_in_model_stock(tmp_path: Path) -> None:
     """Their t is negative then, and leads from the base away from both models; the paper's is a share of the way, from 0 to 1."""
     write_models(tmp_path, torch.float32)

@@ -191,7 +191,7 @@ def items(recipe: Recipe, models: Opened) -> tuple[list[Item], vocabulary.Alignm
             weights, scale, options = settings(recipe, info, slot.name, slot.part, spans)
             taking = [i for i, _ in slot.sources]
             options = {k: [v[i] for i in taking] if isinstance(v, list) and len(v) == len(models.members) else v for k, v in options.items()}
-            options = checked(json.dumps({k: v for k, v in options.items() if v is not None}, sort_keys=True))
+            options = checked(json.dumps({k: v for k, v in options.items() if v is not None}, sort_keys=True, default=str))
             made.append(_item(recipe, models, alignment, slot, [weights[i] for i in taking], scale, options))
         except EspalierError as error:
             raise EspalierError(f"{slot.name}: {error}") from error

@@ -157,8 +157,11 @@ def _place(block: int | None, first: int, stop: int) -> float:
 
 def _value(number: Any, place: float) -> Any:
     """A number, or a list of numbers, for one parameter; other kinds of values as they are."""
-    if isinstance(number, dict) and set(number) == {"depth"}:
-        number = OverDepth.model_validate(number)
+    if isinstance(number, dict):
+        try:
+            number = OverDepth.model_validate(number)
+        except ValidationError as error:
+            raise EspalierError(f"{str(number)[:80]} is no number, nor a list of numbers over the depth ({{depth: [0.2, 0.8]}})") from error
     if isinstance(number, list):
         return [_value(item, place) for item in number]
     return number.at(place) if isinstance(number, OverDepth) else number

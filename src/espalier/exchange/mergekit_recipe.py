@@ -62,7 +62,7 @@ class _Translation:
         if unknown := [key for key in content if key not in _TOP]:
             raise self.error(f"{unknown[0]!r} is no entry of a mergekit recipe{suggestion(str(unknown[0]), sorted(_TOP))}")
         self.method = content["merge_method"]
-        if self.method not in _METHODS:
+        if not isinstance(self.method, str) or self.method not in _METHODS:
             names = ", ".join(_METHODS)
             raise self.error(f"mergekit's method {self.method!r} has no equivalent{suggestion(str(self.method), list(_METHODS))} (there are: {names})")
         self.name, fixed, self.known, defaults = _METHODS[self.method]
