@@ -230,3 +230,10 @@ def test_compressed_updates_compute_on_a_model_what_they_materialize() -> None:
         weight = model.get_parameter(name)
         weight.copy_(update.apply(weight))
     torch.testing.assert_close(found, model(tokens()).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_an_update_of_one_magnitude_is_exact_by_the_mean_rule_at_any_larger_share(scope: str) -> None:
+    tau = torch.zeros(30, 20)
+    tau[:3] = random(0, 3, 20).sign() * 0.25
+    assert torch.equal(dense(one(Dense(tau), density=0.5, scale="mean", scope=scope)), tau)

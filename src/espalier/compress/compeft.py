@@ -11,7 +11,7 @@ from espalier.delta.compression import Compressor, Whole
 from espalier.delta.fit import densify
 from espalier.delta.forms import Dense, LowRank, Magnitude, Update
 from espalier.delta.forms.factored import Start
-from espalier.delta.forms.golomb import Golomb, Ternary, ternary
+from espalier.delta.forms.golomb import Golomb, Ternary, signs_at
 from espalier.delta.selection import Cut, across, kept, largest
 from espalier.delta.trained import recoded, vectors
 from espalier.errors import EspalierError
@@ -73,11 +73,10 @@ class ComPEFT(Compressor):
 
     def _signs(self, tau: torch.Tensor, cut: Cut | None) -> Ternary | Golomb:
         flat = tau.flatten()
-        chosen = cut.take(flat) if cut else largest(flat.abs(), kept(len(flat), self.density))
+        count = min(kept(len(flat), self.density), int(flat.count_nonzero()))
+        chosen = cut.take(flat) if cut else largest(flat.abs(), count)
         if self.scale == "std":
             size = cut.std if cut else float(flat.double().std(correction=0))
         else:
-            size = cut.mean if cut else float(flat[chosen].double().abs().mean())
-        signs = torch.zeros(len(flat), dtype=torch.int8, device=flat.device)
-        signs[chosen] = flat[chosen].sign().to(torch.int8)
-        return ternary(signs.reshape(tau.shape), torch.tensor(self.alpha * size), self.code)
+            size = cut.mean if cut else float(flat[chosen].double().abs().mean()) if count else 0.0
+        return signs_at(tau, chosen, self.alpha * size, self.code)

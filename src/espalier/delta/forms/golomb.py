@@ -112,5 +112,12 @@ def ternary(signs: torch.Tensor, scale: torch.Tensor, code: str = "smallest") ->
     return Golomb.of(signs, scale)
 
 
+def signs_at(values: torch.Tensor, chosen: torch.Tensor, scale: float, code: str = "smallest") -> Ternary | Golomb:
+    """The signs of ``values`` (of the weight's shape) at the flat positions ``chosen``, and one scale: see :func:`ternary`."""
+    signs = torch.zeros(values.numel(), dtype=torch.int8, device=values.device)
+    signs[chosen] = values.flatten()[chosen].sign().to(torch.int8)
+    return ternary(signs.reshape(values.shape), torch.tensor(scale, dtype=torch.float32, device=values.device), code)
+
+
 def _prefers_bitmaps(signs: torch.Tensor) -> bool:
     return golomb.expected_bits(int(signs.count_nonzero()), signs.numel()) >= 2 * signs.numel()
