@@ -26,6 +26,7 @@ from espalier.delta.forms import (
     Columns,
     Dense,
     Golomb,
+    Kronecker,
     LowRank,
     Magnitude,
     Quantized,
@@ -314,3 +315,12 @@ def test_the_relative_error_is_of_frobenius_norms() -> None:
     assert relative_error(dense(update), update) == 0.0
     assert relative_error(torch.ones(2, 2), torch.zeros(2, 2)) == pytest.approx(2.0)
     assert dense(update, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_the_factors_of_16_bit_updates_are_theirs_to_the_precision_of_float32() -> None:
+    def half(seed: int, *shape: int) -> torch.Tensor:
+        return random(seed, *shape, dtype=torch.bfloat16)
+
+    a, b = LowRank(half(0, 40, 2), half(1, 2, 30), 1 / 3), LowRank(half(2, 40, 3), half(3, 3, 30), 0.7)
+    for update in (Sum([a, b], 0.9), Kronecker(half(4, 1, 8, 2), half(5, 1, 5, 3), 1 / 3, A_in=half(6, 1, 2, 6), B_in=half(7, 1, 3, 5))):
+        assert update.low_rank() is not None and relative_error(low_rank(update), update) < 1e-6
