@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,24 @@ def test_a_density_out_of_range_is_refused() -> None:
     for density in (0.0, -1, 1.5, math.nan):
         with pytest.raises(EspalierError, match=r"density is .*; it must be above 0 and at most 1"):
             compeft(density=density)
+
+
+def test_an_alpha_that_is_no_scale_is_refused() -> None:
+    for alpha in (-1.0, math.nan, math.inf):
+        with pytest.raises(EspalierError, match=r"alpha is (-1.0|nan|inf); it must be a finite number of at least 0"):
+            compeft(alpha=alpha)
+
+
+def test_one_candidate_at_a_time_is_in_memory() -> None:
+    seen: list[weakref.ref[Update]] = []
+
+    def score(updates: Any) -> float:
+        assert not any(ref() is not None for ref in seen)
+        seen.append(weakref.ref(updates["w"]))
+        return 0.0
+
+    choose(compeft(), whole({"w": Dense(random(0, 60, 50))}), score)
+    assert len(seen) == 9
 
 
 @torch.no_grad()

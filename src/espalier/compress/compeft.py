@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from espalier.delta.compression import Compressor, Whole
+from espalier.delta.compression import Compressor, Whole, naming
 from espalier.delta.fit import densify
 from espalier.delta.forms import Dense, Magnitude, Quantized, Update
 from espalier.delta.forms.factored import Start
@@ -47,6 +47,8 @@ class ComPEFT(Compressor):
     def check(self) -> None:
         if not 0 < self.density <= 1:
             raise EspalierError(f"density is {self.density!r}; it must be above 0 and at most 1")
+        if not 0 <= self.alpha < float("inf"):
+            raise EspalierError(f"alpha is {self.alpha!r}; it must be a finite number of at least 0")
 
     def candidates(self) -> tuple[Mapping[str, Any], ...]:
         return tuple({"alpha": alpha} for alpha in ALPHAS)
@@ -54,7 +56,9 @@ class ComPEFT(Compressor):
     def begin(self, whole: Whole) -> Cut | None:
         def numbers() -> Iterator[torch.Tensor]:
             for name in whole.compressible():
-                yield from vectors(*self._trained(name, whole.delta.updates[name], whole), self.factors == "B")
+                with naming(f"{self.name} of {name}"):
+                    found = vectors(*self._trained(name, whole.delta.updates[name], whole), self.factors == "B")
+                yield from found
 
         return across(numbers, self.density) if self.scope == "global" else None
 
