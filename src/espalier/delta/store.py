@@ -39,7 +39,7 @@ FORMAT = 1
 TENSORS, MANIFEST, FILES = "delta.safetensors", "delta.json", "files"
 _KINDS = {
     "base": dict, "method": str, "hyperparameters": dict, "settings": dict, "training": dict, "special_tokens": dict,
-    "tensors": dict, "removed": list, "relaid": dict, "files": dict,
+    "tensors": dict, "removed": list, "relaid": dict, "files": dict, "lineage": list,
 }  # fmt: skip
 
 
