@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import weakref
 from pathlib import Path
@@ -21,7 +22,7 @@ from espalier.attach.attachment import (
     trainable_parameters,
 )
 from espalier.delta import store
-from espalier.delta.compression import Whole, choose, compress
+from espalier.delta.compression import Compressor, Whole, choose, compress
 from espalier.delta.fit import quantized
 from espalier.delta.forms import (
     Columns,
@@ -233,15 +234,24 @@ def test_an_alpha_that_is_no_scale_is_refused() -> None:
 
 
 def test_one_candidate_at_a_time_is_in_memory() -> None:
-    seen: list[weakref.ref[Update]] = []
+    made: list[weakref.ref[Update]] = []
 
-    def score(updates: Any) -> float:
-        assert not any(ref() is not None for ref in seen)
-        seen.append(weakref.ref(updates["w"]))
-        return 0.0
+    @dataclasses.dataclass
+    class Watched(Compressor):
+        alpha: float = 1.0
 
-    choose(compeft(), whole({"w": Dense(random(0, 60, 50))}), score)
-    assert len(seen) == 9
+        def candidates(self) -> tuple[dict[str, float], ...]:
+            return tuple({"alpha": float(alpha)} for alpha in range(3))
+
+        def compress(self, name: str, update: Update, whole: Whole, state: Any) -> Update:
+            assert all(earlier() is None for earlier in made)
+            smaller = update.scaled(self.alpha)
+            made.append(weakref.ref(smaller))
+            return smaller
+
+    Watched.name = "watched"
+    choose(Watched(), whole({"w": Dense(random(0, 60, 50))}), lambda updates: 0.0)
+    assert len(made) == 3
 
 
 @torch.no_grad()
