@@ -86,7 +86,7 @@ def test_a_converted_delta_is_an_ordinary_delta_that_says_where_it_comes_from(to
 def test_what_is_of_low_rank_becomes_lora_exactly(method: str, family: str, targets: str, tmp_path: Path) -> None:
     base, delta = trained(tmp_path, method, family, targets)
     result = espalier.convert(str(delta), str(tmp_path / "out"), to="lora", quiet=True)
-    assert result["worst"] == 0.0 and {t["form"] for t in result["tensors"]} == {"low_rank"}
+    assert result["worst"] < 1e-12 and {t["form"] for t in result["tensors"]} == {"low_rank"}
     torch.testing.assert_close(logits(base, tmp_path / "out"), logits(base, delta), rtol=1e-4, atol=1e-4)
 
 
