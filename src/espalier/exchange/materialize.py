@@ -199,7 +199,7 @@ def _contents(
 
 def _matrices(info: TensorInfo, steps: list[Update]) -> Iterator[tuple[int, tuple[int, ...], list[Update]]]:
     """(first byte, shape, updates) of what a tensor is made of: itself, or a matrix for each fused expert."""
-    if len(info.shape) != 3 or not steps:
+    if len(info.shape) != 3 or not steps or not info.nbytes:
         yield 0, info.shape, steps
         return
     experts = [step.unbind() for step in steps]
