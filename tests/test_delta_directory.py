@@ -322,7 +322,7 @@ def test_a_tensor_that_is_set_as_a_whole_cannot_be_set_in_part(gain: float, delt
 
 def test_a_parameter_of_the_name_of_a_header_s_own_entry_is_refused(delta: Path, base: Path, tmp_path: Path) -> None:
     store.save(delta, Delta({"__metadata__": Replace(torch.ones(2))}, {"__metadata__": Layout(dtype="F32")}, {}), "a card")
-    with pytest.raises(EspalierError, match="update of '__metadata__'.*a header's own entry"):
+    with pytest.raises(EspalierError, match=r"update of '__metadata__'.*a header's own entry"):
         apply(str(base), [str(delta)], str(tmp_path / "out"), any_base=True, quiet=True)
     with pytest.raises(EspalierError, match=r"x\.safetensors: a tensor cannot be called '__metadata__'"):
         write_safetensors(tmp_path / "x.safetensors", {"__metadata__": torch.ones(2)})

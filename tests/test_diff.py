@@ -326,8 +326,8 @@ def test_an_option_that_does_nothing_is_refused(to: Any, option: Any, complaint:
 
 def test_only_the_options_of_the_form_are_recorded(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a", {"w": randn(8, 8)}), write(tmp_path / "b", {"w": randn(8, 8) + 1})
-    for to, given, recorded in (("auto", {}, {}), ("lowrank", {"rank": 2}, {"rank": 2, "seed": 0}), ("quantized", {"bits": 3}, {"bits": 3, "group": 64})):
-        diff(str(a), str(b), str(tmp_path / to), to=to, **given, quiet=True)  # type: ignore[arg-type]
+    for to, options, recorded in (("auto", {}, {}), ("lowrank", {"rank": 2}, {"rank": 2, "seed": 0}), ("quantized", {"bits": 3}, {"bits": 3, "group": 64})):
+        diff(str(a), str(b), str(tmp_path / to), to=to, **options, quiet=True)  # type: ignore[arg-type]
         assert store.load(tmp_path / to).manifest["hyperparameters"] == {"to": to, **recorded}
 
 
@@ -335,7 +335,7 @@ def test_only_the_options_of_the_form_are_recorded(tmp_path: Path) -> None:
 def test_a_disk_that_is_too_small_for_the_delta_is_refused(to: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = write(tmp_path / "a", {"w": torch.zeros(512, 512)}), write(tmp_path / "b", {"w": torch.ones(512, 512)})
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, (8 << 20) + 512 * 512 * 4 - 1))  # type: ignore[attr-defined]
-    with pytest.raises(EspalierError, match="the delta in .*d needs 9.0 MiB on the disk"):
+    with pytest.raises(EspalierError, match=r"the delta in .*d needs 9.0 MiB on the disk"):
         diff(str(a), str(b), str(tmp_path / "d"), to=to, quiet=True)
     assert not (tmp_path / "d").exists()
 
@@ -344,6 +344,14 @@ def test_models_without_a_tensor_in_common_are_refused(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a", {f"a.{n}.w": randn(1) for n in range(3000)}), write(tmp_path / "b", {f"b.{n}.w": randn(1) for n in range(3000)})
     with pytest.raises(EspalierError, match="have no tensor in common"):
         diff(str(a), str(b), str(tmp_path / "d"), quiet=True)
+
+
+def test_numbers_whose_powers_no_float_holds_come_back(tmp_path: Path) -> None:
+    base, tuned = ({"w": torch.full((4, 4), value, dtype=torch.float64)} for value in (1e100, -1e100))
+    a, b = write(tmp_path / "a", base), write(tmp_path / "b", tuned)
+    assert diff(str(a), str(b), str(tmp_path / "d"), quiet=True)["tensors"][0]["norm"] == pytest.approx(8e100)
+    apply(str(a), [str(tmp_path / "d")], str(tmp_path / "out"), quiet=True)
+    assert_same(tmp_path / "out", b)
 
 
 def test_the_effective_rank_of_a_convolution_is_that_of_its_matrix_and_experts_have_none(tmp_path: Path) -> None:

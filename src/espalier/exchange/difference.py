@@ -171,7 +171,7 @@ class Pair:
         change.norm, change.base_norm = math.sqrt(squares), math.sqrt(base_squares)
         change.small = small if floating else None
         fourth = float(products.double().square().sum()) / PROBES  # E |G z|^2 = tr G^2 for random signs z, G = D^T D
-        change.effective_rank = max(squares**2 / fourth, 1.0) if fourth > 0 else None
+        change.effective_rank = max(squares * (squares / fourth), 1.0) if fourth > 0 else None
         return change
 
 

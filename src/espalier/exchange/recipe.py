@@ -87,7 +87,8 @@ class Lineage:
             raise EspalierError(f"{path} is malformed: deltas {content['deltas']!r}, dtype {content['dtype']!r}")
         if not math.isfinite(content["scale"]):
             raise EspalierError(f"{path}: the scale is {content['scale']}; it must be a finite number")
-        return cls(**{key: content.get(key) for key in kinds})
+        facts: dict[str, Any] = {key: content.get(key) for key in kinds}
+        return cls(**facts)
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
