@@ -6,7 +6,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from families import tiny, tokens
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from limits import disk_full_at
 
 from espalier.anatomy.parameters import parameters
 from espalier.attach.attachment import attach, detach, trainable_parameters
@@ -47,6 +47,7 @@ from espalier.delta.store import Delta, Layout
 from espalier.errors import EspalierError
 from espalier.exchange.save import save
 from espalier.verbs.apply import apply
+from espalier.verbs.convert import convert
 from espalier.verbs.diff import diff
 
 LAYER, SECOND = "model.layers.0.", "model.layers.1."
@@ -390,17 +391,6 @@ def test_what_is_no_delta_is_refused(what: str, base: Path, tmp_path: Path) -> N
 # writing is all or nothing
 
 
-@contextlib.contextmanager
-def disk_full_at(size: int) -> Iterator[None]:
-    """No file may grow beyond ``size`` bytes, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_leaves_the_old_delta_and_no_litter(delta: Path) -> None:
     bigger = store.load(delta)
     bigger.updates[LAYER + "mlp.up_proj.weight"] = Replace(torch.zeros(48, 32, dtype=torch.float64))
@@ -438,6 +428,8 @@ def test_a_delta_of_another_base_is_refused_with_both_fingerprints(base: Path, p
         with pytest.raises(EspalierError, match="made for the base 'tiny'") as refusal:
             use()
         assert made_for in str(refusal.value) and found in str(refusal.value) and "--any-base" in str(refusal.value)
+    with pytest.raises(EspalierError, match=r"Give the right base$"):  # convert has no such option
+        convert(str(pristine), str(tmp_path / "out"), to="dense", model=str(tmp_path / "other"), quiet=True)
     assert not (tmp_path / "out").exists()
 
 

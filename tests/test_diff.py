@@ -324,6 +324,17 @@ def test_an_option_that_does_nothing_is_refused(to: Any, option: Any, complaint:
         diff(str(a), str(b), str(tmp_path / "d"), to=to, **option, quiet=True)
 
 
+def test_an_output_may_be_the_empty_folder_that_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = write(tmp_path / "a", {"w": randn(8, 8)}), write(tmp_path / "b", {"w": randn(8, 8) + 1})
+    for folder in ("d", "out"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "d")
+    assert diff(str(a), str(b), ".", quiet=True)["bytes"] > 0
+    monkeypatch.chdir(tmp_path / "out")
+    apply(str(a), [str(tmp_path / "d")], ".", quiet=True)
+    assert_same(tmp_path / "out", b)
+
+
 def test_only_the_options_of_the_form_are_recorded(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a", {"w": randn(8, 8)}), write(tmp_path / "b", {"w": randn(8, 8) + 1})
     for to, options, recorded in (("auto", {}, {}), ("lowrank", {"rank": 2}, {"rank": 2, "seed": 0}), ("quantized", {"bits": 3}, {"bits": 3, "group": 64})):
