@@ -268,6 +268,9 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("base", None, "base is None; it must be a dict"),
     ("base", "seedling", "base is 'seedling'"),
     ("method", 3, "method is 3; it must be a str"),
+    ("lineage", 5, "lineage is 5; it must be a list"),
+    ("lineage", ["a"], "lineage has 'a'; each is what a delta was"),
+    ("lineage", [{"delta": "x"}], r"lineage has \{'delta': 'x'\}; each is"),
     ("training", [], r"training is \[\]"),
     (QUERY, KeyError, "holds 'model.layers.0.self_attn.q_proj.weight:A', which delta.json does not describe"),
     (QUERY, 3, "is malformed"),
@@ -556,6 +559,8 @@ fuzzed = settings(deadline=None, max_examples=150, suppress_health_check=list(He
 def uses_or_refuses(folder: Path, base: Path, model: torch.nn.Module, out: Path) -> None:
     """Running a delta, and applying it, either work or raise one EspalierError; what is applied is a whole model."""
     directory = ModelDirectory(base)
+    with contextlib.suppress(EspalierError):
+        store.manifest_after([store.load(folder)], "convert", {})
     try:
         put_on(model, folder, directory, any_base=True)
         model(tokens(1, 3))
