@@ -269,8 +269,6 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("base", "seedling", "base is 'seedling'"),
     ("method", 3, "method is 3; it must be a str"),
     ("lineage", 5, "lineage is 5; it must be a list"),
-    ("lineage", ["a"], "lineage has 'a'; each is what a delta was"),
-    ("lineage", [{"delta": "x"}], r"lineage has \{'delta': 'x'\}; each is"),
     ("training", [], r"training is \[\]"),
     (QUERY, KeyError, "holds 'model.layers.0.self_attn.q_proj.weight:A', which delta.json does not describe"),
     (QUERY, 3, "is malformed"),

@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import math
-import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,11 +202,11 @@ def manifest_of(folder: Path) -> dict[str, Any]:
             raise EspalierError(f"{folder / MANIFEST}: {key} is {manifest[key]!r}; it must be a {kind.__name__}")
     if manifest.get("sha256") != _digest(manifest):
         raise EspalierError(f"{folder / MANIFEST} is damaged: its SHA-256 is not the one that it records")
-    _check_entries(folder / MANIFEST, manifest)
+    _check_files(folder / MANIFEST, manifest)
     return manifest
 
 
-def _check_entries(path: Path, manifest: Mapping[str, Any]) -> None:
+def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:
     if not all(isinstance(name, str) for name in manifest.get("removed", [])):
         raise EspalierError(f"{path}: removed is {manifest['removed']!r}; it must be a list of tensor names")
     for name, digest in manifest.get("files", {}).items():
@@ -218,9 +217,6 @@ def _check_entries(path: Path, manifest: Mapping[str, Any]) -> None:
             )
         if not isinstance(digest, str) and (digest is not None or name == "config.json"):
             raise EspalierError(f"{path}: the SHA-256 of the file {name!r} is {digest!r}")
-    for parent in manifest.get("lineage", []):
-        if not isinstance(parent, dict) or not {"delta", "method", "hyperparameters"} <= set(parent):
-            raise EspalierError(f"{path}: lineage has {reprlib.repr(parent)}; each is what a delta was: delta, method, hyperparameters")
     for name, entry in manifest.get("relaid", {}).items():
         try:
             Source.from_json(entry)
