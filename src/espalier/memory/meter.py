@@ -31,11 +31,6 @@ def resident_memory() -> int:
     return _read("VmRSS") if _STATUS.exists() else peak_memory()
 
 
-def anonymous_memory() -> int:
-    """Resident bytes that are not pages of files (RssAnon)."""
-    return _read("RssAnon") if _STATUS.exists() else peak_memory()
-
-
 def available_memory() -> int:
     """Bytes of main memory that this machine could give a process now (MemAvailable); 1 TiB where /proc is missing."""
     try:

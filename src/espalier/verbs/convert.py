@@ -129,14 +129,16 @@ def _import(folder: Any, target: Any, model: str | None, display: Any) -> dict[s
     """A PEFT adapter as a delta."""
     from espalier.anatomy.parameters import parameters
     from espalier.attach.load import empty_model
-    from espalier.checkpoint.directory import ModelDirectory, read_json, resolve_model
+    from espalier.checkpoint.atomic import atomic_directory
+    from espalier.checkpoint.directory import ModelDirectory, resolve_model
+    from espalier.checkpoint.peft_adapter import read_config
     from espalier.delta import store
     from espalier.errors import EspalierError
     from espalier.exchange.peft_import import import_adapter
     from espalier.exchange.peft_lora import export
     from espalier.memory.meter import format_bytes
 
-    named = model or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    named = model or read_config(folder).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise EspalierError(f"{folder} does not name its base model; pass --model DIR")
     directory = ModelDirectory(resolve_model(named))
@@ -146,7 +148,8 @@ def _import(folder: Any, target: Any, model: str | None, display: Any) -> dict[s
     delta.manifest["base"] = {"name": str(named), "fingerprint": directory.fingerprint(), "model_type": live.config.model_type}
     delta.manifest["training"] = {"imported_from": str(folder)}
     card = f"---\nlibrary_name: espalier\nbase_model: {named}\n---\n\n# A delta of {named}\n\nImported from the PEFT adapter `{folder}`.\n"
-    size = store.save(target, delta, card)
-    export(target, delta, targets, str(named), live)
+    with atomic_directory(target) as temporary:
+        size = store.save(temporary, delta, card)
+        export(temporary, delta, targets, str(named), live)
     display.note(f"{len(delta.updates)} updates imported; the delta is in {target} ({format_bytes(size)})")
     return {"out": str(target), "method": delta.manifest["method"], "parameters": len(delta.updates), "bytes": size}
