@@ -23,8 +23,10 @@ TEMPLATES = "additional_chat_templates"
 """The one folder of a model: where transformers 5 keeps the chat templates beside the first."""
 
 
+_FOREIGN = ("bin", "pt", "pth", "ckpt", "pkl", "pickle", "h5", "msgpack", "onnx", "gguf")
+"""Endings of weights that are no safetensors."""
 _NOT_BESIDE = (
-    re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|pkl|pickle|h5|msgpack|onnx|gguf)", re.IGNORECASE | re.DOTALL),  # weights
+    re.compile(rf".*\.(safetensors|{'|'.join(_FOREIGN)})", re.IGNORECASE | re.DOTALL),  # weights
     re.compile(rf".*\.index\.json|README\.md|{re.escape(LINEAGE)}", re.DOTALL),
     re.compile(r"(optimizer|scheduler|rng_state).*|trainer_state\.json", re.DOTALL),
     re.compile(r"|\..*|.*[/\\\0].*", re.DOTALL),  # no plain file name, or a hidden one
@@ -175,9 +177,8 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, ignore_patterns=[f"*.{ending}" for ending in _FOREIGN]))
     except (LocalEntryNotFoundError, HfHubHTTPError, ValueError, OSError) as error:
         raise EspalierError(
             f"{hub_id!r} is no directory here and could not be had from the hub ({type(error).__name__}); "
