@@ -266,7 +266,7 @@ def publish(model: Path, figures: dict[str, Any]) -> None:
     directory = ModelDirectory(model)
     if kinds := {directory.info(name).dtype for name in directory} - {"BF16"}:
         raise EspalierError(f"{model} holds tensors of {', '.join(sorted(kinds))}; seedling is shipped in bf16")
-    files = [model / name for name in directory.files()] + directory.side_files()
+    files = [model / name for name in directory.files()] + list(directory.side_files().values())
     if (size := sum(file.stat().st_size for file in files)) > LARGEST:
         raise EspalierError(f"{model} has {size:,} bytes; at most {LARGEST:,} are shipped")
     fresh = BUNDLED.with_name(".seedling-new")

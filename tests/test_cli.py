@@ -244,6 +244,30 @@ def test_other_bad_input_is_one_clear_error(arguments: tuple[object, ...], words
     assert all(word in message for word in words), message
 
 
+def test_a_model_without_a_tokenizer_is_refused_in_one_line(tmp_path: Path) -> None:
+    from espalier.attach.load import load_tokenizer
+    from espalier.errors import EspalierError
+
+    tiny("llama").save_pretrained(tmp_path)
+    with pytest.raises(EspalierError, match="no tokenizer could be loaded from") as refusal:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path: Path) -> None:
+    import torch
+
+    from espalier.checkpoint.safetensors_file import write_safetensors
+
+    for name, value in (("a", 0.0), ("b", float("nan"))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        write_safetensors(tmp_path / name / "model.safetensors", {"w": torch.full((2, 2), value)})
+    done = espalier("diff", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "d", "--json", "--quiet")
+    found = json.loads(done.stdout, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert found["tensors"][0]["norm"] is None
+
+
 def test_a_model_of_few_positions_needs_no_options_for_it(text: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from families import tiny, tokens
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from limits import disk_full_at
 
 from espalier.anatomy.parameters import parameters
 from espalier.attach.attachment import attach, detach, trainable_parameters
@@ -45,10 +45,10 @@ from espalier.delta.forms import (
 )
 from espalier.delta.store import Delta, Layout
 from espalier.errors import EspalierError
-from espalier.exchange.composition import seen_by
-from espalier.exchange.materialize import write_model
 from espalier.exchange.save import save
 from espalier.verbs.apply import apply
+from espalier.verbs.convert import convert
+from espalier.verbs.diff import diff
 
 LAYER, SECOND = "model.layers.0.", "model.layers.1."
 
@@ -231,6 +231,7 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 
 
 QUERY, VALUE, OUTPUT, DOWN = (f"parameters/{LAYER}{m}.weight" for m in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"))
+UP, NORM, SUPPORT = (f"parameters/{m}.weight" for m in (f"{LAYER}mlp.up_proj", "model.norm", f"{SECOND}post_attention_layernorm"))
 CHANGES: list[tuple[str, Any, str]] = [
     ("espalier_delta", 2, "has format 2; this version reads 1"),
     ("espalier_delta", KeyError, "has format None"),
@@ -243,18 +244,31 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("files", {"/etc/passwd": None}, "plain relative file name"),
     ("files", {"model.safetensors": None}, "no weights"),
     *(
-        ("files", {name: None}, "plain relative file name, or one in additional_chat_templates")
+        ("files", {name: None}, "plain relative file name, or a template in additional_chat_templates")
         for name in ("elsewhere/config.json", "additional_chat_templates/../config.json", "additional_chat_templates/more/x.jinja", "additional_chat_templates/", "..")
     ),
     *(("files", {name: None}, "plain relative") for name in ("/additional_chat_templates/x.jinja", "x/additional_chat_templates/x.jinja", "additional_chat_templates\\x", "", "a\0b")),
+    *(
+        ("files", {name: "0" * 64}, "no weights, index, card, record or state of a training")
+        for name in (
+            "pytorch_model.bin", "MODEL.SAFETENSORS", "model.pkl", "tf_model.h5", "model.safetensors.index.json", "pytorch_model.bin.index.json",
+            "espalier.json", "README.md", "training_args.bin", "optimizer.pt", "trainer_state.json", ".gitattributes", "additional_chat_templates/x.py",
+        )
+    ),
+    ("files", {"config.json": None}, "SHA-256 of the file 'config.json' is None"),
     ("relaid", {"x": 3}, r"relaid names 'x': it is 3"),
     ("relaid", [], r"relaid is \[\]; it must be a dict"),
     ("files", {"config.json": 3}, "is 3"),
     (QUERY + "/dtype", "F31", "dtype is 'F31'"),
+    (QUERY + "/dtype", "F32", "dtype is 'F32'; only an update that replaces all values"),
+    (UP + "/dtype", "BOOL", "dtype is 'BOOL'; only an update that replaces all values by ones of that dtype"),
+    (SUPPORT + "/dtype", "F32", "dtype is 'F32'; only an update that replaces all values"),
+    (NORM + "/transposed", True, r"transposed is true for the shape \[32\]"),
     ("parameters", [], "does not describe a delta"),
     ("base", None, "base is None; it must be a dict"),
     ("base", "seedling", "base is 'seedling'"),
     ("method", 3, "method is 3; it must be a str"),
+    ("lineage", 5, "lineage is 5; it must be a list"),
     ("training", [], r"training is \[\]"),
     (QUERY, KeyError, "holds 'model.layers.0.self_attn.q_proj.weight:A', which delta.json does not describe"),
     (QUERY, 3, "is malformed"),
@@ -297,6 +311,30 @@ def test_a_changed_manifest_is_refused(path: str, value: Any, complaint: str, de
     rewrite(delta, manifest)
     with pytest.raises(EspalierError, match=complaint):
         load(base, [delta])
+
+
+@pytest.mark.parametrize("gain", [0.5, True])
+def test_a_tensor_that_is_set_as_a_whole_cannot_be_set_in_part(gain: float, delta: Path) -> None:
+    manifest = manifest_of(delta)
+    manifest["parameters"]["model.norm.weight"] |= {"dtype": "F32", "gain": gain}
+    rewrite(delta, manifest)
+    with contextlib.nullcontext() if gain == 1.0 else pytest.raises(EspalierError, match="with a gain of 1, may have it"):
+        assert store.load(delta).layouts["model.norm.weight"].dtype == "F32"
+
+
+def test_a_parameter_of_the_name_of_a_header_s_own_entry_is_refused(delta: Path, base: Path, tmp_path: Path) -> None:
+    store.save(delta, Delta({"__metadata__": Replace(torch.ones(2))}, {"__metadata__": Layout(dtype="F32")}, {}), "a card")
+    with pytest.raises(EspalierError, match=r"update of '__metadata__'.*a header's own entry"):
+        apply(str(base), [str(delta)], str(tmp_path / "out"), any_base=True, quiet=True)
+    with pytest.raises(EspalierError, match=r"x\.safetensors: a tensor cannot be called '__metadata__'"):
+        write_safetensors(tmp_path / "x.safetensors", {"__metadata__": torch.ones(2)})
+
+
+def test_a_manifest_that_names_something_twice_is_refused(delta: Path) -> None:
+    text = (delta / store.MANIFEST).read_text()
+    (delta / store.MANIFEST).write_text(text.replace('"method"', '"method": "another",\n "method"', 1))
+    with pytest.raises(EspalierError, match=r"delta\.json is not JSON: it names 'method' twice"):
+        store.load(delta)
 
 
 def test_a_magnitude_as_version_0_1_wrote_it_is_read(delta: Path) -> None:
@@ -354,17 +392,6 @@ def test_what_is_no_delta_is_refused(what: str, base: Path, tmp_path: Path) -> N
 # writing is all or nothing
 
 
-@contextlib.contextmanager
-def disk_full_at(size: int) -> Iterator[None]:
-    """No file may grow beyond ``size`` bytes, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_leaves_the_old_delta_and_no_litter(delta: Path) -> None:
     bigger = store.load(delta)
     bigger.updates[LAYER + "mlp.up_proj.weight"] = Replace(torch.zeros(48, 32, dtype=torch.float64))
@@ -402,6 +429,8 @@ def test_a_delta_of_another_base_is_refused_with_both_fingerprints(base: Path, p
         with pytest.raises(EspalierError, match="made for the base 'tiny'") as refusal:
             use()
         assert made_for in str(refusal.value) and found in str(refusal.value) and "--any-base" in str(refusal.value)
+    with pytest.raises(EspalierError, match=r"Give the right base$"):  # convert has no such option
+        convert(str(pristine), str(tmp_path / "out"), to="dense", model=str(tmp_path / "other"), quiet=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -526,31 +555,57 @@ fuzzed = settings(deadline=None, max_examples=150, suppress_health_check=list(He
 
 
 def uses_or_refuses(folder: Path, base: Path, model: torch.nn.Module, out: Path) -> None:
-    """Loading a delta, running it and applying it either work or raise one EspalierError."""
+    """Running a delta, and applying it, either work or raise one EspalierError; what is applied is a whole model."""
     directory = ModelDirectory(base)
+    with contextlib.suppress(EspalierError):
+        store.manifest_after([store.load(folder)], "convert", {})
     try:
-        delta = put_on(model, folder, directory, any_base=True)
+        put_on(model, folder, directory, any_base=True)
         model(tokens(1, 3))
     except EspalierError as error:
         assert "\n" not in str(error)
-        return
     finally:
         detach(model)
     shutil.rmtree(out, ignore_errors=True)
-    out.mkdir()
     try:
-        write_model(*seen_by(directory, [delta]), 1.0, out, lambda done: None)
-    except EspalierError:
+        apply(str(base), [str(folder)], str(out), any_base=True, quiet=True)
+    except EspalierError as error:
+        assert "\n" not in str(error) and not out.exists()
         return
+    assert ModelDirectory(out).nbytes() and not [p.name for p in out.iterdir() if p.suffix in (".bin", ".pt", ".pkl")]
 
 
+@pytest.fixture(scope="module")
+def differing(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A delta that changes, adds, removes and resizes tensors and files, with tensors in another layout of the base."""
+    folder = tmp_path_factory.mktemp("differing")
+    tuned = shutil.copytree(base, folder / "tuned")
+    tensors = read_safetensors(base / "model.safetensors")
+    tensors = {n.removeprefix("model.") if n.endswith("k_proj.weight") else n: t for n, t in tensors.items()}
+    tensors |= {"new": torch.arange(3), "model.norm.weight": torch.zeros(5)}
+    del tensors[LAYER + "mlp.down_proj.weight"]
+    tensors[LAYER + "mlp.up_proj.weight"].view(-1)[:3] += 1
+    tensors["layers.0.self_attn.k_proj.weight"].view(-1)[:3] += 1
+    write_safetensors(tuned / "model.safetensors", tensors)
+    (tuned / "generation_config.json").unlink()
+    (tuned / "LICENSE").write_text("as it is")
+    diff(str(base), str(tuned), str(folder / "delta"), quiet=True)
+    manifest = manifest_of(folder / "delta")
+    assert all(manifest[key] for key in ("removed", "relaid", "files"))
+    manifest["lineage"] = [{"delta": "x", "method": "lora", "hyperparameters": {}, "settings": {}, "sha256": "0"}]
+    rewrite(folder / "delta", manifest)
+    apply(str(base), [str(folder / "delta")], str(folder / "out"), quiet=True)
+    return folder / "delta"
+
+
+@pytest.mark.parametrize("of", ["every form", "two checkpoints"])
 @fuzzed
 @given(data=st.data())
-def test_no_forged_manifest_makes_anything_else_than_a_refusal(data: st.DataObject, pristine: Path, base: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "forged"
+def test_no_forged_manifest_makes_anything_else_than_a_refusal(of: str, data: st.DataObject, pristine: Path, differing: Path, base: Path, tmp_path: Path) -> None:
+    folder, source = tmp_path / "forged", pristine if of == "every form" else differing
     if not folder.exists():
-        shutil.copytree(pristine, folder)
-    manifest = manifest_of(pristine)
+        shutil.copytree(source, folder)
+    manifest = manifest_of(source)
     for _ in range(data.draw(st.integers(1, 2))):
         manifest = mutate(data, manifest)
         assume(isinstance(manifest, dict))

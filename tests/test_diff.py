@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
@@ -23,6 +24,7 @@ from espalier.checkpoint import stream
 from espalier.checkpoint.directory import INDEX, ModelDirectory
 from espalier.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from espalier.delta import store
+from espalier.delta.forms import Dense, Replace, Update
 from espalier.errors import EspalierError
 from espalier.verbs.apply import apply
 from espalier.verbs.diff import diff
@@ -215,6 +217,166 @@ def test_a_lossy_form_reports_the_error_that_applying_it_makes(to: Any, options:
     assert {t["name"]: t["error"] for t in result["tensors"]} == {"a.weight": pytest.approx(error, abs=1e-5), "norm.weight": None}
 
 
+SIDE = ("tokenizer.model.v3", "vocab.bpe", "LICENSE", "spiece.model", "modeling_x.py", "adapter.txt", "additional_chat_templates/rag.jinja")
+NOT_SIDE = (
+    "README.md", "espalier.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack", "x.gguf", "m.onnx", "c.pth",
+    "optimizer.pt", "scheduler.pt", "rng_state_0.pth", "trainer_state.json", "training_args.bin", ".gitattributes", "original/params.json",
+)  # fmt: skip
+
+
+def test_every_file_beside_the_weights_comes_back_and_nothing_else_is_carried(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", {"w": randn(2, 2)}), write(tmp_path / "b", {"w": randn(2, 2) + 1})
+    for name in (*SIDE, *NOT_SIDE):
+        (b / name).parent.mkdir(exist_ok=True)
+        (b / name).write_text(f"content of {name}")
+    (b / "LICENSE").rename(tmp_path / "blob")
+    (b / "LICENSE").symlink_to(tmp_path / "blob")  # as the hub's cache has all files
+    result = diff(str(a), str(b), str(tmp_path / "d"), quiet=True)
+    assert result["files"] == sorted(SIDE)
+    apply(str(a), [str(tmp_path / "d")], str(tmp_path / "out"), quiet=True)
+    for name in SIDE:
+        assert (tmp_path / "out" / name).read_text() == f"content of {name}"
+    assert not [name for name in NOT_SIDE[2:] if (tmp_path / "out" / name).exists()]
+
+
+def test_a_file_of_a_delta_that_lies_elsewhere_is_refused(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", {"w": randn(2, 2)}), write(tmp_path / "b", {"w": randn(2, 2) + 1}, more=1)
+    diff(str(a), str(b), str(tmp_path / "d"), quiet=True)
+    (tmp_path / "d" / "files" / "config.json").rename(tmp_path / "secret")
+    (tmp_path / "d" / "files" / "config.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(EspalierError, match=r"config\.json is a link to .*secret"):
+        apply(str(a), [str(tmp_path / "d")], str(tmp_path / "out"), quiet=True)
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+@pytest.mark.parametrize("content", ["[]", "{", "null", '{"a": 1, "a": 2}'])
+def test_a_delta_that_would_leave_no_config_leaves_no_model(content: str, dtype: Any, tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", {"w": randn(2, 2)}), write(tmp_path / "b", {"w": randn(2, 2) + 1}, more=1)
+    diff(str(a), str(b), str(tmp_path / "d"), quiet=True)
+    delta = store.load(tmp_path / "d")
+    delta.manifest["files"]["config.json"] = hashlib.sha256(content.encode()).hexdigest()
+    (tmp_path / "d" / "files" / "config.json").write_text(content)
+    store.save(tmp_path / "d", delta, "a card")
+    with pytest.raises(EspalierError, match=r"config\.json"):
+        apply(str(a), [str(tmp_path / "d")], str(tmp_path / "out"), dtype=dtype, quiet=True)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def stored_delta(folder: Path, **updates: Update) -> str:
+    store.save(folder, store.Delta(updates, {n: store.Layout() for n in updates}, {"method": "forged"}), "a card")
+    return str(folder)
+
+
+@pytest.mark.parametrize("of", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_computed_value_that_is_not_finite_is_refused_by_name(bad: float, of: torch.dtype, tmp_path: Path) -> None:
+    a = write(tmp_path / "a", {"v": randn(3, dtype=of), "w": randn(4, 4, dtype=of)})
+    values = torch.zeros(4, 4)
+    values[2, 1] = bad
+    with pytest.raises(EspalierError, match=r"w: a value would become (nan|inf|-inf), from .*; it must be finite"):
+        apply(str(a), [stored_delta(tmp_path / "d", w=Dense(values))], str(tmp_path / "out"), any_base=True, quiet=True)
+    assert not (tmp_path / "out").exists()
+    apply(str(a), [stored_delta(tmp_path / "e", w=Replace(values.to(of)))], str(tmp_path / "out"), any_base=True, quiet=True)
+    assert not torch.isfinite(read_safetensors(tmp_path / "out" / "model.safetensors")["w"]).all()
+
+
+def test_a_base_that_is_not_finite_stays_as_it_is_where_nothing_moves_it(tmp_path: Path) -> None:
+    """Masks are kept as infinities in some checkpoints."""
+    weight = torch.zeros(4, 4)
+    weight[1] = float("-inf")
+    a = write(tmp_path / "a", {"w": weight})
+    apply(str(a), [stored_delta(tmp_path / "d", w=Dense(torch.ones(4, 4)))], str(tmp_path / "out"), any_base=True, dtype="fp16", quiet=True)
+    assert torch.equal(read_safetensors(tmp_path / "out" / "model.safetensors")["w"], (weight + 1).half())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_values_that_the_dtype_cannot_hold_are_refused_by_name(whole: bool, tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", {"w": randn(2, 2), "v": randn(2)}), write(tmp_path / "b", {"w": torch.full((3, 2) if whole else (2, 2), 1e6), "v": randn(2)})
+    diff(str(a), str(b), str(tmp_path / "d"), quiet=True)
+    with pytest.raises(EspalierError, match=r"w: a value would become inf, from 1e\+06; it must be finite, which in float16 is at most 6\.55e\+04"):
+        apply(str(a), [str(tmp_path / "d")], str(tmp_path / "out"), dtype="fp16", quiet=True)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), float("-inf")])
+def test_a_scale_that_is_not_finite_is_refused(scale: float, tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", {"w": randn(2, 2), "v": randn(2)}), write(tmp_path / "b", {"w": randn(2, 2) + 1, "v": randn(2) + 1})
+    for name in ("d", "e"):
+        diff(str(a), str(b), str(tmp_path / name), quiet=True)
+    with pytest.raises(EspalierError, match=r"the scale is -?(nan|inf); it must be a finite number"):
+        apply(str(a), [str(tmp_path / "d")], str(tmp_path / "out"), scale=scale, quiet=True)
+    apply(str(a), [str(tmp_path / "d"), str(tmp_path / "e")], str(tmp_path / "out"), quiet=True)
+    record = json.loads((tmp_path / "out" / "espalier.json").read_text())
+    (tmp_path / "out" / "espalier.json").write_text(json.dumps({**record, "scale": scale}))
+    with pytest.raises(EspalierError, match=r"espalier\.json: the scale is"):
+        revert(str(tmp_path / "out"), str(tmp_path / "back"), delta=[str(tmp_path / "d")], quiet=True)
+
+
+@pytest.mark.parametrize(("to", "option", "complaint"), [
+    ("auto", {"rank": -4}, "--rank does nothing with --to auto; it is an option of lowrank"),
+    ("auto", {"bits": 77}, "--bits does nothing with --to auto; it is an option of quantized"),
+    ("lowrank", {"rank": 2, "density": 0.5}, "--density does nothing with --to lowrank; it is an option of sparse, rows, columns, ternary"),
+    ("dense", {"energy": 0.9}, "--energy does nothing"),
+    ("sparse", {"seed": 1}, "--seed does nothing"),
+])  # fmt: skip
+def test_an_option_that_does_nothing_is_refused(to: Any, option: Any, complaint: str, tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", {"w": randn(8, 8)}), write(tmp_path / "b", {"w": randn(8, 8) + 1})
+    with pytest.raises(EspalierError, match=complaint):
+        diff(str(a), str(b), str(tmp_path / "d"), to=to, **option, quiet=True)
+
+
+def test_an_output_may_be_the_empty_folder_that_one_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = write(tmp_path / "a", {"w": randn(8, 8)}), write(tmp_path / "b", {"w": randn(8, 8) + 1})
+    for folder in ("d", "out"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "d")
+    assert diff(str(a), str(b), ".", quiet=True)["bytes"] > 0
+    monkeypatch.chdir(tmp_path / "out")
+    apply(str(a), [str(tmp_path / "d")], ".", quiet=True)
+    assert_same(tmp_path / "out", b)
+
+
+def test_only_the_options_of_the_form_are_recorded(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", {"w": randn(8, 8)}), write(tmp_path / "b", {"w": randn(8, 8) + 1})
+    for to, options, recorded in (("auto", {}, {}), ("lowrank", {"rank": 2}, {"rank": 2, "seed": 0}), ("quantized", {"bits": 3}, {"bits": 3, "group": 64})):
+        diff(str(a), str(b), str(tmp_path / to), to=to, **options, quiet=True)  # type: ignore[arg-type]
+        assert store.load(tmp_path / to).manifest["hyperparameters"] == {"to": to, **recorded}
+
+
+@pytest.mark.parametrize("to", ["auto", "dense"])
+def test_a_disk_that_is_too_small_for_the_delta_is_refused(to: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = write(tmp_path / "a", {"w": torch.zeros(512, 512)}), write(tmp_path / "b", {"w": torch.ones(512, 512)})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, (8 << 20) + 512 * 512 * 4 - 1))  # type: ignore[attr-defined]
+    with pytest.raises(EspalierError, match=r"the delta in .*d needs 9.0 MiB on the disk"):
+        diff(str(a), str(b), str(tmp_path / "d"), to=to, quiet=True)
+    assert not (tmp_path / "d").exists()
+
+
+def test_models_without_a_tensor_in_common_are_refused(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", {f"a.{n}.w": randn(1) for n in range(3000)}), write(tmp_path / "b", {f"b.{n}.w": randn(1) for n in range(3000)})
+    with pytest.raises(EspalierError, match="have no tensor in common"):
+        diff(str(a), str(b), str(tmp_path / "d"), quiet=True)
+
+
+def test_numbers_whose_powers_no_float_holds_come_back(tmp_path: Path) -> None:
+    base, tuned = ({"w": torch.full((4, 4), value, dtype=torch.float64)} for value in (1e100, -1e100))
+    a, b = write(tmp_path / "a", base), write(tmp_path / "b", tuned)
+    assert diff(str(a), str(b), str(tmp_path / "d"), quiet=True)["tensors"][0]["norm"] == pytest.approx(8e100)
+    apply(str(a), [str(tmp_path / "d")], str(tmp_path / "out"), quiet=True)
+    assert_same(tmp_path / "out", b)
+
+
+def test_the_effective_rank_of_a_convolution_is_that_of_its_matrix_and_experts_have_none(tmp_path: Path) -> None:
+    shapes = {"conv": (20, 4, 3, 5), "experts": (4, 20, 10), "nothing": (0, 4, 3, 2**30), "wide": (0, 2**40)}
+    base = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    base["conv"] = torch.zeros(20, 60)
+    base["conv"][:20, 40:] = torch.eye(20)
+    tuned = {name: t + 1 if name == "experts" else t for name, t in base.items()}
+    tuned["conv"], base["conv"] = base["conv"].reshape(shapes["conv"]), torch.zeros(shapes["conv"])
+    found = diff(str(write(tmp_path / "a", base)), str(write(tmp_path / "b", tuned)), str(tmp_path / "d"), quiet=True)["tensors"]
+    ranks = {t["name"]: t["effective_rank"] for t in found}
+    assert ranks == {"conv": pytest.approx(20, rel=0.4), "experts": None}
+
+
 def test_models_whose_names_differ_by_a_prefix_that_no_family_has_are_refused_by_name(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a", {"base_model.x.weight": randn(2, 2)}), write(tmp_path / "b", {"x.weight": randn(2, 2)})
     with pytest.raises(EspalierError, match=r"'base_model\.x\.weight' that .* calls 'x\.weight'"):
@@ -259,6 +421,28 @@ def test_reverting_one_of_two_deltas_leaves_the_other(tmp_path: Path) -> None:
     result = revert(str(tmp_path / "both"), str(tmp_path / "one"), delta=[str(tmp_path / "dw")], quiet=True)
     assert result["kept"] == [str(tmp_path / "dv")]
     assert all_bytes(tmp_path / "one") == all_bytes(tmp_path / "tv")
+
+
+def test_revert_finds_base_and_deltas_from_anywhere_however_they_are_spelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = {"w": randn(64, 64), "v": randn(64, 64)}
+    a = write(tmp_path / "models" / "a", base)
+    for name in base:
+        diff(str(a), str(write(tmp_path / f"t{name}", {**base, name: base[name] + 1})), str(tmp_path / f"d{name}"), quiet=True)
+    monkeypatch.chdir(tmp_path)
+    apply("models/a", ["dw", "dv/"], "both", shard_size="10KB", quiet=True)
+    record = json.loads((tmp_path / "both" / "espalier.json").read_text())
+    assert record["base"] == str(a) and record["deltas"] == [str(tmp_path / "dw"), str(tmp_path / "dv")] and record["shard_bytes"] == 10_000
+    assert "base_model: models/a" in (tmp_path / "both" / "README.md").read_text()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    revert("../both", "one", delta=["../dw/"], quiet=True)
+    assert all_bytes(Path("one")) == all_bytes(tmp_path / "tv") and ModelDirectory(Path("one")).files() == ModelDirectory(tmp_path / "both").files()
+    assert len(ModelDirectory(Path("one")).files()) == 2
+    revert("../both", "back", quiet=True)
+    assert_same(Path("back"), a)
+    assert (Path("back") / "model.safetensors").is_file()
+    with pytest.raises(EspalierError, match=r"does not carry '.*/elsewhere/dw'; it carries: .*/dw, .*/dv"):
+        revert("../both", "none", delta=["dw"], quiet=True)
 
 
 @pytest.mark.parametrize("harm", ["no record", "another base", "another delta"])

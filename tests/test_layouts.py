@@ -18,7 +18,7 @@ from espalier.checkpoint.directory import ModelDirectory
 from espalier.checkpoint.relaid import Relaid, Source
 from espalier.checkpoint.safetensors_file import read_safetensors, tensor_bytes, write_safetensors
 from espalier.delta import store
-from espalier.delta.forms import Replace
+from espalier.delta.forms import Dense, Replace
 from espalier.errors import EspalierError
 from espalier.exchange import recipe
 from espalier.verbs.apply import apply
@@ -382,3 +382,19 @@ def test_experts_that_do_not_fit_the_fused_parameter_are_refused(four: Any) -> N
     ):
         with pytest.raises(EspalierError, match=complaint):
             attach_updates(model, updates, "forged")
+
+
+@pytest.mark.parametrize("of_base", [True, False])
+def test_a_forged_number_of_experts_without_entries_costs_nothing(of_base: bool, tmp_path: Path) -> None:
+    """A tensor without entries may have any other sizes in a few bytes."""
+    stem, shape = "a.experts", (2**40, 4, 0)
+    base = rewritten(stored(tmp_path / "m").path, tmp_path / "base", lambda t: {**t, f"{stem}.gate_up_proj": torch.zeros(shape)} if of_base else t)
+    updates = {f"{stem}.gate_up_proj": Dense(torch.zeros(shape))}
+    store.save(tmp_path / "d", store.Delta(updates, {n: store.Layout() for n in updates}, {"method": "diff"}), "a card")
+    if of_base:
+        apply(str(base), [str(tmp_path / "d")], str(tmp_path / "out"), any_base=True, quiet=True)
+        assert ModelDirectory(tmp_path / "out").info(f"{stem}.gate_up_proj").shape == shape
+        diff(str(base), str(tmp_path / "out"), str(tmp_path / "again"), quiet=True)
+    else:
+        with pytest.raises(EspalierError, match=r"no tensor for the parameter 'a\.experts\.gate_up_proj'"):
+            apply(str(base), [str(tmp_path / "d")], str(tmp_path / "out"), any_base=True, quiet=True)

@@ -148,8 +148,10 @@ def test_an_update_that_depends_on_the_base_is_truncated_against_it(tmp_path: Pa
     name, update = next(iter(delta.updates.items()))
     delta.updates[name] = Diagonal(noise(update.shape[0]), None, update.shape)
     store.save(tmp_path / "delta", delta, "")
+    (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(EspalierError, match=rf"{name}: .*depends on the base; the base model is needed .*--model BASE"):
         convert(str(tmp_path / "delta"), str(tmp_path / "peft"), to="peft", rank=4, quiet=True)
+    (tmp_path / "moved").rename(tmp_path / "base")
     convert(str(tmp_path / "delta"), str(tmp_path / "peft"), to="peft", rank=32, model=str(tmp_path / "base"), quiet=True)
     ours, theirs = load(tmp_path / "base", [tmp_path / "delta"]), in_peft(tmp_path / "base", tmp_path / "peft")
     torch.testing.assert_close(logits(theirs), logits(ours), rtol=1e-4, atol=1e-4)

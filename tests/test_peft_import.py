@@ -12,6 +12,7 @@ import torch
 from families import tiny, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from limits import disk_full_at
 from torch import nn
 
 from espalier.anatomy.parameters import parameters
@@ -258,6 +259,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], st
     "a huge number of bases": ("RandLora", {"r": 2}, {}, {"randlora_lambda": torch.zeros(2, 900)}, "has 900 bases of rank 2"),
     "angles that do not fit": ("OFT", {"r": 0, "oft_block_size": 8}, {}, {"oft_R.weight": torch.zeros(4, 27)}, "has 4 blocks of 27 angles"),
     "a series without end": ("OFT", {"r": 0, "oft_block_size": 8}, {"num_cayley_neumann_terms": 10**9}, {}, "num_cayley_neumann_terms is"),
+    "an alpha larger than any number": ("Lora", {"r": 2}, {"lora_alpha": 10**400}, {}, "lora_alpha is 1000.*; it must be a finite number"),
+    "angles whose rotation no number holds": ("OFT", {"r": 0, "oft_block_size": 8}, {}, {"oft_R.weight": torch.full((4, 28), 1e30)}, "q_proj: .* must be finite"),
+    "a negative limit of angles": ("OFT", {"r": 0, "oft_block_size": 8}, {"coft": True, "eps": -1}, {}, "eps is -1.0; it must be at least 0"),
+    "a copy of integers": ("Lora", {"r": 2}, {}, {"weight": torch.zeros(32, 32, dtype=torch.int32)}, "weight is torch.int32; the model's .* is torch.float32"),
     "blocks that do not fit": ("BOFT", {"boft_block_size": 8}, {}, {"boft_R": torch.zeros(1, 3, 8, 8)}, "has 1 levels of 3 blocks of 8"),
     "a support outside": ("Shira", {"r": 2}, {}, {"shira_indices": torch.full((2, 128), 40, dtype=torch.int32)}, "support outside of 32 x 32"),
     "an entry twice": ("Shira", {"r": 2}, {}, {"shira_indices": torch.zeros(2, 128, dtype=torch.int32)}, "names an entry twice"),
@@ -283,6 +288,39 @@ def test_an_adapter_is_refused_that_has(what: str, tmp_path: Path) -> None:
         imported(adapter, base, tmp_path / "base")
     assert str(adapter) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "null", '"LORA"'])
+@pytest.mark.parametrize("named", [True, False])
+def test_an_adapter_whose_config_is_no_object_is_refused(content: str, named: bool, tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(content)
+    with pytest.raises(EspalierError, match=r"adapter_config\.json is .*; it must be a JSON object"):
+        convert(str(tmp_path / "adapter"), str(tmp_path / "out"), model=str(tmp_path / "base") if named else None, quiet=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_factors_of_8_bits_are_imported_exactly(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = tiny("llama")
+    adapter = saved(made(tiny_like(base), "Lora", r=2, target_modules=["q_proj"]), tmp_path / "adapter")
+    stored = {n: t.to(dtype) for n, t in read_safetensors(adapter / "adapter_model.safetensors").items()}
+    found = []
+    for kind in (dtype, torch.float32):
+        write_safetensors(adapter / "adapter_model.safetensors", {n: t.to(kind) for n, t in stored.items()})
+        found.append(imported(adapter, base, tmp_path / str(kind))[0])
+    for name, update in found[0].updates.items():
+        for key, tensor in update.tensors().items():
+            assert torch.equal(tensor.float(), found[1].updates[name].tensors()[key])
+
+
+def test_an_import_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    base = tiny("llama")
+    base.save_pretrained(tmp_path / "base")
+    adapter = saved(made(tiny_like(base), "Lora", r=2, target_modules=["q_proj"]), tmp_path / "adapter")
+    with disk_full_at(600), pytest.raises(OSError):
+        convert(str(adapter), str(tmp_path / "out"), model=str(tmp_path / "base"), quiet=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])

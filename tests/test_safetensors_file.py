@@ -7,6 +7,7 @@ refusal here comes from the constructor, which reads no more than the header, an
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from families import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from espalier.checkpoint.directory import ModelDirectory
+from espalier.checkpoint.directory import ModelDirectory, read_json
 from espalier.checkpoint.safetensors_file import (
     DTYPES,
     SafetensorsFile,
@@ -260,6 +261,22 @@ def test_a_missing_file_a_folder_and_an_impossible_name_are_refused(tmp_path: Pa
     for path in (tmp_path / "none.safetensors", tmp_path, tmp_path / "a\0b.safetensors"):
         with pytest.raises(EspalierError, match=r"cannot be read"):
             SafetensorsFile(path)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "config.json"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(EspalierError, match=r"model\.safetensors cannot be read: it is no regular file"):
+        SafetensorsFile(tmp_path / "model.safetensors")
+    with pytest.raises(EspalierError, match=r"config\.json cannot be read: it is no regular file"):
+        read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "b": {"c": 1, "c": 2}}', r'{"\ud800": 1}'])
+def test_json_that_names_something_twice_or_is_no_text_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(EspalierError, match=r"x\.json is not JSON"):
+        read_json(tmp_path / "x.json")
 
 
 def test_an_unknown_tensor_is_refused(tmp_path: Path) -> None:

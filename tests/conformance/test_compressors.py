@@ -116,9 +116,14 @@ def test_the_same_delta_and_seed_give_the_same_bits(method: str, other: Path) ->
 
 @every_method
 def test_a_delta_that_is_compressed_already_can_be_compressed(method: str, other: Path) -> None:
+    """And is no larger then; of methods that take in another delta, no larger than the dense update."""
     made, _ = compress(make(method, other), whole(everything()))
     again, _ = compress(make(method, other), whole(made))
-    assert all(bool(dense(update).isfinite().all()) for update in again.values())
+    takes_another = hasattr(make(method, other), "against")
+    for name, update in again.items():
+        assert bool(dense(update).isfinite().all())
+        most = 4 * math.prod(update.shape) if takes_another else made[name].nbytes
+        assert update.nbytes <= most, f"{name} became larger: {made[name].form} to {update.form}"
 
 
 @every_method
@@ -157,6 +162,22 @@ def test_an_update_that_depends_on_the_base_is_refused_by_name_or_the_base_is_as
     assert not made["layers.0.w"].depends_on_base and outcome.error == pytest.approx(relative_error(made["layers.0.w"], updates["layers.0.w"], weight))
 
 
+@pytest.mark.parametrize("method", ["compeft", "magnitude"])
+def test_what_is_found_out_over_the_whole_delta_is_refused_by_name_too(method: str) -> None:
+    updates: dict[str, Update] = {"layers.0.a": Dense(random(0, 8, 8)), "layers.0.w": Replace(random(0, 48, 40))}
+    with pytest.raises(EspalierError, match=rf"^{method} of layers\.0\.w: the form 'replace' depends on the base.*--model BASE"):
+        compress(registry.make(method, "compressor", scope="global"), whole(updates))
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_entries_of_zeros_make_up_for_nothing(scope: str) -> None:
+    updates: dict[str, Update] = {"layers.0.zero": Dense(torch.zeros(8, 8)), "layers.0.w": Dense(torch.ones(2, 2))}
+    for given in (updates, {"layers.0.zero": updates["layers.0.zero"]}):
+        made, _ = compress(registry.make("magnitude", "compressor", scope=scope, rescale=True, density=0.9), whole(given))
+        assert all(bool(dense(update).isfinite().all()) for update in made.values())
+    assert "layers.0.zero" not in made or not dense(made["layers.0.zero"]).any()
+
+
 @every_method
 def test_magnitude_and_direction_are_compressed_or_refused_by_name(method: str, other: Path) -> None:
     weight = random(5, 48, 40)
@@ -164,10 +185,12 @@ def test_magnitude_and_direction_are_compressed_or_refused_by_name(method: str, 
     given = Whole(whole(updates).delta, 0, lambda name, layout, shape: weight)
     made, _ = compress(make(method, other), given)
     assert made["layers.0.w"].materialize(weight).shape == (48, 40)
-    try:
-        compress(make(method, other), whole(updates))
-    except EspalierError as refusal:
-        assert "layers.0.w" in str(refusal) and "--model BASE" in str(refusal)
+    if method in ("compeft", "bit1", "quantize"):  # they work on what the direction is made of
+        kept = compress(make(method, other), whole(updates))[0]["layers.0.w"]
+        assert isinstance(kept, Magnitude) and torch.equal(kept.materialize(weight), made["layers.0.w"].materialize(weight))
+    else:
+        with pytest.raises(EspalierError, match=rf"{method} of layers\.0\.w: .*--model BASE"):
+            compress(make(method, other), whole(updates))
 
 
 @every_method

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +22,29 @@ from espalier.attach.attachment import (
     trainable_parameters,
 )
 from espalier.delta import store
-from espalier.delta.compression import Whole, choose, compress
+from espalier.delta.compression import Compressor, Whole, choose, compress
+from espalier.delta.fit import quantized
 from espalier.delta.forms import (
     Columns,
     Dense,
     Factored,
     Golomb,
+    Kronecker,
     LowRank,
     Magnitude,
     Rows,
+    SeededLowRank,
     Sparse,
+    Sum,
     Ternary,
     Update,
 )
+from espalier.delta.forms.factored import Start
 from espalier.delta.trained import recorded_start
 from espalier.errors import EspalierError
 from espalier.kernels import golomb
+from espalier.kernels.philox import GAUSSIAN, Stream
+from espalier.kernels.seeded import SeededMatrix
 
 
 def random(seed: int, *shape: int) -> torch.Tensor:
@@ -218,6 +227,33 @@ def test_a_density_out_of_range_is_refused() -> None:
             compeft(density=density)
 
 
+def test_an_alpha_that_is_no_scale_is_refused() -> None:
+    for alpha in (-1.0, math.nan, math.inf):
+        with pytest.raises(EspalierError, match=r"alpha is (-1.0|nan|inf); it must be a finite number of at least 0"):
+            compeft(alpha=alpha)
+
+
+def test_one_candidate_at_a_time_is_in_memory() -> None:
+    made: list[weakref.ref[Update]] = []
+
+    @dataclasses.dataclass
+    class Watched(Compressor):
+        alpha: float = 1.0
+
+        def candidates(self) -> tuple[dict[str, float], ...]:
+            return tuple({"alpha": float(alpha)} for alpha in range(3))
+
+        def compress(self, name: str, update: Update, whole: Whole, state: Any) -> Update:
+            assert all(earlier() is None for earlier in made)
+            smaller = update.scaled(self.alpha)
+            made.append(weakref.ref(smaller))
+            return smaller
+
+    Watched.name = "watched"
+    choose(Watched(), whole({"w": Dense(random(0, 60, 50))}), lambda updates: 0.0)
+    assert len(made) == 3
+
+
 @torch.no_grad()
 def test_compressed_updates_compute_on_a_model_what_they_materialize() -> None:
     updates, manifest = lora()
@@ -230,3 +266,77 @@ def test_compressed_updates_compute_on_a_model_what_they_materialize() -> None:
         weight = model.get_parameter(name)
         weight.copy_(update.apply(weight))
     torch.testing.assert_close(found, model(tokens()).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_an_update_of_one_magnitude_is_exact_by_the_mean_rule_at_any_larger_share(scope: str) -> None:
+    tau = torch.zeros(30, 20)
+    tau[:3] = random(0, 3, 20).sign() * 0.25
+    assert torch.equal(dense(one(Dense(tau), density=0.5, scale="mean", scope=scope)), tau)
+
+
+# updates that are small already
+
+
+def small(kind: str) -> tuple[Update, int | None]:
+    """A LoRA of rank 4 that some other way has made small, and the recorded seed."""
+    start = Start(5, "w")
+    A = start.draw(4, 500) + random(1, 4, 500) * 0.02
+    update = LowRank(random(0, 600, 4) * 0.01, A, 0.5)
+    if kind == "seeded":
+        basis = SeededMatrix.of(Stream(3, "basis"), 4, 500, GAUSSIAN)
+        return SeededLowRank((600, 500), 4, {"A": basis}, {"B": update.B}, 0.5), None
+    if kind == "seeds alone":
+        bases = {"B": SeededMatrix.of(Stream(3, "b"), 600, 4, GAUSSIAN), "A": SeededMatrix.of(Stream(3, "a"), 4, 500, GAUSSIAN)}
+        return SeededLowRank((600, 500), 4, bases, {"d": random(0, 4)}, 0.5), None
+    if kind == "kronecker":
+        return Kronecker(random(0, 1, 20, 25), random(1, 1, 30, 20)), None
+    if kind == "sum":
+        return Sum([update, update.scaled(2.0)]), None
+    made = quantized(update, 4, 64) if kind.startswith("quantized") else one(update, 5 if kind == "signs" else None)
+    return made, None if kind == "quantized, no start" else 5
+
+
+@pytest.mark.parametrize("kind", ["signs", "signs of B", "quantized", "quantized, no start", "seeded", "seeds alone", "kronecker", "sum"])
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("density", [0.05, 0.2])
+def test_what_is_small_already_never_becomes_larger_and_stays_factors(kind: str, scope: str, density: float) -> None:
+    update, seed = small(kind)
+    made = one(update, seed, density=density, scope=scope)
+    assert made.nbytes <= update.nbytes and (made is update or isinstance(made, Factored))
+    if kind in ("signs", "signs of B", "quantized", "seeded") and density == 0.05:
+        assert made.nbytes < update.nbytes
+    before, after = update.low_rank(), made.low_rank()
+    if kind == "seeded":
+        assert before is not None and after is not None and torch.equal(after.A, before.A), "a frozen A is drawn, not stored"
+    if kind == "signs":
+        assert isinstance(made, Factored) and made.start == Start(5, "w")
+
+
+def test_both_factors_are_refused_wherever_the_start_of_a_is_unknown_and_b_alone_leaves_a() -> None:
+    for kind in ("signs of B", "quantized, no start", "sum"):
+        with pytest.raises(EspalierError, match=r"compeft of w: where A started is not recorded"):
+            one(*small(kind), factors="both")
+    for kind in ("signs", "quantized"):
+        one(*small(kind), factors="both")
+    signs, seed = small("signs")
+    alone = one(signs, seed, factors="B", density=0.01)
+    assert isinstance(alone, Factored) and isinstance(signs, Factored) and alone.parts["A"] is signs.parts["A"]
+    one(Columns(random(0, 40, 3), torch.tensor([1, 5, 6]), 30), factors="both")
+
+
+def test_an_a_that_is_shared_stays_shared_and_b_is_compressed(tmp_path: Path) -> None:
+    """VeRA's A, say: the same for all modules of a width."""
+    A = random(0, 4, 50)
+    updates: dict[str, Update] = {name: LowRank(random(i, 60, 4), A) for i, name in enumerate("ab")}
+    for update in updates.values():
+        update.shared = {"A": "basis"}
+    for method in ("compeft", "bit1", "quantize"):
+        made, _ = compress(registry.make(method, "compressor"), whole(updates))
+        delta = store.Delta(made, {n: store.Layout() for n in made})
+        assert delta.nbytes < 60 * 4 * 4 + A.numel() * 4
+        store.save(tmp_path / method, delta, "")
+        read = store.load(tmp_path / method).updates
+        for name, update in made.items():
+            assert isinstance(update, Factored) and torch.equal(update.low_rank().A, A)
+            assert torch.equal(dense(read[name]), dense(update)) and read[name].shared == {"A.values": "basis"}

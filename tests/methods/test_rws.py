@@ -107,3 +107,19 @@ def test_the_clean_delta_must_be_given_and_of_the_same_base(tmp_path: Path) -> N
     other = saved(tmp_path / "c", {"layers.0.w": Dense(random(0, 6, 5))}, {"base": {"fingerprint": "sha256:1"}})
     with pytest.raises(EspalierError, match="is of the base sha256:1, the delta of sha256:0"):
         signature({"layers.0.w": Dense(random(0, 6, 5))}, other)
+
+
+def test_factors_of_16_bits_are_multiplied_in_full_precision(tmp_path: Path) -> None:
+    """A gain that bf16 would round: B times it, rounded, is not orthogonal any more."""
+    robust = LowRank(random(0, 30, 3).bfloat16(), random(1, 3, 20).bfloat16(), 1 / 3)
+    clean = LowRank(random(2, 30, 2).bfloat16(), random(3, 2, 20).bfloat16(), 0.7)
+    made = signature({"layers.0.w": robust}, saved(tmp_path / "c", {"layers.0.w": clean}))["layers.0.w"]
+    v, u = dense(robust), dense(clean)
+    torch.testing.assert_close(dense(made), v - (v * u).sum() / (u * u).sum() * u, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("other", [(6, 1), (6, 4), (1, 5)], ids=str)
+def test_a_clean_update_of_another_shape_is_refused_by_name(other: tuple[int, ...], tmp_path: Path) -> None:
+    clean = saved(tmp_path / "c", {"layers.0.w": Dense(random(1, *other))})
+    with pytest.raises(EspalierError, match=rf"rws of layers\.0\.w: the update has shape \(6, 5\); that in \S+ has \({other[0]}, {other[1]}\)"):
+        signature({"layers.0.w": Dense(random(0, 6, 5))}, clean)

@@ -93,8 +93,13 @@ def locate(name: str, aliases: Sequence[str], experts: int | None, names: Contai
         if not (found := re.fullmatch(r"(.*\.experts)\.(\w+)", spelling)):
             continue
         for projections in _EXPERTS.get(found.group(2), ()):
-            pieces = [Piece(tuple(f"{found.group(1)}.{e}.{p}.weight" for p in projections), e) for e in range(experts or 0)]
-            if all(n in names for piece in pieces for n in piece.names):
+            pieces: list[Piece] = []  # as many as there are in the files, however many experts a shape claims
+            for e in range(experts or 0):
+                piece = Piece(tuple(f"{found.group(1)}.{e}.{p}.weight" for p in projections), e)
+                if not all(n in names for n in piece.names):
+                    break
+                pieces.append(piece)
+            if len(pieces) == experts:
                 return pieces
     raise EspalierError(f"the checkpoint holds no tensor for the parameter {name!r}")
 

@@ -23,6 +23,10 @@ MALFORMED = (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDat
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def torch_dtype(dtype: str | torch.dtype | None, directory: ModelDirectory | None) -> torch.dtype:
     """The dtype to compute in: ``bf16`` or ``fp32``; by default the one that the model is stored in (bf16 without one).
 
@@ -57,7 +61,7 @@ def load_model(model: str | Path, dtype: str | torch.dtype | None = None, device
     try:
         loaded, facts = load(path, dtype=wanted, local_files_only=True, trust_remote_code=False, output_loading_info=True)
     except (*MALFORMED, RuntimeError) as error:
-        raise EspalierError(f"transformers cannot load {path}: {error}") from error
+        raise EspalierError(f"transformers cannot load {path}: {_one_line(error)}") from error
     if missing := sorted(facts["missing_keys"]):  # transformers would train or sample with random numbers in their place
         raise EspalierError(f"{path} lacks {missing[0]!r} ({len(missing)} tensors in all), which {type(loaded).__name__} needs")
     return nn.Module.to(loaded, pick_device(device)).eval()
@@ -74,7 +78,7 @@ def load_config(path: Path) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except MALFORMED as error:
-        raise EspalierError(f"transformers cannot read the config of {path}: {error}") from error
+        raise EspalierError(f"transformers cannot read the config of {path}: {_one_line(error)}") from error
 
 
 def empty_model(path: Path) -> PreTrainedModel:
@@ -90,7 +94,7 @@ def empty_model(path: Path) -> PreTrainedModel:
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)
     except MALFORMED as error:
-        raise EspalierError(f"transformers cannot make a causal language model of {path}: {error}") from error
+        raise EspalierError(f"transformers cannot make a causal language model of {path}: {_one_line(error)}") from error
 
 
 def pick_device(device: str | None) -> torch.device:
@@ -119,7 +123,7 @@ def load_tokenizer(model: str | Path) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except MALFORMED as error:
-        raise EspalierError(f"no tokenizer could be loaded from {path}: {error}") from error
+        raise EspalierError(f"no tokenizer could be loaded from {path}: {_one_line(error)}") from error
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
@@ -132,7 +136,7 @@ def put_on(model: PreTrainedModel, folder: Path, directory: ModelDirectory, *, a
     """
     delta = store.load(folder)
     if not any_base:
-        store.check_base(delta, folder, directory.path, directory.fingerprint())
+        store.check_base(delta, folder, directory.path, directory.fingerprint(), store.ANY_BASE)
     name = f"delta{len(attachments(model))}"
     attach_updates(model, delta.updates, name, scale, delta.manifest.get("method", "stored"))
     return delta

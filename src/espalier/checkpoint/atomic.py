@@ -85,6 +85,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         EspalierError: when ``path`` exists and is not an empty directory.
     """
     refuse_existing(path)
+    path = path.resolve()  # also where it is given as "." or as a link
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(path)
     temporary = _temporary_name(path)

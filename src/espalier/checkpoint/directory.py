@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from espalier.checkpoint.fingerprint import combine, tensor_hashes
-from espalier.checkpoint.safetensors_file import SafetensorsFile, TensorInfo
+from espalier.checkpoint.safetensors_file import SafetensorsFile, TensorInfo, unique
 from espalier.errors import EspalierError
 
 if TYPE_CHECKING:
@@ -22,14 +23,40 @@ TEMPLATES = "additional_chat_templates"
 """The one folder of a model: where transformers 5 keeps the chat templates beside the first."""
 
 
+_FOREIGN = ("bin", "pt", "pth", "ckpt", "pkl", "pickle", "h5", "msgpack", "onnx", "gguf")
+"""Endings of weights that are no safetensors."""
+_NOT_BESIDE = (
+    re.compile(rf".*\.(safetensors|{'|'.join(_FOREIGN)})", re.IGNORECASE | re.DOTALL),  # weights
+    re.compile(rf".*\.index\.json|README\.md|{re.escape(LINEAGE)}", re.DOTALL),
+    re.compile(r"(optimizer|scheduler|rng_state).*|trainer_state\.json", re.DOTALL),
+    re.compile(r"|\..*|.*[/\\\0].*", re.DOTALL),  # no plain file name, or a hidden one
+)
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file of a model's directory, by its relative name, belongs to the model beside the weights.
+
+    All do but weights of any format, their index, the card, the record of what the model was made of, and states of a
+    training; in the folder :data:`TEMPLATES` those that end in ``.jinja``.
+    """
+    file = name.removeprefix(f"{TEMPLATES}/")
+    return not any(kind.fullmatch(file) for kind in _NOT_BESIDE) and (file == name or file.endswith(".jinja"))
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        EspalierError: when it cannot be read or is not JSON.
+        EspalierError: when it cannot be read, is not JSON, names something twice, or has text that is not Unicode.
     """
+    if path.exists() and not path.is_file():
+        raise EspalierError(f"{path} cannot be read: it is no regular file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=unique)
+        if "\\u" in text:  # escapes can spell lone surrogates, which no file name or header can repeat
+            json.dumps(content, ensure_ascii=False).encode()
+        return content
     except OSError as error:
         raise EspalierError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -122,11 +149,9 @@ class ModelDirectory:
         return combine({name: self.info(name) for name in self}, hashes)
 
     def side_files(self) -> dict[str, Path]:
-        """Everything beside the weights that belongs to the model, by name: configs, tokenizer, templates; not its card and index."""
-        keep = {".json", ".jinja", ".txt", ".model", ".py", ".md", ".tiktoken"}
-        beside = [p for p in self.path.iterdir() if p.suffix in keep and p.name not in (INDEX, LINEAGE, "README.md")]
-        templates = (self.path / TEMPLATES).glob("*.jinja")
-        return {p.relative_to(self.path).as_posix(): p for p in sorted([*beside, *templates]) if p.is_file()}
+        """Every regular file beside the weights that belongs to the model, by name: see :func:`is_side_file`."""
+        found = {p.relative_to(self.path).as_posix(): p for p in sorted([*self.path.iterdir(), *(self.path / TEMPLATES).glob("*")])}
+        return {name: p for name, p in found.items() if is_side_file(name) and p.is_file()}
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -152,9 +177,8 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, ignore_patterns=[f"*.{ending}" for ending in _FOREIGN]))
     except (LocalEntryNotFoundError, HfHubHTTPError, ValueError, OSError) as error:
         raise EspalierError(
             f"{hub_id!r} is no directory here and could not be had from the hub ({type(error).__name__}); "

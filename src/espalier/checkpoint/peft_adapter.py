@@ -6,9 +6,11 @@ is what is written (``exchange/peft_lora.py``). Pickled adapters are never opene
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -205,9 +207,10 @@ class Adapter:
         return self._finite(key, self.config.get(key, default))
 
     def _finite(self, what: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise EspalierError(f"{self.path}: {what} is {value!r}; it must be a finite number")
-        return float(value)
+        with contextlib.suppress(OverflowError):  # an integer may be larger than any float
+            if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
+                return float(value)
+        raise EspalierError(f"{self.path}: {what} is {reprlib.repr(value)}; it must be a finite number")
 
     def number_of(self, key: str, patterns: str, module: str, default: float | None = None) -> float:
         """A setting of one module: the first of ``patterns`` that its name matches decides, else ``key``.
@@ -259,6 +262,18 @@ def _check_options(path: Path, kind: str, config: dict[str, Any]) -> None:
         )
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of adapter_config.json.
+
+    Raises:
+        EspalierError: when it is no JSON object.
+    """
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict):
+        raise EspalierError(f"{folder / CONFIG} is {reprlib.repr(config)}; it must be a JSON object")
+    return config
+
+
 def read(folder: Path) -> Adapter:
     """The tensors of an adapter by module, and its config.
 
@@ -266,8 +281,8 @@ def read(folder: Path) -> Adapter:
         EspalierError: when it is pickled, of another kind, has an option that is not known here, or holds numbers
             that are not finite or a tensor of no known name.
     """
-    config = read_json(folder / CONFIG)
-    kind = config.get("peft_type") if isinstance(config, dict) else None
+    config = read_config(folder)
+    kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in KINDS:
         raise EspalierError(f"{folder / CONFIG}: peft_type is {kind!r}; imported are: {', '.join(KINDS)}")
     if not (folder / TENSORS).exists():
@@ -301,7 +316,11 @@ def _place(adapter: Adapter, name: str, file: SafetensorsFile) -> None:
 
 
 def _read(file: SafetensorsFile, name: str, path: Path) -> torch.Tensor:
+    import torch
+
     tensor = file.read(name)
+    if tensor.is_floating_point() and tensor.element_size() < 2:
+        tensor = tensor.to(torch.bfloat16)  # which holds every 8-bit number, and has arithmetic
     if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
         raise EspalierError(f"{path}: {name} is not finite everywhere")
     return tensor

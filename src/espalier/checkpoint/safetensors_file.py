@@ -13,7 +13,9 @@ import math
 import mmap
 import os
 import reprlib
+import stat
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +85,18 @@ def dtype_name(dtype: torch.dtype) -> str:
     raise EspalierError(f"tensors of dtype {wanted} cannot be stored in a safetensors file")
 
 
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON text, as ``object_pairs_hook``.
+
+    Raises:
+        ValueError: when it names something twice.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"it names {Counter(name for name, _ in pairs).most_common(1)[0][0]!r} twice")
+    return found
+
+
 class SafetensorsFile:
     """An open safetensors file: ``tensors`` maps names to :class:`TensorInfo`, ``read`` gives one tensor.
 
@@ -94,7 +108,7 @@ class SafetensorsFile:
         self.path = Path(path)
         self._map: mmap.mmap | None = None
         try:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its writer
         except (OSError, ValueError) as error:
             raise EspalierError(f"{self.path} cannot be read: {getattr(error, 'strerror', error)}") from error
         try:
@@ -125,7 +139,10 @@ class SafetensorsFile:
         return EspalierError(f"{self.path} is not a valid safetensors file: {why}")
 
     def _parse_header(self) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-        size = os.fstat(self._descriptor).st_size
+        status = os.fstat(self._descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise EspalierError(f"{self.path} cannot be read: it is no regular file")
+        size = status.st_size
         if size < 8:
             raise self._refuse(f"it has {size} bytes, a header alone needs 8")
         length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
@@ -133,13 +150,8 @@ class SafetensorsFile:
             raise self._refuse(f"its header claims {length:,} bytes, the file has {size:,}")
         raw = os.pread(self._descriptor, length, 8)
 
-        def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            if len({key for key, _ in pairs}) != len(pairs):
-                raise self._refuse("its header names something twice")
-            return dict(pairs)
-
         try:
-            header = json.loads(raw.decode(), object_pairs_hook=refuse_duplicates)
+            header = json.loads(raw.decode(), object_pairs_hook=unique)
             if b"\\u" in raw:  # escapes can spell lone surrogates, which no file name or header can repeat
                 json.dumps(header, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
@@ -257,6 +269,9 @@ class SafetensorsWriter:
 
     ``layout`` maps each name to (file dtype name, shape). Every byte is written exactly once, whole tensors or parts
     of them, from any number of threads, so that a model is streamed. The caller makes the file durable.
+
+    Raises:
+        EspalierError: when a tensor has the name of the header's own entry.
     """
 
     def __init__(
@@ -265,6 +280,8 @@ class SafetensorsWriter:
         self.path = path
         self._spans: dict[str, tuple[int, int]] = {}
         self._layout = dict(layout)
+        if "__metadata__" in layout:
+            raise EspalierError(f"{path.name}: a tensor cannot be called '__metadata__', which is the header's own entry")
         header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         position = 0
         for name, (dtype, shape) in sorted(layout.items(), key=lambda item: (-DTYPES[item[1][0]][1], item[0])):
@@ -307,10 +324,6 @@ class SafetensorsWriter:
         while len(view):
             done = os.pwrite(self._descriptor, view, position)
             view, position = view[done:], position + done
-
-    def start_flushing(self) -> None:
-        """Have the bytes that are written so far on their way to the disk (blocks this thread, not the writers)."""
-        os.fdatasync(self._descriptor)
 
     def close(self) -> None:
         """Close the file, whatever has been written."""

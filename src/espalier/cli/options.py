@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 import sys
 import types
@@ -108,6 +109,15 @@ def _read_config(path: str, allowed: set[str]) -> dict[str, Any]:
     return values
 
 
+def _plain(value: Any) -> Any:
+    """A result as JSON has it, in which numbers that are not finite are null."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def command(
     verb: Verb,
     show: Callable[[Any], None],
@@ -161,7 +171,7 @@ def command(
                 given[name] = registry.coerce(f"--{name.replace('_', '-')}", parameter.annotation, given[name])
         result = verb(**given)
         if as_json:
-            print(json.dumps(result, indent=1))
+            print(json.dumps(_plain(result), indent=1, allow_nan=False))
         else:
             show(result)
         sys.stdout.flush()

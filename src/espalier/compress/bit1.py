@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from espalier.delta.compression import Compressor, Whole
-from espalier.delta.fit import quantized
 from espalier.delta.forms import Magnitude, Update
+from espalier.delta.trained import quantized
 from espalier.errors import EspalierError
 from espalier.registry import compressor
 
@@ -15,6 +15,8 @@ from espalier.registry import compressor
 class BinaryAdapter(Compressor):
     """Keep each tensor's mean and standard deviation and the nearest of 2^b normal levels: ``w = Q_b((w - mu)/sd) sd + mu``.
 
+    Of a LoRA, w is B and the distance of A from the A0 that the delta's recorded seed draws again; where A0 is not known,
+    A stays as it is.
     The levels minimise the expected absolute error under the standard normal (at 1 bit, +-0.6745). The paper trains
     through the rounding; here a finished delta is rounded. Its division by sd + 1e-5 is one by sd: numbers of an
     adapter are often smaller than 1e-5. A LoRA's B has a spread around zero once it is trained; one that is still all
@@ -30,4 +32,4 @@ class BinaryAdapter(Compressor):
 
     def compress(self, name: str, update: Update, whole: Whole, state: Any) -> Update:
         source = update if isinstance(update, Magnitude) else whole.independent(name, update)
-        return quantized(source, self.bits, 0, "normal")
+        return quantized(source, whole.start(name, update), self.bits, 0, "normal")

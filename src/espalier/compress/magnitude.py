@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from espalier.delta.compression import Compressor, Whole
+from espalier.delta.compression import Compressor, Whole, naming
 from espalier.delta.fit import densify, sparse
 from espalier.delta.forms import Sparse, Update, compact
 from espalier.delta.selection import Cut, across
@@ -36,7 +36,9 @@ class Magnitude(Compressor):
     def begin(self, whole: Whole) -> Cut | None:
         def numbers() -> Iterator[torch.Tensor]:
             for name in whole.compressible():
-                yield densify(whole.independent(name, whole.delta.updates[name]))
+                with naming(f"{self.name} of {name}"):
+                    dense = densify(whole.independent(name, whole.delta.updates[name]))
+                yield dense
 
         return across(numbers, self.density) if self.scope == "global" else None
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from espalier.delta.compression import Compressor, Whole
-from espalier.delta.fit import quantized
 from espalier.delta.forms import Magnitude, Update
+from espalier.delta.trained import quantized
 from espalier.errors import EspalierError, at_least
 from espalier.registry import compressor
 
@@ -16,7 +16,8 @@ class Quantize(Compressor):
     """Round the matrices and values of any form to 2^b levels, with scale and offset for each group of numbers.
 
     Groups run along the rows. ``uniform`` levels lie evenly from the least to the greatest of a group; ``normal`` ones
-    as a normal distribution has its numbers, around the group's mean. Indices, scales and magnitudes stay.
+    as a normal distribution has its numbers, around the group's mean. Indices, scales and magnitudes stay. Of a
+    LoRA, B and the distance of A from where it started are rounded; where the start is not known, A stays as it is.
     """
 
     bits: int = 4
@@ -33,4 +34,4 @@ class Quantize(Compressor):
 
     def compress(self, name: str, update: Update, whole: Whole, state: Any) -> Update:
         source = update if isinstance(update, Magnitude) else whole.independent(name, update)
-        return quantized(source, self.bits, self.group, self.codebook)
+        return quantized(source, whole.start(name, update), self.bits, self.group, self.codebook)

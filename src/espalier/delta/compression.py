@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -94,6 +95,23 @@ class Outcome:
         return dataclasses.asdict(self)
 
 
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """What goes wrong inside, with ``what`` before it; where memory ran out, an error that says so.
+
+    Raises:
+        EspalierError: for any other, and for a failed allocation.
+    """
+    try:
+        yield
+    except EspalierError as problem:
+        raise EspalierError(f"{what}: {problem}") from problem
+    except (MemoryError, RuntimeError) as problem:
+        if not isinstance(problem, MemoryError) and "allocate" not in str(problem):
+            raise
+        raise EspalierError(f"{what}: there is not enough memory for it ({str(problem).splitlines()[0]})") from problem
+
+
 def compress(
     method: Compressor, whole: Whole, keep: Callable[[str, Update], Update] = lambda name, update: update,
     progress: Callable[[int], Any] = lambda done: None,
@@ -108,19 +126,15 @@ def compress(
     """
     possible = set(whole.compressible())
     for name in possible:
-        try:
+        with naming(f"{method.name} of {name}"):
             require_finite(whole.delta.updates[name])
-        except EspalierError as problem:
-            raise EspalierError(f"{method.name} of {name}: {problem}") from problem
     state = method.begin(whole)
     made: dict[str, Update] = {}
     outcomes = []
     for done, (name, update) in enumerate(whole.delta.updates.items()):
-        try:
+        with naming(f"{method.name} of {name}"):
             smaller = method.compress(name, update, whole, state) if name in possible else update
             error = None if smaller is None else _error(smaller, update, whole, name)
-        except EspalierError as problem:
-            raise EspalierError(f"{method.name} of {name}: {problem}") from problem
         if smaller is not None:
             made[name] = keep(name, smaller)
         outcomes.append(Outcome(name, update.form, smaller.form if smaller else "none", update.nbytes, smaller.nbytes if smaller else 0, error))
@@ -138,8 +152,8 @@ def choose(method: Compressor, whole: Whole, score: Score) -> tuple[Compressor, 
         raise EspalierError(f"{method.name} has nothing that validation data could choose; leave --data out")
     tried = []
     for options in candidates:
-        updates, _ = compress(dataclasses.replace(method, **options), whole)  # type: ignore[type-var]
-        tried.append({**options, "score": score(updates)})
+        candidate = dataclasses.replace(method, **options)  # type: ignore[type-var]
+        tried.append({**options, "score": score(compress(candidate, whole)[0])})  # no name holds one while the next is made
     best = min(range(len(tried)), key=lambda i: tried[i]["score"])
     return dataclasses.replace(method, **candidates[best]), tried  # type: ignore[type-var]
 

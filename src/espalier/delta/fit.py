@@ -29,7 +29,7 @@ from espalier.delta.forms import (
     compact,
     working_dtype,
 )
-from espalier.delta.forms.golomb import ternary as spelled
+from espalier.delta.forms.golomb import signs_at
 from espalier.delta.forms.quantized import Codebook
 from espalier.delta.forms.update import as_matrix
 from espalier.delta.selection import kept, largest
@@ -107,9 +107,19 @@ def relative_error(fitted: Source, update: Source, weight: torch.Tensor | None =
     """``||fitted - update|| / ||update||`` in Frobenius norms; of an update that is zero, the norm of what was fitted."""
     if fitted is update:
         return 0.0
+    factors = [None if isinstance(one, torch.Tensor) else one.low_rank() for one in (fitted, update)]
+    if factors[0] is not None and factors[1] is not None:  # then nothing has to be dense
+        (made_B, made_A), (B, A) = ((f.B.double() * f.gain, f.A.double()) for f in factors if f is not None)
+        size = _norm_of_product(B, A)
+        return _norm_of_product(torch.cat((made_B, -B), -1), torch.cat((made_A, A), -2)) / (size or 1.0)
     dense, made = densify(update, weight), densify(fitted, weight)
     size = float(torch.linalg.vector_norm(dense))
     return float(torch.linalg.vector_norm(made.to(dense.dtype) - dense)) / (size or 1.0)
+
+
+def _norm_of_product(B: torch.Tensor, A: torch.Tensor) -> float:
+    """``||B A||`` of factors (..., out, r) and (..., r, in), by their QR decompositions."""
+    return float(torch.linalg.vector_norm(torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.mT, mode="r").R.mT))
 
 
 # forms
@@ -302,37 +312,24 @@ def _randomized(
         size *= 2
 
 
-def ternary(
-    update: Source,
-    density: float | None = None,
-    scale: Literal["mean", "std"] = "mean",
-    alpha: float = 1.0,
-    code: str = "smallest",
-) -> Update:
-    """The signs of the entries of largest magnitude, and one scale.
+def ternary(update: Source, density: float | None = None) -> Update:
+    """The signs of the entries of largest magnitude, and one scale: the mean of these magnitudes, of least error.
 
     Args:
-        density: share of the entries that keep their sign; by default the one of least error, which is exact for an
-            update that has but one magnitude.
-        scale: ``alpha`` times the mean of the kept magnitudes (of least error), or times the standard deviation of all
-            entries (ComPEFT, arXiv:2311.13171).
-        code: ``bitmaps``, ``golomb``, or what is smaller.
+        density: share of the entries that keep their sign, if as many are not zero; by default the one of least error.
+            An update that has but one magnitude is exact where all of it is kept.
     """
-    if isinstance(update, Ternary | Golomb) and density is None:
-        return update
+    if isinstance(update, Ternary | Golomb):
+        signs = update.signs()
+        if density is None or int(signs.count_nonzero()) <= kept(signs.numel(), density):
+            return update
     values = densify(update)
     if not values.ndim:
         return Dense(values)
-    flat = values.flatten()
-    magnitudes = flat.abs()
-    chosen = largest(magnitudes, _best_count(magnitudes) if density is None else kept(len(flat), density))
-    signs = torch.zeros(len(flat), dtype=torch.int8, device=flat.device)
-    signs[chosen] = flat[chosen].sign().to(torch.int8)
-    if scale == "std":
-        size = flat.double().std(correction=0) if len(flat) else flat.new_zeros(())
-    else:
-        size = magnitudes[chosen].double().mean() if len(chosen) else flat.new_zeros(())
-    return spelled(signs.reshape(values.shape), (size * alpha).float(), code)
+    magnitudes = values.flatten().abs()
+    count = _best_count(magnitudes) if density is None else min(kept(len(magnitudes), density), int(magnitudes.count_nonzero()))
+    chosen = largest(magnitudes, count)
+    return signs_at(values, chosen, float(magnitudes[chosen].double().mean()) if count else 0.0)
 
 
 def _best_count(magnitudes: torch.Tensor) -> int:

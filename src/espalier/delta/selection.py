@@ -76,12 +76,14 @@ class Cut:
 
 
 def across(vectors: Callable[[], Iterable[torch.Tensor]], density: float) -> Cut:
-    """The cut that keeps exactly that share of all numbers of ``vectors``, which are gone through twice, one at a time.
+    """The cut that keeps exactly that share of all numbers of ``vectors``, if as many are not zero.
+
+    They are gone through twice, one at a time.
 
     Magnitudes are counted by the upper half of the bits of their float32, then by the lower half: their order as
     integers is their order as numbers.
     """
-    counts, squares, total, entries = numpy.zeros(1 << 16, numpy.int64), 0.0, 0.0, 0
+    counts, squares, total, entries, nonzero = numpy.zeros(1 << 16, numpy.int64), 0.0, 0.0, 0, 0
     sums = numpy.zeros(1 << 16)
     for vector in vectors():
         bits, magnitudes = _magnitudes(vector)
@@ -90,8 +92,9 @@ def across(vectors: Callable[[], Iterable[torch.Tensor]], density: float) -> Cut
         total += float(vector.sum(dtype=torch.float64))
         squares += float(vector.double().square().sum())
         entries += vector.numel()
+        nonzero += int(numpy.count_nonzero(magnitudes))
     std = math.sqrt(max(squares / max(entries, 1) - (total / max(entries, 1)) ** 2, 0.0))
-    wanted = kept(entries, density)
+    wanted = min(kept(entries, density), nonzero)
     if not wanted:
         return Cut(math.inf, 0, std, 0.0)
     upper, above = _bin_of(counts, wanted)

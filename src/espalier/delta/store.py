@@ -23,7 +23,7 @@ import torch
 
 from espalier.anatomy.target import Target
 from espalier.checkpoint.atomic import atomic_file, write_text
-from espalier.checkpoint.directory import TEMPLATES, read_json
+from espalier.checkpoint.directory import TEMPLATES, is_side_file, read_json
 from espalier.checkpoint.relaid import Source
 from espalier.checkpoint.safetensors_file import (
     DTYPES,
@@ -32,14 +32,14 @@ from espalier.checkpoint.safetensors_file import (
     dtype_name,
     tensor_bytes,
 )
-from espalier.delta.forms import Update, form
+from espalier.delta.forms import Replace, Update, form
 from espalier.errors import EspalierError
 
 FORMAT = 1
 TENSORS, MANIFEST, FILES = "delta.safetensors", "delta.json", "files"
 _KINDS = {
     "base": dict, "method": str, "hyperparameters": dict, "settings": dict, "training": dict, "special_tokens": dict,
-    "tensors": dict, "removed": list, "relaid": dict, "files": dict,
+    "tensors": dict, "removed": list, "relaid": dict, "files": dict, "lineage": list,
 }  # fmt: skip
 
 
@@ -210,12 +210,12 @@ def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:
     if not all(isinstance(name, str) for name in manifest.get("removed", [])):
         raise EspalierError(f"{path}: removed is {manifest['removed']!r}; it must be a list of tensor names")
     for name, digest in manifest.get("files", {}).items():
-        file = name.rpartition("/")[2]
-        if file in ("", ".", "..") or "\\" in file or "\0" in file or file.endswith(".safetensors") or (name != file and name != f"{TEMPLATES}/{file}"):
+        if not is_side_file(name):
             raise EspalierError(
-                f"{path}: files names {name!r}; it must be a plain relative file name, or one in {TEMPLATES}, and no weights"
+                f"{path}: files names {name!r}; it must be a plain relative file name, or a template in {TEMPLATES}, and no weights, "
+                "index, card, record or state of a training"
             )
-        if digest is not None and not isinstance(digest, str):
+        if not isinstance(digest, str) and (digest is not None or name == "config.json"):
             raise EspalierError(f"{path}: the SHA-256 of the file {name!r} is {digest!r}")
     for name, entry in manifest.get("relaid", {}).items():
         try:
@@ -278,6 +278,8 @@ class _Updates(Mapping[str, Update]):
     def __getitem__(self, name: str) -> Update:
         entry = self.described[name]
         try:
+            if name == "__metadata__":
+                raise EspalierError("no tensor can have this name, which is that of a header's own entry")
             return self._make(name, entry)
         except EspalierError as error:
             raise EspalierError(f"{self.folder}: the update of {name!r}: {error}") from error
@@ -317,7 +319,13 @@ class _Updates(Mapping[str, Update]):
             raise EspalierError(f"shape is {shape!r}; it must be a list of sizes")
         if not isinstance(gain, int | float) or not math.isfinite(gain):
             raise EspalierError(f"gain is {gain!r}; it must be a finite number")
+        if entry["transposed"] and len(shape) < 2:
+            raise EspalierError(f"transposed is true for the shape {shape}; only matrices are")
         update = form(entry["form"]).from_tensors(tensors, entry["constants"], tuple(shape), float(gain))
+        if dtype := entry.get("dtype"):
+            sets = isinstance(update, Replace) and update.ignores_base and gain == 1.0 and not entry["transposed"]
+            if not sets or dtype_name(update.dtype) != dtype:
+                raise EspalierError(f"dtype is {dtype!r}; only an update that replaces all values by ones of that dtype, with a gain of 1, may have it")
         if unknown := sorted(set(tensors) - set(update.tensors())):
             raise EspalierError(f"the form {update.form!r} has no tensor {unknown[0]!r}")
         if entry["shared"]:
@@ -363,8 +371,14 @@ def manifest_after(
     return made if settings is None else {**made, "settings": dict(settings)}
 
 
-def check_base(delta: Delta, folder: Path, base: Path, found: str) -> None:
+ANY_BASE = ", or pass --any-base to use it all the same"
+
+
+def check_base(delta: Delta, folder: Path, base: Path, found: str, otherwise: str = "") -> None:
     """Refuse a delta that was made for another base than ``base``, whose fingerprint is ``found``.
+
+    Args:
+        otherwise: what the user may do instead of giving the right base.
 
     Raises:
         EspalierError: naming both fingerprints.
@@ -373,5 +387,5 @@ def check_base(delta: Delta, folder: Path, base: Path, found: str) -> None:
     if wanted != found:
         raise EspalierError(
             f"the delta in {folder} was made for the base {delta.manifest.get('base', {}).get('name')!r} with fingerprint "
-            f"{wanted}; {base} has {found}. Give the right base, or pass --any-base to use it all the same"
+            f"{wanted}; {base} has {found}. Give the right base{otherwise}"
         )

@@ -6,11 +6,14 @@ and is that difference; its A starts at random, and the difference is known only
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from espalier.delta import fit
+from espalier.delta.fit import Source
 from espalier.delta.forms import (
     Columns,
     Dense,
@@ -18,24 +21,28 @@ from espalier.delta.forms import (
     Golomb,
     LowRank,
     Magnitude,
+    Quantized,
     Rows,
+    Seeded,
+    SeededLowRank,
     Sparse,
     Ternary,
     Update,
 )
 from espalier.delta.forms.factored import Start
+from espalier.delta.forms.quantized import Codebook
 from espalier.errors import EspalierError
 
 ALIKE = 0.3
 """Cosine of A and a drawn A0 above which A was trained from it: of others it is near 0."""
 
-Coder = Callable[[torch.Tensor], Ternary | Golomb]
+Coder = Callable[[torch.Tensor], Update]
 
 
 def recorded_start(manifest: Mapping[str, Any], name: str, update: Update) -> Start | None:
     """The start of the update's A, where the delta records its seed and A still resembles what that draws."""
     seed = manifest.get("settings", {}).get("seed")
-    factors = update.inner if isinstance(update, Magnitude) else update
+    factors = _inmost(update)
     if not isinstance(factors, LowRank) or type(seed) is not int:
         return None
     start = Start(seed, name)
@@ -44,11 +51,32 @@ def recorded_start(manifest: Mapping[str, Any], name: str, update: Update) -> St
     return start if size and float((drawn * A).sum()) > ALIKE * size else None
 
 
-def vectors(update: Update, start: Start | None) -> list[torch.Tensor]:
+def _inmost(update: Update) -> Update:
+    """The update without codes and magnitudes around it."""
+    return _inmost(update.inner) if isinstance(update, Quantized | Magnitude) else update
+
+
+def leaves_factors(update: Update, start: Start | None) -> bool:
+    """Whether :func:`recoded` leaves the A of low-rank factors as it is, because where it started is not known."""
+    factors = _factors(_inmost(update), start)
+    return factors is not None and factors.start is None and not any(isinstance(p, Sparse | Seeded) for p in factors.parts.values())
+
+
+def quantized(update: Source, start: Start | None, bits: int, group: int, codebook: Codebook) -> Update:
+    """:func:`fit.quantized` of what was trained: of low-rank factors, B and the distance of A from its start.
+
+    Where the start is not known, A stays as it is.
+    """
+    if isinstance(update, Update) and isinstance(_inmost(update), LowRank | Factored):
+        return recoded(update, start, lambda tau: fit.quantized(tau, bits, group, codebook))
+    return fit.quantized(update, bits, group, codebook)
+
+
+def vectors(update: Update, start: Start | None, B_alone: bool = False) -> list[torch.Tensor]:
     """What was trained: of the update's factors or values, else the dense update; float32.
 
     Raises:
-        EspalierError: when the update depends on the base, or shares its numbers with others.
+        EspalierError: when the update depends on the base, or shares pools with others.
     """
     found: list[torch.Tensor] = []
 
@@ -56,48 +84,90 @@ def vectors(update: Update, start: Start | None) -> list[torch.Tensor]:
         found.append(vector)
         return Ternary.of(torch.zeros(vector.shape, dtype=torch.int8, device=vector.device), torch.zeros(()))
 
-    recoded(update, start, see)
+    recoded(update, start, see, B_alone)
     return found
 
 
-def recoded(update: Update, start: Start | None, code: Coder) -> Update:
-    """The same update with what was trained replaced by what ``code`` makes of it.
+def recoded(update: Update, start: Start | None, code: Coder, B_alone: bool = False) -> Update:
+    """The same update with what was trained replaced by what ``code`` makes of it; as it is where that is no smaller.
 
-    The A of low-rank factors stays as it is where there is no ``start``. Of columns and rows, the values are coded and
-    the places kept; of a sparse update, the values at its support.
+    Updates that are made of factors stay so. Their A is coded as its distance from where it started: ``start``, or what
+    an update that was coded before knows; else it stays as it is. Of columns and rows, the values are coded and the
+    places kept; of a sparse update, the values at its support.
 
     Args:
-        code: from a float32 tensor of any shape to signs and a scale of that shape; called in a fixed order.
+        code: from a float32 tensor of any shape to an update of that shape (of values at a support: to signs); called
+            in a fixed order.
+        B_alone: leave A as it is even where its start is known.
 
     Raises:
-        EspalierError: when the update depends on the base, or shares its numbers with others.
+        EspalierError: when the update depends on the base, or shares pools with others.
     """
-    if update.shared:
-        raise EspalierError(f"the form {update.form!r} shares its tensors with other parameters; make it low rank first (espalier convert --to lora)")
-    if not update.shape:
-        return update  # one number is no smaller as a sign and a scale
     if isinstance(update, Magnitude):
-        return Magnitude(update.magnitude, recoded(update.inner, start, code), update.gain)
-    if isinstance(update, LowRank):
-        B = code(update.B.float())
-        A = Dense(update.A) if start is None else code(update.A.float() - start.draw(*update.A.shape).to(update.A.device))
-        return Factored(B, A, update.gain, start, update.shape)
-    if isinstance(update, Columns):
-        return Factored(code(update.values.float()), _places(update.index, update.inputs), update.gain, None, update.shape)
-    if isinstance(update, Rows):
-        values = code(update.values.float())
-        return Factored(_places(update.index, update.outputs, turned=True), values, update.gain, None, update.shape)
+        return Magnitude(update.magnitude, recoded(update.inner, start, code, B_alone), update.gain)
+    if isinstance(update, Quantized):
+        made = recoded(update.inner, start, code, B_alone)
+    else:
+        made = _recoded(update, None if B_alone else start, code, B_alone)
+    return made if made.nbytes < update.nbytes else update
+
+
+def _recoded(update: Update, start: Start | None, code: Coder, B_alone: bool) -> Update:
+    if not update.shape or isinstance(update, Seeded) or (isinstance(update, SeededLowRank) and update.B is None):
+        return update  # one number, or seeds and few of them
+    if (factors := _factors(update, start)) is not None:
+        B, A = factors.parts["B"], factors.parts["A"]
+        learnt = isinstance(B, Sparse) or (factors.start is not None and not B_alone)
+        made = B if isinstance(B, Sparse) else code(_values(B))
+        return Factored(made, code(_values(A)) if learnt else A, factors.gain, factors.start, factors.shape)
     if isinstance(update, Sparse):
-        coded = code(update.values.float())
-        signs = torch.zeros(update.shape, dtype=torch.int8, device=coded.scale.device)
-        signs.view(-1)[update.positions] = coded.signs()
-        scale = coded.scale.expand(signs.shape[0]) if signs.ndim == 3 and isinstance(coded, Ternary) else coded.scale
-        return type(coded).of(signs, scale.clone(), update.gain)
+        return _at_support(update, code(update.values.float()))
     if isinstance(update, Dense):
         return code(update.values.float()).scaled(update.gain)
     if update.depends_on_base:
         raise EspalierError(f"the form {update.form!r} depends on the base; the base model is needed to make another of it (--model BASE)")
-    return code(update.materialize(torch.empty(update.shape, device="meta")))
+    return code(_values(update))
+
+
+def _at_support(update: Sparse, coded: Update) -> Update:
+    """Coded values (n,) as signs at the support of a sparse update."""
+    assert isinstance(coded, Ternary | Golomb)
+    signs = torch.zeros(update.shape, dtype=torch.int8, device=coded.scale.device)
+    signs.view(-1)[update.positions] = coded.signs()
+    scale = coded.scale.expand(signs.shape[0]) if signs.ndim == 3 and isinstance(coded, Ternary) else coded.scale
+    return type(coded).of(signs, scale.clone(), update.gain)
+
+
+def _values(update: Update) -> torch.Tensor:
+    """The dense numbers of an update that does not depend on the base, float32."""
+    return update.materialize(torch.empty(update.shape, device="meta"))
+
+
+def _factors(update: Update, start: Start | None) -> Factored | None:
+    """The update as two factors, of which one may be places (``Sparse``), or ``None`` where it is not made of such.
+
+    Raises:
+        EspalierError: when it shares pools with others: its factors would be larger than it is.
+    """
+    if isinstance(update, Factored):
+        return update
+    if isinstance(update, Columns):
+        return Factored(Dense(update.values), _places(update.index, update.inputs), update.gain, None, update.shape)
+    if isinstance(update, Rows):
+        return Factored(_places(update.index, update.outputs, turned=True), Dense(update.values), update.gain, None, update.shape)
+    if update.shared and not isinstance(update, LowRank):
+        raise EspalierError(f"the form {update.form!r} shares its tensors with other parameters; make it low rank first (espalier convert --to lora)")
+    if (factors := update.low_rank()) is None:
+        return None
+    A: Update = Dense(factors.A)
+    if isinstance(update, SeededLowRank) and "A" in update.bases and update.coefficients_A is None:
+        basis = update.bases["A"]
+        A = Seeded(torch.ones(1), dataclasses.replace(basis, rows=basis.rows * basis.columns, columns=1), tuple(factors.A.shape))
+    if not isinstance(update, LowRank) or start is None:
+        A.shared = {"values": update.shared["A"]} if "A" in update.shared else {}
+        return Factored(Dense(factors.B), A, factors.gain, None, update.shape)
+    change = factors.A.float() - start.draw(*factors.A.shape).to(factors.A.device)
+    return Factored(Dense(factors.B), Dense(change), factors.gain, start, update.shape)
 
 
 def _places(index: torch.Tensor, count: int, turned: bool = False) -> Sparse:

@@ -11,6 +11,7 @@ an entry moves only when its update exceeds about 1/512 of it.
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import math
 import re
 import shutil
@@ -23,14 +24,16 @@ from typing import Any
 import torch
 
 from espalier.anatomy.layout import is_transposed, locate, place
+from espalier.checkpoint.atomic import require_free_space
 from espalier.checkpoint.directory import ModelDirectory
 from espalier.checkpoint.fingerprint import file_digest
 from espalier.checkpoint.relaid import Relaid, Source
 from espalier.checkpoint.safetensors_file import DTYPES, tensor_bytes, torch_dtype
 from espalier.checkpoint.stream import Hashes, one_thread_each, slices
-from espalier.delta.fit import fit, relative_error
+from espalier.delta.fit import TARGETS, fit, relative_error
 from espalier.delta.forms import Update
 from espalier.delta.forms.bits import pack_bits
+from espalier.delta.forms.update import matrix_shape
 from espalier.delta.store import FILES, Append, Entry, Layout, writing
 from espalier.errors import EspalierError
 from espalier.kernels.philox import Stream
@@ -49,7 +52,8 @@ class Change:
         entries, changed, small: how many there are, whose bits differ, and that moved by at most :data:`SMALL` (None: integers).
         norm, base_norm, largest: Frobenius norms of the update and of the base, largest absolute update.
         effective_rank: (sum s^2)^2 / (sum s^4) over the update's singular values s, estimated from products with
-            ``PROBES`` random signs; None where the tensor is no matrix.
+            ``PROBES`` random signs; a convolution's as that of the matrix (out, in * kh * kw). None where the tensor is no
+            matrix: of one dimension, or of three, which are as many matrices as there are experts.
     """
 
     name: str
@@ -82,7 +86,7 @@ class Pair:
     """Two models of which one is to be made of the other; ``base`` is seen in the layout of ``tuned``.
 
     Raises:
-        EspalierError: when no tensor is shared, and names seem to differ by a prefix that no family has.
+        EspalierError: when no tensor is shared, saying so where names seem to differ by a prefix that no family has.
     """
 
     def __init__(self, base: ModelDirectory, tuned: ModelDirectory) -> None:
@@ -93,8 +97,10 @@ class Pair:
         self.common = sorted(same)
         self.whole = sorted(set(tuned) - same)
         self.removed = sorted(set(base) - set(tuned))
-        if not any(n in self.base for n in tuned) and (pair := _same_but_for_prefix(base, tuned)):
-            raise EspalierError(f"{base.path} calls a tensor {pair[0]!r} that {tuned.path} calls {pair[1]!r}; save both with the same model class")
+        if not any(n in self.base for n in tuned):
+            if pair := _same_but_for_prefix(base, tuned):
+                raise EspalierError(f"{base.path} calls a tensor {pair[0]!r} that {tuned.path} calls {pair[1]!r}; save both with the same model class")
+            raise EspalierError(f"{base.path} and {tuned.path} have no tensor in common; a difference is of two checkpoints of one model")
         self.hashes = Hashes(base), Hashes(tuned)
         self.files: dict[str, str | None] = {}
         """What differs beside the weights, once it has been written."""
@@ -119,7 +125,7 @@ class Pair:
     def slices(self, name: str, hashed: bool = False) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """(first entry, base's values, tuned's) of a tensor in the logical order of its entries, as (rows, columns)."""
         info = self.base.info(name)
-        item, columns = DTYPES[info.dtype][1], info.shape[-1] if info.shape else 1
+        item, columns = DTYPES[info.dtype][1], matrix_shape((1, 1, *info.shape)[-max(len(info.shape), 2) :])[-1]
         transposed = self.layout(name).transposed
         unit = info.shape[-2] * columns * item if transposed else columns * item
         if unit % (8 * item):  # so that every slice but the last has whole bytes of a bitmap
@@ -141,7 +147,9 @@ class Pair:
         change = Change(name, info.dtype, math.prod(info.shape))
         floating = torch_dtype(info.dtype).is_floating_point
         wide = torch.float64 if info.dtype == "F64" else torch.float32
-        probes = Stream(0, name).rademacher(self.shape(name)[-1] if len(info.shape) > 1 else 0, PROBES).to(wide)
+        shape = self.shape(name)
+        is_matrix = len(shape) not in (0, 1, 3) and change.entries > 0
+        probes = Stream(0, name).rademacher(matrix_shape(shape)[-1] if is_matrix else 0, PROBES).to(wide)
         products = torch.zeros_like(probes)
         squares = base_squares = 0.0
         small = 0
@@ -163,7 +171,7 @@ class Pair:
         change.norm, change.base_norm = math.sqrt(squares), math.sqrt(base_squares)
         change.small = small if floating else None
         fourth = float(products.double().square().sum()) / PROBES  # E |G z|^2 = tr G^2 for random signs z, G = D^T D
-        change.effective_rank = max(squares**2 / fourth, 1.0) if fourth > 0 else None
+        change.effective_rank = max(squares * (squares / fourth), 1.0) if fourth > 0 else None
         return change
 
 
@@ -208,10 +216,23 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def _same_but_for_prefix(base: ModelDirectory, tuned: ModelDirectory) -> tuple[str, str] | None:
     for name in base:
-        for other in tuned:
-            if name != other and (name.endswith("." + other) or other.endswith("." + name)):
-                return name, other
+        for rest in _without_prefixes(name):
+            if rest in tuned:
+                return name, rest
+    for name in tuned:
+        for rest in _without_prefixes(name):
+            if rest in base:
+                return rest, name
     return None
+
+
+def _without_prefixes(name: str) -> Iterator[str]:
+    """The name without its first part, its first two, ... as many as a prefix may have."""
+    for _ in range(4):
+        _, dot, name = name.partition(".")
+        if not dot:
+            return
+        yield name
 
 
 def measure(pair: Pair, progress: Callable[[int], Any]) -> list[Change]:
@@ -332,7 +353,7 @@ def side_files(pair: Pair, folder: Path) -> dict[str, str | None]:
     old, new = pair.base.side_files(), pair.tuned.side_files()
     found: dict[str, str | None] = dict.fromkeys(set(old) - set(new))
     for name, path in new.items():
-        if name in old and old[name].read_bytes() == path.read_bytes():
+        if name in old and filecmp.cmp(old[name], path, shallow=False):
             continue
         copy = folder / FILES / name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -341,22 +362,46 @@ def side_files(pair: Pair, folder: Path) -> dict[str, str | None]:
     return dict(sorted(found.items()))
 
 
+def checked(to: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a form: those that were given, and the defaults of the others.
+
+    Raises:
+        EspalierError: when one was given that does nothing for that form, as all for ``auto``.
+    """
+    taken = TARGETS[to][1] if to in TARGETS else ()
+    for key in options:
+        if key not in taken:
+            users = [target for target, (_, names) in TARGETS.items() if key in names]
+            raise EspalierError(f"--{key} does nothing with --to {to}; it is an option of {', '.join(users)}")
+    return {**{key: value for key, value in {"bits": 4, "group": 64, "seed": 0}.items() if key in taken}, **options}
+
+
 def write(
-    pair: Pair, described: dict[str, Entry], changes: Sequence[Change], to: str, options: Mapping[str, Any], names: tuple[str, str],
-    folder: Path, progress: Callable[[int], Any],
+    pair: Pair, changes: Sequence[Change], to: str, options: Mapping[str, Any], names: tuple[str, str],
+    folder: Path, out: Path, progress: Callable[[int], Any],
 ) -> dict[str, float]:  # fmt: skip
-    """Write the delta of a measured pair into ``folder``; returns the relative errors of what ``to`` approximates."""
+    """Write the delta of a measured pair into ``folder``, which is to become ``out``.
+
+    Returns:
+        The relative errors of what ``to`` approximates.
+
+    Raises:
+        EspalierError: when an update cannot have that form, or the disk is too small.
+    """
     done = 0
 
     def advance(count: int) -> None:
         nonlocal done
         progress(done := done + count)
 
+    described = entries(pair, changes, to)
     updates, errors = ({}, {}) if to == "auto" else fitted(pair, changes, to, options, advance)
+    everything = {**described, **{name: Entry.of(update, pair.layout(name)) for name, update in updates.items()}}
+    require_free_space(folder, nbytes(everything) + (8 << 20), f"the delta in {out}")
     pair.files = side_files(pair, folder)
     manifest = {
         "method": "diff",
-        "hyperparameters": {"to": to, **({} if to == "auto" else {k: v for k, v in options.items() if v is not None})},
+        "hyperparameters": {"to": to, **options},
         "base": {"name": names[0], "fingerprint": pair.hashes[0].fingerprint(), "model_type": pair.model_type},
         "tuned": {"name": names[1], "fingerprint": pair.hashes[1].fingerprint()},
         "removed": pair.removed,
@@ -368,7 +413,6 @@ def write(
         f"---\nlibrary_name: espalier\nbase_model: {names[0]}\n---\n\n# What changed from {names[0]} to {names[1]}\n\n"
         f"Written by `espalier diff`, {how}.\n"
     )
-    everything = {**described, **{name: Entry.of(update, pair.layout(name)) for name, update in updates.items()}}
     with writing(folder, everything, manifest, card) as append:
         fill(pair, described, append, advance)
         for name, update in updates.items():

@@ -27,7 +27,7 @@ from espalier.checkpoint.safetensors_file import (
     torch_dtype,
 )
 from espalier.checkpoint.stream import Hashes, one_thread_each, slices
-from espalier.delta.forms import Update, working_dtype
+from espalier.delta.forms import Blocks, Replace, Update, working_dtype
 from espalier.delta.forms.update import is_one
 from espalier.delta.store import Delta, Layout
 from espalier.errors import EspalierError
@@ -72,17 +72,47 @@ def _is_exact(update: Update, dtype: torch.dtype) -> bool:
     return update.exact_at_one and is_one(update.gain) and update.dtype == dtype
 
 
+def _only_sets(update: Update) -> bool:
+    """Whether the update replaces values, and leaves the others as they are."""
+    parts = list(update.parts.values()) if isinstance(update, Blocks) else [update]
+    return is_one(update.gain) and all(isinstance(part, Replace) and is_one(part.gain) for part in parts)
+
+
 def _updated(weight: torch.Tensor, updates: Sequence[Update], dtype: torch.dtype, rounding: Rounding) -> torch.Tensor:
-    """The weight under its updates, rounded once to ``dtype``; without arithmetic where values are only set."""
-    current = weight
+    """The weight under its updates, rounded once to ``dtype``; without arithmetic where values are only set.
+
+    Raises:
+        EspalierError: when arithmetic or rounding makes a value that is not finite; one that is set may be any.
+    """
+    current = given = weight
+    computes = False
     for update in updates:
         if not _is_exact(update, current.dtype):
             current = current.to(working_dtype(current))
         current = update.apply(current)
+        computes = computes or not _only_sets(update)
+        given = given if computes else current
     rounded = current.to(dtype)
+    if computes or current.dtype != dtype:
+        _require_finite(given, rounded)
     if current.dtype != dtype:
         rounding.add(weight.to(current.dtype), current, rounded)
     return rounded
+
+
+def _require_finite(before: torch.Tensor, after: torch.Tensor) -> None:
+    """Refuse values that are not finite where those before were; both extremes are NaN where anything is."""
+    if not after.is_floating_point() or not after.numel():
+        return
+    values = after if after.element_size() > 1 else after.float()
+    if all(math.isfinite(extreme) for extreme in torch.aminmax(values)):
+        return
+    wide = before.to(working_dtype(before))
+    made = ~values.isfinite() & wide.isfinite()
+    if bool(made.any()):
+        was, is_ = float(wide[made][0]), float(values[made][0])
+        largest = torch.finfo(after.dtype).max
+        raise EspalierError(f"a value would become {is_}, from {was:.6g}; it must be finite, which in {str(after.dtype)[6:]} is at most {largest:.4g}")
 
 
 def write_model(
@@ -107,7 +137,7 @@ def write_model(
         What rounding did, by parameter (the worst expert's for fused ones).
 
     Raises:
-        EspalierError: when a delta does not fit the base, or an updated value is not finite.
+        EspalierError: when a delta does not fit the base, or a value becomes one that is not finite, but for those that it sets.
     """
     made = outputs(directory, deltas, dtype)
     files = cut(made, directory, shard_bytes)
@@ -169,7 +199,10 @@ def _contents(
     if first.source is None:
         if len(first.steps) > 1:
             raise EspalierError("one delta sets it as a whole and another updates it; apply them one after the other")
-        yield first, 0, tensor_bytes(updates(*first.steps[0], None).tensors()["values"].to(target))
+        values = updates(*first.steps[0], None).tensors()["values"]
+        if values.dtype != target:
+            _require_finite(values, values.to(target))
+        yield first, 0, tensor_bytes(values.to(target))
         return
     info = directory.info(first.source)
     if not first.steps and first.dtype == info.dtype:
@@ -208,7 +241,7 @@ def contents(directory: ModelDirectory, job: list[Output], updates: Scaled) -> d
 
 def _matrices(info: TensorInfo, steps: list[Update]) -> Iterator[tuple[int, tuple[int, ...], list[Update]]]:
     """(first byte, shape, updates) of what a tensor is made of: itself, or a matrix for each fused expert."""
-    if len(info.shape) != 3 or not steps:
+    if len(info.shape) != 3 or not steps or not info.nbytes:
         yield 0, info.shape, steps
         return
     experts = [step.unbind() for step in steps]

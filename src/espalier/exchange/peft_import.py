@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
-from espalier.anatomy.layout import locate
+from espalier.anatomy.layout import Piece, locate
 from espalier.anatomy.target import Target
 from espalier.checkpoint.directory import ModelDirectory
 from espalier.checkpoint.peft_adapter import TENSORS, Adapter, expect_sizes, read
+from espalier.checkpoint.safetensors_file import torch_dtype
+from espalier.delta.fit import require_finite
 from espalier.delta.forms import (
     BlockAffine,
     Chain,
@@ -317,7 +319,9 @@ def oft(part: Part) -> Updates:
         raise part.refuse(f"has {blocks} blocks of {entries} angles, which do not fit {inputs} inputs")
     skew = _skew(part, part.tensors[end], size)
     if adapter.config.get("coft"):
-        limit = adapter.number("eps", 6e-5) / math.sqrt(blocks)
+        eps = adapter.number("eps", 6e-5)
+        at_least(f"{adapter.path}: eps", eps, 0)
+        limit = eps / math.sqrt(blocks)
         norms = torch.linalg.matrix_norm(skew, keepdim=True)
         skew = torch.where(norms <= limit, skew, limit * skew / norms)
     if adapter.config.get("use_cayley_neumann", True):
@@ -427,6 +431,8 @@ def import_adapter(folder: Path, parameters: Mapping[str, Target], base: ModelDi
             raise part.refuse("has trained tokens and factors, which one update cannot hold")
         try:
             made = (trainable_tokens if is_tokens else IMPORTS[adapter.kind])(part)
+            for update in made.values():
+                require_finite(update)
         except EspalierError as error:
             raise error if str(folder) in str(error) else EspalierError(f"{folder}: the update of {module}: {error}") from error
         for local, update in made.items():
@@ -498,13 +504,19 @@ def _put_copy(
         return
     if tuple(logical.shape) != target.shape:
         raise EspalierError(f"{adapter.folder / TENSORS}: {name} has shape {tuple(copy.shape)}; the model's {alias} has {target.shape}")
+    stored = torch_dtype(base.info(_pieces(target, base)[0].names[0]).dtype)
+    if copy.is_floating_point() != stored.is_floating_point:
+        raise EspalierError(f"{adapter.folder / TENSORS}: {name} is {copy.dtype}; the model's {alias} is {stored}")
     put(alias, Replace(logical.contiguous()))
+
+
+def _pieces(target: Target, base: ModelDirectory) -> list[Piece]:
+    return locate(target.name, target.names, target.shape[0] if len(target.shape) == 3 else None, base)
 
 
 def _stored(target: Target, base: ModelDirectory) -> torch.Tensor:
     """A parameter of the base, in its logical shape."""
-    experts = target.shape[0] if len(target.shape) == 3 else None
-    pieces = locate(target.name, target.names, experts, base)
+    pieces = _pieces(target, base)
     if pieces[0].expert is None:
         weight = base.read(pieces[0].names[0])
         return weight.transpose(-1, -2) if target.transposed else weight

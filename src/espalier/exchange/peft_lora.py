@@ -41,6 +41,8 @@ def export(folder: Path, delta: Delta, targets: Mapping[str, Target], base: str,
         ``None`` when written, or the reason why PEFT cannot hold this delta as it is.
     """
     factors = {}
+    if not delta.updates:
+        return "it updates no parameter"
     for name, update in by_parameter(delta.updates, targets.values()).items():
         made = _factors(update, targets[name])
         if isinstance(made, str):

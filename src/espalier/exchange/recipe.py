@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import reprlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +16,7 @@ from espalier.checkpoint.directory import LINEAGE, ModelDirectory, read_json
 from espalier.checkpoint.fingerprint import file_digest
 from espalier.checkpoint.safetensors_file import torch_dtype
 from espalier.checkpoint.stream import Hashes, known_fingerprint
-from espalier.delta.store import FILES, MANIFEST, Delta, check_base
+from espalier.delta.store import ANY_BASE, FILES, MANIFEST, Delta, check_base
 from espalier.display import Display
 from espalier.errors import EspalierError
 from espalier.exchange.composition import outputs, seen_by
@@ -27,12 +29,15 @@ def write_side_files(out: Path, directory: ModelDirectory, folders: Sequence[Pat
     """Write what stands beside the weights: the base's files, but for those that a delta brings or drops.
 
     Raises:
-        EspalierError: when a delta's copy of a file is missing or is not the one that it recorded.
+        EspalierError: when a delta's copy of a file is missing, lies elsewhere or is not the one that it recorded, or the
+            new config is no JSON object.
     """
     files = directory.side_files()
     for folder, delta in zip(folders, deltas, strict=True):
         for name, digest in delta.manifest.get("files", {}).items():
             content = folder / FILES / name
+            if digest is not None and not content.resolve().is_relative_to((folder / FILES).resolve()):
+                raise EspalierError(f"{content} is a link to {content.resolve()}; a delta's files must lie in its own folder")
             if digest is not None and (not content.is_file() or file_digest(content) != digest):
                 raise EspalierError(f"{content} is missing or damaged: its SHA-256 is not the one that {MANIFEST} records")
             files.pop(name, None)
@@ -41,8 +46,10 @@ def write_side_files(out: Path, directory: ModelDirectory, folders: Sequence[Pat
     for name, content in files.items():
         (out / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(content, out / name)
+    config = read_json(out / "config.json")
+    if not isinstance(config, dict):
+        raise EspalierError(f"the deltas make {reprlib.repr(config)} of config.json; it must be a JSON object")
     if dtype is not None:
-        config = read_json(out / "config.json")
         config.pop("torch_dtype", None)
         config["dtype"] = str(torch_dtype(dtype)).removeprefix("torch.")
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -50,7 +57,10 @@ def write_side_files(out: Path, directory: ModelDirectory, folders: Sequence[Pat
 
 @dataclass(frozen=True)
 class Lineage:
-    """What a model was made of, as ``espalier.json`` says it: enough to make it again."""
+    """What a model was made of, as ``espalier.json`` says it: enough to make it again.
+
+    Directories are absolute paths; the base may also be ``seedling`` or a hub id.
+    """
 
     base: str
     fingerprint: str | None
@@ -58,6 +68,7 @@ class Lineage:
     digests: dict[str, str]
     scale: float
     dtype: Literal["bf16", "fp16", "fp32"] | None
+    shard_bytes: int | None = None
 
     @classmethod
     def read(cls, path: Path) -> Lineage:
@@ -67,27 +78,37 @@ class Lineage:
             EspalierError: when it is malformed.
         """
         content = read_json(path)
-        kinds = {"base": str, "fingerprint": str | None, "deltas": list, "digests": dict, "scale": float, "dtype": str | None}
+        kinds = {
+            "base": str, "fingerprint": str | None, "deltas": list, "digests": dict, "scale": float, "dtype": str | None, "shard_bytes": int | None,
+        }  # fmt: skip
         if not isinstance(content, dict) or any(not isinstance(content.get(key), kind) for key, kind in kinds.items()):
             raise EspalierError(f"{path} does not say what the model was made of ({', '.join(kinds)})")
         if not all(isinstance(d, str) and d in content["digests"] for d in content["deltas"]) or content["dtype"] not in (None, *_DTYPES):
             raise EspalierError(f"{path} is malformed: deltas {content['deltas']!r}, dtype {content['dtype']!r}")
-        return cls(**{key: content[key] for key in kinds})
+        if not math.isfinite(content["scale"]):
+            raise EspalierError(f"{path}: the scale is {content['scale']}; it must be a finite number")
+        facts: dict[str, Any] = {key: content.get(key) for key in kinds}
+        return cls(**facts)
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
-def _write_card(path: Path, lineage: Lineage, deltas: Sequence[Delta]) -> None:
+def recorded(model: str | Path) -> str:
+    """How a base or a delta is recorded: a directory by its absolute path; ``seedling`` and hub ids as they are."""
+    return str(Path(model).resolve()) if str(model) != "seedling" and Path(model).is_dir() else str(model)
+
+
+def _write_card(path: Path, recipe: Recipe, fingerprint: str | None) -> None:
     """A model card that says where the model comes from."""
     lines = [
         f"- `{folder}`: {delta.manifest.get('method')} {json.dumps(delta.manifest.get('hyperparameters', {}))}, "
         f"data `{delta.manifest.get('training', {}).get('data')}`"
-        for folder, delta in zip(lineage.deltas, deltas, strict=True)
+        for folder, delta in zip(recipe.folders, recipe.deltas, strict=True)
     ]
-    made = f"from `{lineage.base}`, fingerprint `{lineage.fingerprint}`, scale {lineage.scale}, and:\n\n" + "\n".join(lines)
+    made = f"from `{recipe.name}`, fingerprint `{fingerprint}`, scale {recipe.scale}, and:\n\n" + "\n".join(lines)
     text = (
-        f"---\nlibrary_name: transformers\nbase_model: {lineage.base}\ntags: [espalier]\n---\n\n# {lineage.base} with deltas\n\n"
+        f"---\nlibrary_name: transformers\nbase_model: {recipe.name}\ntags: [espalier]\n---\n\n# {recipe.name} with deltas\n\n"
         f"Written by `espalier apply` {made}\n\n`espalier revert` makes the model again without them.\n"
     )
     path.write_text(text, encoding="utf-8")
@@ -114,8 +135,10 @@ def write(recipe: Recipe, folder: Path, out: Path, display: Display) -> dict[str
     that are read anyway, before the new model gets its name.
 
     Raises:
-        EspalierError: when a delta is for another base or does not fit, the disk is too small, or a value is not finite.
+        EspalierError: when a delta is for another base or does not fit, the disk is too small, or a new value is not finite.
     """
+    if not math.isfinite(recipe.scale):
+        raise EspalierError(f"the scale is {recipe.scale}; it must be a finite number")
     directory = recipe.directory
     dtype = _DTYPES[recipe.dtype] if recipe.dtype else None
     fingerprint = known_fingerprint(directory)
@@ -124,7 +147,7 @@ def write(recipe: Recipe, folder: Path, out: Path, display: Display) -> dict[str
     def check(found: str) -> None:
         for path, delta in zip(recipe.folders, recipe.deltas, strict=True):
             if not recipe.any_base:
-                check_base(delta, path, directory.path, found)
+                check_base(delta, path, directory.path, found, ANY_BASE)
 
     if fingerprint is not None:
         check(fingerprint)
@@ -140,9 +163,10 @@ def write(recipe: Recipe, folder: Path, out: Path, display: Display) -> dict[str
         check(fingerprint)
     write_side_files(folder, directory, recipe.folders, recipe.deltas, dtype)
     if recipe.deltas:
-        names = [str(f) for f in recipe.folders]
+        names = [recorded(folder) for folder in recipe.folders]
         digests = {name: delta.manifest["sha256"] for name, delta in zip(names, recipe.deltas, strict=True)}
-        lineage = Lineage(recipe.name, fingerprint, names, digests, float(recipe.scale), recipe.dtype)
-        lineage.write(folder / LINEAGE)
-        _write_card(folder / "README.md", lineage, recipe.deltas)
+        Lineage(
+            recorded(recipe.name), fingerprint, names, digests, float(recipe.scale), recipe.dtype, recipe.shard_bytes
+        ).write(folder / LINEAGE)
+        _write_card(folder / "README.md", recipe, fingerprint)
     return report

@@ -10,6 +10,7 @@ needs no loop over the entries. The last byte is padded with ones.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy
 import torch
@@ -17,6 +18,8 @@ import torch
 from espalier.errors import EspalierError
 
 LARGEST_PARAMETER = 48
+BLOCK = 1 << 20
+"""Bits of the quotients that are decoded together."""
 
 
 def parameter(count: int, entries: int) -> int:
@@ -49,26 +52,53 @@ def encode(positions: torch.Tensor, negative: torch.Tensor, b: int) -> torch.Ten
 def decode(code: torch.Tensor, count: int, b: int, entries: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions (n,) int64, strictly increasing and below ``entries``, and whether each is negative (n,) bool.
 
-    Nothing is allocated that is larger than what 8 bytes a bit of ``code`` take.
-
     Raises:
         EspalierError: for bytes that no :func:`encode` of ``count`` among ``entries`` writes.
+    """
+    positions, negative = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool)
+    parts = list(blocks(code, count, b, entries))
+    return torch.cat([positions, *(p for p, _ in parts)]), torch.cat([negative, *(n for _, n in parts)])
+
+
+def blocks(code: torch.Tensor, count: int, b: int, entries: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What :func:`decode` gives, in parts of at most ``BLOCK`` entries, so that little is in memory at a time.
+
+    Raises:
+        EspalierError: when the part is reached that no :func:`encode` of ``count`` among ``entries`` writes.
     """
     if type(count) is not int or not 0 <= count <= entries or type(b) is not int or not 0 <= b <= LARGEST_PARAMETER:
         raise EspalierError(f"count is {count!r} and parameter {b!r}; they must be from 0 to {entries:,} and from 0 to {LARGEST_PARAMETER}")
     if code.dtype != torch.uint8 or code.ndim != 1:
         raise EspalierError(f"the code is {code.dtype} of {code.ndim} dimensions; it must be a row of bytes (uint8)")
-    length = 8 * len(code) - count * (b + 1)
+    size = 8 * len(code)
+    length = size - count * (b + 1)  # of the quotients
     if not count <= length <= count + (entries >> b) + 7:
         raise EspalierError(f"the code has {len(code):,} bytes, which {count:,} of {entries:,} entries do not take")
-    bits = numpy.unpackbits(code.cpu().numpy(), bitorder="little")
-    planes, unary = bits[: count * (b + 1)].reshape(b + 1, count), bits[count * (b + 1) :]
-    ends = numpy.flatnonzero(unary == 0)
-    if len(ends) != count or length - (int(ends[-1]) + 1 if count else 0) > 7:
-        raise EspalierError(f"the code ends {len(ends):,} gaps; there must be {count:,}, and then less than a byte")
-    gaps = (numpy.diff(ends, prepend=-1) - 1) << b
-    for j in range(b):
-        gaps |= planes[j + 1].astype(numpy.int64) << j
-    if float(gaps.sum(dtype=numpy.float64)) > 2 * entries or (count and int(gaps.sum()) + count > entries):
-        raise EspalierError(f"the code's gaps lead beyond the last of {entries:,} entries")
-    return torch.from_numpy(numpy.cumsum(gaps + 1) - 1), torch.from_numpy(planes[0].astype(bool))
+    octets = code.cpu().numpy()
+    done, last, ones = 0, -1, 0  # gaps that ended, the position of the latest, and ones since then
+    for start in range(size - length, size, BLOCK):
+        unary = _bits(octets, start, min(start + BLOCK, size))
+        ends = numpy.flatnonzero(unary == 0)
+        if done + len(ends) > count:
+            raise EspalierError(f"the code ends {done + len(ends):,} gaps or more; there must be {count:,}")
+        if not len(ends):
+            ones += len(unary)
+            continue
+        gaps = numpy.diff(ends, prepend=-1) - 1
+        gaps[0] += ones
+        ones = len(unary) - 1 - int(ends[-1])
+        gaps <<= b
+        for j in range(b):
+            gaps |= _bits(octets, (j + 1) * count + done, (j + 1) * count + done + len(ends)).astype(numpy.int64) << j
+        if float(gaps.sum(dtype=numpy.float64)) > 2 * entries or last + int(gaps.sum()) + len(gaps) >= entries:
+            raise EspalierError(f"the code's gaps lead beyond the last of {entries:,} entries")
+        positions = last + numpy.cumsum(gaps + 1)
+        yield torch.from_numpy(positions), torch.from_numpy(_bits(octets, done, done + len(ends)).astype(bool))
+        done, last = done + len(ends), int(positions[-1])
+    if done != count or ones > 7:
+        raise EspalierError(f"the code ends {done:,} gaps; there must be {count:,}, and then less than a byte")
+
+
+def _bits(octets: numpy.ndarray, start: int, stop: int) -> numpy.ndarray:
+    """Bits [start, stop) of bytes, one a byte."""
+    return numpy.unpackbits(octets[start // 8 : -(-stop // 8)], bitorder="little")[start % 8 : start % 8 + stop - start]

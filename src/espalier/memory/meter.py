@@ -31,9 +31,13 @@ def resident_memory() -> int:
     return _read("VmRSS") if _STATUS.exists() else peak_memory()
 
 
-def anonymous_memory() -> int:
-    """Resident bytes that are not pages of files (RssAnon)."""
-    return _read("RssAnon") if _STATUS.exists() else peak_memory()
+def available_memory() -> int:
+    """Bytes of main memory that this machine could give a process now (MemAvailable); 1 TiB where /proc is missing."""
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 1 << 40
 
 
 def parse_bytes(text: str) -> int:

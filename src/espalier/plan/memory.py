@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from espalier.errors import EspalierError
+from espalier.memory import meter
 from espalier.memory.meter import format_bytes
 from espalier.plan.trace import Traced
 
@@ -128,10 +128,4 @@ def choose(
 
 def available_memory(device: torch.device) -> int:
     """Bytes that this machine could give a process on the device now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 1 << 40
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else meter.available_memory()

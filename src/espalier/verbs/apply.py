@@ -67,9 +67,9 @@ def apply(
         require_attachable(model, deltas)
     with atomic_directory(target) as temporary:
         report = recipes.write(recipe, temporary, target, display)
+        nbytes = ModelDirectory(temporary).nbytes()
         if verify is not None:
             verified = compare(model, [str(f) for f in folders], scale, any_base, temporary, Path(verify), target, display)
-    nbytes = ModelDirectory(target).nbytes()
     worst = max(report.values(), key=lambda r: r["lost"], default=None)
     result: dict[str, Any] = {"out": str(target), "changed": len(report), "bytes": nbytes, "tensors": report}
     display.note(f"{len(report)} tensors changed; the model is in {target} ({format_bytes(nbytes)})")

@@ -13,7 +13,7 @@ def compress(
     model: str | None = None,
     data: list[str] | None = None,
     sequence_length: int | None = None,
-    micro_batch_size: int = 8,
+    micro_batch_size: int | None = None,
     device: str | None = None,
     threads: int | None = None,
     seed: int = 0,
@@ -26,10 +26,10 @@ def compress(
         delta: directory of the delta
         out: directory of the smaller delta
         method: how (see `espalier methods --kind compress`)
-        model: the base; needed by updates that depend on it, and by --data where the delta's own name of it is not right
+        model: the base; default: the one that the delta names, where it is on this machine (with --data, or on the hub)
         data: validation data that choose among the method's candidates (compeft: its alpha); may be given several times
         sequence_length: of validation: longest context, in tokens; default: 512, or all positions of a model with fewer
-        micro_batch_size: of validation: sequences that run at a time
+        micro_batch_size: of validation: sequences that run at a time; default: 8
         device: of validation: such as cpu or cuda; default: cuda where there is one
         threads: CPU threads
         seed: of what is random
@@ -61,25 +61,29 @@ def compress(
     display = Display(quiet)
     folder, target = Path(delta), Path(out)
     refuse_existing(target)
+    of_validation = {"sequence_length": sequence_length, "micro_batch_size": micro_batch_size, "device": device}
+    for option, value in of_validation.items():
+        if value is not None and not data:
+            raise EspalierError(f"{option} is of validation and does nothing without --data; leave it out, or give --data")
     made = registry.make(method, "compressor", **options)
     session.seed_everything(seed, threads)
     loaded = store.load(folder, mapped=True)
     base = model or (str(loaded.manifest.get("base", {}).get("name", "")) if data else "")
     if data and not base:
         raise EspalierError(f"{folder} does not name its base; pass --model DIR")
-    weights = conversion.BaseWeights(loaded, folder, base) if base else None
+    weights = conversion.base_of(loaded, folder, base or None)
     whole = compression.Whole(loaded, seed, weights)
     tried: list[dict[str, Any]] = []
     if data:
         with ExitStack() as stack:
-            loss = _validation(stack, base, data, sequence_length, micro_batch_size, device, display)
+            loss = _validation(stack, base, data, sequence_length, 8 if micro_batch_size is None else micro_batch_size, device, display)
             made, tried = compression.choose(made, whole, loss)
     hyperparameters = dataclasses.asdict(made)
-    manifest = store.manifest_after([loaded], method, hyperparameters, {"seed": seed})
     with atomic_directory(target) as temporary:
         spool = conversion.Spool(temporary / "spool")
         with display.bar("compressing", len(loaded.updates), "parameters") as update:
             updates, outcomes = compression.compress(made, whole, spool, update)
+        manifest = conversion.manifest_after(loaded, method, {**hyperparameters, "seed": seed}, outcomes)
         smaller = store.Delta(updates, {name: loaded.layouts[name] for name in updates}, manifest)
         size = conversion.write(folder, temporary, smaller, f"Compressed by `{method}`.")
         spool.remove()

@@ -13,8 +13,8 @@ def convert(
     rank: int | None = None,
     energy: float | None = None,
     density: float | None = None,
-    bits: int = 4,
-    group: int = 64,
+    bits: int | None = None,
+    group: int | None = None,
     model: str | None = None,
     seed: int = 0,
     quiet: bool = False,
@@ -28,9 +28,9 @@ def convert(
         rank: of lora, peft and lowrank: the rank; exact for updates of that rank or less
         energy: of lora, peft and lowrank, instead of a rank: share of the squared norm to keep, in (0, 1]
         density: of sparse, rows, columns and ternary: share to keep; default: whatever is not zero (ternary: of least error)
-        bits: of quantized: bits of a number, 1 to 8
-        group: of quantized: numbers that share a scale; 0: all of a tensor
-        model: the base model; needed by updates that depend on it; default for an adapter: the one that it names
+        bits: of quantized: bits of a number, 1 to 8; default: 4
+        group: of quantized: numbers that share a scale; 0: all of a tensor; default: 64
+        model: the base model; default: the one that the delta (where it is on this machine) or the adapter names
         seed: of randomised decompositions
         quiet: print nothing but the result
 
@@ -54,23 +54,30 @@ def convert(
     display = Display(quiet)
     folder, target = Path(source), Path(out)
     refuse_existing(target)
+    options = {"rank": rank, "energy": energy, "density": density, "bits": bits, "group": group}
+    given = {option: value for option, value in options.items() if value is not None}
     if not store.is_delta(folder) and (folder / "adapter_config.json").is_file():
         if to is not None:
             raise EspalierError(f"{folder} is a PEFT adapter; import it first, without --to, and convert what comes of it")
+        for option in given:
+            raise EspalierError(f"{folder} is a PEFT adapter, which is imported as it is; --{option} is of converting a delta to another form")
         return _import(folder, target, model, display)
     if not store.is_delta(folder):
         raise EspalierError(f"{folder} is neither a delta (no delta.json) nor a PEFT adapter (no adapter_config.json)")
     if to is None:
         raise EspalierError(f"{folder} is already a delta; say which form it shall have: --to lora, peft, dense, ...")
+    allowed = _OPTIONS.get(to, {})
+    for option in given.keys() - allowed.keys():
+        owners = ", ".join(form for form, names in _OPTIONS.items() if option in names)
+        raise EspalierError(f"--{option} is no option of --to {to} (it belongs to {owners})")
+    used = {option: given.get(option, default) for option, default in allowed.items() if given.get(option, default) is not None}
     delta = store.load(folder, mapped=True)
-    weights = conversion.BaseWeights(delta, folder, model) if model else None
-    options = {"rank": rank, "energy": energy, "density": density, "bits": bits, "group": group, "seed": seed}
-    used = {key: options[key] for key in _OPTIONS.get(conversion.SYNONYMS.get(to, to), ()) if options[key] is not None}
-    manifest = store.manifest_after([delta], "convert", {"to": to, **used}, {"seed": seed})
+    weights = conversion.base_of(delta, folder, model)
     with atomic_directory(target) as temporary:
         spool = conversion.Spool(temporary / "spool")
         with display.bar("converting", len(delta.updates), "parameters") as update:
-            updates, outcomes = conversion.converted(delta, to, options, weights, spool, update)
+            updates, outcomes = conversion.converted(delta, to, {**used, "seed": seed}, weights, spool, update)
+        manifest = conversion.manifest_after(delta, "convert", {"to": to, **used, "seed": seed}, outcomes)
         made = store.Delta(updates, delta.layouts, manifest)
         size = conversion.write(folder, temporary, made, f"Converted to `{to}`.")
         if to == "peft":
@@ -89,11 +96,13 @@ def convert(
     }
 
 
-_OPTIONS = {
-    "lowrank": ("rank", "energy"), "sparse": ("density",), "rows": ("density",), "columns": ("density",), "ternary": ("density",),
-    "quantized": ("bits", "group"),
+_FACTORS: dict[str, int | None] = {"rank": None, "energy": None}
+_SHARE: dict[str, int | None] = {"density": None}
+_OPTIONS: dict[str, dict[str, int | None]] = {
+    "lora": _FACTORS, "peft": _FACTORS, "lowrank": _FACTORS, "sparse": _SHARE, "rows": _SHARE, "columns": _SHARE, "ternary": _SHARE,
+    "quantized": {"bits": 4, "group": 64},
 }  # fmt: skip
-"""What is recorded of each form's options."""
+"""The options of each form, and their defaults."""
 
 
 def _export(folder: Any, delta: Any, model: str | None) -> None:
@@ -120,14 +129,16 @@ def _import(folder: Any, target: Any, model: str | None, display: Any) -> dict[s
     """A PEFT adapter as a delta."""
     from espalier.anatomy.parameters import parameters
     from espalier.attach.load import empty_model
-    from espalier.checkpoint.directory import ModelDirectory, read_json, resolve_model
+    from espalier.checkpoint.atomic import atomic_directory
+    from espalier.checkpoint.directory import ModelDirectory, resolve_model
+    from espalier.checkpoint.peft_adapter import read_config
     from espalier.delta import store
     from espalier.errors import EspalierError
     from espalier.exchange.peft_import import import_adapter
     from espalier.exchange.peft_lora import export
     from espalier.memory.meter import format_bytes
 
-    named = model or read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    named = model or read_config(folder).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise EspalierError(f"{folder} does not name its base model; pass --model DIR")
     directory = ModelDirectory(resolve_model(named))
@@ -137,7 +148,8 @@ def _import(folder: Any, target: Any, model: str | None, display: Any) -> dict[s
     delta.manifest["base"] = {"name": str(named), "fingerprint": directory.fingerprint(), "model_type": live.config.model_type}
     delta.manifest["training"] = {"imported_from": str(folder)}
     card = f"---\nlibrary_name: espalier\nbase_model: {named}\n---\n\n# A delta of {named}\n\nImported from the PEFT adapter `{folder}`.\n"
-    size = store.save(target, delta, card)
-    export(target, delta, targets, str(named), live)
+    with atomic_directory(target) as temporary:
+        size = store.save(temporary, delta, card)
+        export(temporary, delta, targets, str(named), live)
     display.note(f"{len(delta.updates)} updates imported; the delta is in {target} ({format_bytes(size)})")
     return {"out": str(target), "method": delta.manifest["method"], "parameters": len(delta.updates), "bytes": size}

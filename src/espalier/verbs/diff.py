@@ -14,9 +14,9 @@ def diff(
     rank: int | None = None,
     energy: float | None = None,
     density: float | None = None,
-    bits: int = 4,
-    group: int = 64,
-    seed: int = 0,
+    bits: int | None = None,
+    group: int | None = None,
+    seed: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Write the delta that makes one checkpoint into another, without having either in memory.
@@ -32,9 +32,9 @@ def diff(
         rank: of lowrank
         energy: of lowrank, instead of a rank: the share of the update's squared norm to keep, in (0, 1]
         density: of sparse, rows, columns and ternary: the share of entries, rows or columns to keep, in (0, 1]
-        bits: of quantized, 1 to 8
-        group: of quantized: entries that share a scale
-        seed: of what is random
+        bits: of quantized, 1 to 8; default: 4
+        group: of quantized: entries that share a scale; default: 64
+        seed: of lowrank: of its random numbers; default: 0
         quiet: print nothing but the result
 
     Returns:
@@ -44,11 +44,12 @@ def diff(
         update (Frobenius norms).
 
     Raises:
-        EspalierError: when one is no model, they have no tensor in common, a value is not finite, or the disk is too small.
+        EspalierError: when one is no model, they have no tensor in common, an option is not one of the form, an update that
+            is approximated is not finite, or the disk is too small.
     """
     from pathlib import Path
 
-    from espalier.checkpoint.atomic import atomic_directory, refuse_existing, require_free_space
+    from espalier.checkpoint.atomic import atomic_directory, refuse_existing
     from espalier.checkpoint.directory import ModelDirectory, resolve_model
     from espalier.display import Display
     from espalier.exchange import difference
@@ -57,17 +58,16 @@ def diff(
     display = Display(quiet)
     target = Path(out)
     refuse_existing(target)
+    options = {"rank": rank, "energy": energy, "density": density, "bits": bits, "group": group, "seed": seed}
+    options = difference.checked(to, {key: value for key, value in options.items() if value is not None})
     pair = difference.Pair(ModelDirectory(resolve_model(base)), ModelDirectory(resolve_model(tuned)))
     size = pair.tuned.nbytes()
     with display.bar("comparing", max(size >> 20, 1), "MiB") as update:
         changes = difference.measure(pair, lambda done: update(done >> 20))
-    options = {"rank": rank, "energy": energy, "density": density, "bits": bits, "group": group, "seed": seed}
     errors: dict[str, float] = {}
     with atomic_directory(target) as temporary, display.bar("writing", max(size >> 20, 1), "MiB") as update:
-        described = difference.entries(pair, changes, to)
-        require_free_space(temporary, difference.nbytes(described) + (8 << 20), f"the delta in {target}")
-        errors = difference.write(pair, described, changes, to, options, (base, tuned), temporary, lambda done: update(done >> 20))
-    nbytes = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+        errors = difference.write(pair, changes, to, options, (base, tuned), temporary, target, lambda done: update(done >> 20))
+        nbytes = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
     entries = sum(c.entries for c in changes)
     unchanged = 1 - sum(c.changed for c in changes) / entries if entries else 1.0
     tensors = [{**c.as_json(), "error": errors.get(c.name)} for c in changes if c.changed]

@@ -1,4 +1,4 @@
-"""Info: what is in a model, a delta, a run or a data set."""
+"""Info: what is in a model, a delta, an adapter, a calibration, a run or a data set."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 
 def info(path: str) -> dict[str, Any]:
-    """What is in a model, a delta, a PEFT adapter or a data set.
+    """What is in a model, a delta, a PEFT adapter, a calibration, a run or a data set.
 
     Args:
         path: a directory or file, `seedling`, a hub id, or stdlib:NAME
 
     Returns:
-        `kind` (model, delta, adapter, run or data) and what belongs to it.
+        `kind` (model, delta, adapter, calibration, run or data) and what belongs to it.
 
     Raises:
         EspalierError: when there is nothing at the path that Espalier knows.
@@ -22,6 +22,8 @@ def info(path: str) -> dict[str, Any]:
     from espalier.delta import store
 
     folder = Path(path)
+    if folder.is_file() and _is_safetensors(folder):
+        return _calibration(folder)
     if path.startswith("stdlib:") or folder.is_file():
         return _data(path)
     if folder.is_dir() and store.is_delta(folder):
@@ -68,11 +70,12 @@ def _model(path: str) -> dict[str, Any]:
 def _delta(folder: Any) -> dict[str, Any]:
     from espalier.delta import store
 
-    delta = store.load(folder)
+    delta = store.load(folder, mapped=True)
     forms: dict[str, int] = {}
+    numbers = 0
     for update in delta.updates.values():
         forms[update.form] = forms.get(update.form, 0) + 1
-    numbers = sum(t.numel() for u in delta.updates.values() for n, t in u.tensors().items() if n not in u.shared)
+        numbers += _numbers(update)
     return {
         "kind": "delta",
         "path": str(folder),
@@ -82,6 +85,39 @@ def _delta(folder: Any) -> dict[str, Any]:
         "bytes": delta.nbytes,
         "peft": (folder / "adapter_config.json").is_file(),
         **delta.manifest,
+    }
+
+
+def _numbers(update: Any) -> int:
+    """Numbers that an update holds, those that codes stand for too; not indices, and not signs or bitmaps."""
+    own = [getattr(update, name) for name in update.fields if name not in update.shared]
+    parts = getattr(update, "parts", {}).values()
+    return sum(t.numel() for t in own if t is not None and t.is_floating_point()) + sum(map(_numbers, parts))
+
+
+def _is_safetensors(path: Any) -> bool:
+    """Whether a file begins as safetensors do: with the length of a header, and the header."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
+
+
+def _calibration(path: Any) -> dict[str, Any]:
+    from espalier.calibrate.store import Calibration
+
+    made = Calibration(path)
+    facts = made.facts
+    return {
+        "kind": "calibration",
+        "path": str(path),
+        "statistics": made.statistics,
+        "places": {statistic: len(made.names(statistic)) for statistic in made.statistics},
+        "bytes": path.stat().st_size,
+        "sequences": facts["sequences"],
+        "tokens": facts["tokens"],
+        "loss": facts["loss"],
+        "model": facts["request"]["model"],
+        "targets": facts["request"]["targets"],
     }
 
 

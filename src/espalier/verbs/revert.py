@@ -43,16 +43,18 @@ def revert(model: str, out: str, *, base: str | None = None, delta: list[str] | 
     directory = ModelDirectory(resolve_model(named))
     if (found := directory.fingerprint()) != lineage.fingerprint:
         raise EspalierError(f"{record} records the base {lineage.base!r} with fingerprint {lineage.fingerprint}; {directory.path} has {found}")
-    off = lineage.deltas if delta is None else delta
-    if unknown := [d for d in off if d not in lineage.deltas]:
-        raise EspalierError(f"{model} does not carry {unknown[0]!r}; it carries: {', '.join(lineage.deltas)}")
-    kept = [Path(d) for d in lineage.deltas if d not in off]
-    for folder in kept:
-        if store.manifest_of(folder)["sha256"] != lineage.digests[str(folder)]:
+    there = {d: Path(d).resolve() for d in lineage.deltas}
+    off = list(there.values()) if delta is None else [Path(d).resolve() for d in delta]
+    if unknown := [d for d in off if d not in there.values()]:
+        raise EspalierError(f"{model} does not carry {str(unknown[0])!r}; it carries: {', '.join(lineage.deltas)}")
+    names = [d for d in lineage.deltas if there[d] not in off]
+    kept = [Path(name) for name in names]
+    for name, folder in zip(names, kept, strict=True):
+        if store.manifest_of(folder)["sha256"] != lineage.digests[name]:
             raise EspalierError(f"{folder} is not the delta that was applied: {record} records another SHA-256 for it")
-    recipe = recipes.Recipe(
-        directory, str(named), kept, [store.load(folder, mapped=True) for folder in kept], lineage.scale, lineage.dtype if kept else None, any_base=True
-    )
+    recipe = recipes.Recipe(directory, str(named), kept, [store.load(folder, mapped=True) for folder in kept], lineage.scale, any_base=True)
+    if kept:
+        recipe.dtype, recipe.shard_bytes = lineage.dtype, lineage.shard_bytes
     with atomic_directory(target) as temporary:
         recipes.write(recipe, temporary, target, display)
     display.note(f"made again from {directory.path}{' with ' + ', '.join(map(str, kept)) if kept else ', whose copy it is'}; nothing was subtracted")

@@ -50,7 +50,7 @@ class Sum(Composite):
         factors = [part for part in parts if part is not None]
         if len(factors) < len(parts):
             return None
-        B = torch.cat([f.B if is_one(f.gain) else f.B * f.gain for f in factors], -1)
+        B = torch.cat([f.B if is_one(f.gain) else f.B.to(working_dtype(f.B)) * f.gain for f in factors], -1)
         return LowRank(B, torch.cat([f.A for f in factors], -2), self.gain, self.shape)
 
     def materialize(self, weight: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from espalier.delta.base import BaseWeight
 from espalier.delta.forms.composite import Composite, read_parts
-from espalier.delta.forms.low_rank import LowRank
+from espalier.delta.forms.low_rank import ByFactors, LowRank
 from espalier.delta.forms.update import Gain, Update, matrix_shape, register_form
 from espalier.errors import EspalierError
 from espalier.kernels.philox import Stream
@@ -28,7 +27,7 @@ class Start(NamedTuple):
 
 
 @register_form
-class Factored(Composite):
+class Factored(ByFactors, Composite):
     """``gain * B (A0 + A)`` of forms B, a matrix (..., out, rank), and A, a matrix (..., rank, in).
 
     A0 is zero, or what ``start`` draws: a LoRA's A is random from the start, and what it learnt is the difference
@@ -80,20 +79,4 @@ class Factored(Composite):
         return LowRank(B, A, 1.0, self.shape)
 
     def low_rank(self) -> LowRank:
-        """The same update with its factors as tensors."""
         return LowRank(self._factors.B, self._factors.A, self.gain, self.shape)
-
-    def unbind(self) -> list[Update]:
-        return self.low_rank().unbind()
-
-    def _slice(self, start: int, stop: int) -> Update | None:
-        return self.low_rank()._slice(start, stop)
-
-    def materialize(self, weight: torch.Tensor) -> torch.Tensor:
-        return self.low_rank().materialize(weight)
-
-    def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
-        return self.low_rank().matmul(x, onto)
-
-    def lookup(self, ids: torch.Tensor, base: BaseWeight) -> torch.Tensor:
-        return self.low_rank().lookup(ids, base)

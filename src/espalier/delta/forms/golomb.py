@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +21,7 @@ class Golomb(Update):
     """``gain * scale * sign`` with signs -1, 0 and 1, of which ``count`` are not zero; see ``kernels/golomb.py``.
 
     ``code`` (bytes) runs over all entries in row-major order, experts one after the other; ``scale`` is one number.
-    Bitmaps (2 bits an entry) are made once for each object; products and slices are theirs.
+    Bitmaps (2 bits an entry) are made once for each object, by way of 3.5 bytes an entry; products and slices are theirs.
     """
 
     form = "golomb"
@@ -49,22 +50,19 @@ class Golomb(Update):
     def from_tensors(cls, tensors, constants, shape, gain):  # type: ignore[no-untyped-def]
         expect_finite("scale", tensors["scale"], ())
         made = cls(tensors["code"], tensors["scale"], constants["count"], constants["parameter"], tuple(shape), gain)
-        made.support()
+        for _ in made._support():
+            pass  # refuses what is no code of so many positions in the shape
         return made
 
-    def support(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Flat positions of the signs that are not zero (n,), and which are negative (n,).
-
-        Raises:
-            EspalierError: when the code is not that of so many positions in the shape.
-        """
-        return golomb.decode(self.code, self.count, self.parameter, math.prod(self.shape))
+    def _support(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """In parts: flat positions of the signs that are not zero (n,), and which are negative (n,)."""
+        return golomb.blocks(self.code, self.count, self.parameter, math.prod(self.shape))
 
     @cached_property
     def _bitmaps(self) -> Ternary:
-        positions, negative = self.support()
         signs = torch.zeros(math.prod(self.shape), dtype=torch.int8)
-        signs[positions] = 1 - 2 * negative.to(torch.int8)
+        for positions, negative in self._support():
+            signs[positions] = 1 - 2 * negative.to(torch.int8)
         return Ternary.of(signs.to(self.code.device).reshape(self.shape), self._scale)
 
     @property
@@ -110,6 +108,13 @@ def ternary(signs: torch.Tensor, scale: torch.Tensor, code: str = "smallest") ->
     if code == "bitmaps" or (code == "smallest" and _prefers_bitmaps(signs)):
         return Ternary.of(signs, scale.expand(signs.shape[0]).clone() if signs.ndim == 3 else scale)
     return Golomb.of(signs, scale)
+
+
+def signs_at(values: torch.Tensor, chosen: torch.Tensor, scale: float, code: str = "smallest") -> Ternary | Golomb:
+    """The signs of ``values`` (of the weight's shape) at the flat positions ``chosen``, and one scale: see :func:`ternary`."""
+    signs = torch.zeros(values.numel(), dtype=torch.int8, device=values.device)
+    signs[chosen] = values.flatten()[chosen].sign().to(torch.int8)
+    return ternary(signs.reshape(values.shape), torch.tensor(scale, dtype=torch.float32, device=values.device), code)
 
 
 def _prefers_bitmaps(signs: torch.Tensor) -> bool:

@@ -79,7 +79,8 @@ class Kronecker(Update):
         *_, outputs, inputs = matrix_shape(self.shape)
         if self.A.shape[-3] * A.shape[-1] * B.shape[-1] >= min(outputs, inputs):
             return None
-        left, right = _kron(A, B), _kron(A_in, B_in)  # (..., terms, out, r), (..., terms, r, in)
+        wide = working_dtype(A, B)
+        left, right = _kron(A.to(wide), B.to(wide)), _kron(A_in.to(wide), B_in.to(wide))  # (..., terms, out, r), (..., terms, r, in)
         return LowRank(left.transpose(-3, -2).flatten(-2), right.flatten(-3, -2), self.gain, self.shape)
 
     def materialize(self, weight: torch.Tensor) -> torch.Tensor:

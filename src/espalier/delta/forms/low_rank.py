@@ -67,8 +67,31 @@ class LowRank(Update):
         return rows + hidden @ self.A.to(rows.dtype)
 
 
+class ByFactors(Update):
+    """An update that is kept in another way, and computes as the :class:`LowRank` that it stands for."""
+
+    def low_rank(self) -> LowRank:
+        """The same update with its factors as tensors."""
+        raise NotImplementedError
+
+    def unbind(self) -> list[Update]:
+        return self.low_rank().unbind()
+
+    def _slice(self, start: int, stop: int) -> Update | None:
+        return self.low_rank()._slice(start, stop)
+
+    def materialize(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.low_rank().materialize(weight)
+
+    def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        return self.low_rank().matmul(x, onto)
+
+    def lookup(self, ids: torch.Tensor, base: BaseWeight) -> torch.Tensor:
+        return self.low_rank().lookup(ids, base)
+
+
 @register_form
-class Pooled(Update):
+class Pooled(ByFactors):
     """``gain * B @ A`` whose vectors are concatenations of shards of shared pools.
 
     B (shards, out / l) and A (shards, in / l) are pools that other parameters' updates share; row j of the
@@ -106,22 +129,6 @@ class Pooled(Update):
         return made
 
     def low_rank(self) -> LowRank:
-        """The same update with its factors assembled."""
         A = self.A[self.index_A.long()].flatten(-2)
         B = self.B[self.index_B.long()].flatten(-2).transpose(-1, -2)
         return LowRank(B, A, self.gain, self.shape)
-
-    def unbind(self) -> list[Update]:
-        return self.low_rank().unbind()
-
-    def _slice(self, start: int, stop: int) -> Update | None:
-        return self.low_rank()._slice(start, stop)
-
-    def materialize(self, weight: torch.Tensor) -> torch.Tensor:
-        return self.low_rank().materialize(weight)
-
-    def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
-        return self.low_rank().matmul(x, onto)
-
-    def lookup(self, ids: torch.Tensor, base: BaseWeight) -> torch.Tensor:
-        return self.low_rank().lookup(ids, base)

@@ -40,6 +40,8 @@ def _described(matrix: SeededMatrix) -> dict[str, Any]:
 
 
 def _read(described: Mapping[str, Any], rows: int, columns: int) -> SeededMatrix:
+    if columns < 1:
+        raise EspalierError("there are no coefficients; a basis needs one at least")
     seed, name, position, scale = (described[key] for key in ("seed", "name", "position", "scale"))
     if type(seed) is not int or not isinstance(name, str):
         raise EspalierError(f"seed is {seed!r} and name {name!r}; they must be an integer and a string")
