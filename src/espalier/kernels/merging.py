@@ -36,7 +36,7 @@ class Gathered:
     def add(self, numbers: torch.Tensor, low: float, high: float) -> tuple[int, int]:
         """Gather the magnitudes above ``low`` and at most ``high`` of (n,); how many are above ``high``, and equal ``low``."""
         if len(self._buffer) < self._count + len(numbers) + 1:
-            larger = torch.empty(2 * (self._count + len(numbers)) + 1, device=numbers.device)
+            larger = torch.empty(2 * self._count + len(numbers) + 1, device=numbers.device)
             larger[: self._count] = self.numbers()
             self._buffer = larger
         rest = self._buffer[self._count :]
