@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from espalier import registry
-from espalier.checkpoint.atomic import require_free_space
 from espalier.checkpoint.directory import ModelDirectory, read_json, resolve_model
 from espalier.checkpoint.safetensors_file import torch_dtype
 from espalier.delta import store
@@ -307,9 +306,7 @@ def write_as_delta(folder: Path, models: Opened, write: Callable[[Path], None]) 
     write(merged)
     pair = difference.Pair(models.base.directory, ModelDirectory(merged))
     changes = difference.measure(pair, lambda done: None)
-    described = difference.entries(pair, changes, "auto")
-    require_free_space(folder, difference.nbytes(described) + (8 << 20), "the delta")
-    difference.write(pair, described, changes, "auto", {}, (str(models.base_name), "what merge.yaml makes"), folder, lambda done: None)
+    difference.write(pair, changes, "auto", {}, (str(models.base_name), "what merge.yaml makes"), folder, folder, lambda done: None)
     shutil.rmtree(merged)
 
 
