@@ -7,7 +7,9 @@ tensor at a time keep disk and cores busy. What is resident is a buffer per thre
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy as np
 from espalier.checkpoint.directory import ModelDirectory
 from espalier.checkpoint.fingerprint import combine, known_hashes, remember_hashes
 
-SLICE = 1 << 20
+SLICE = 1 << 19
 """Bytes that are read at once: large enough for the disk, small enough that the arithmetic on them stays in cache."""
 
 
@@ -84,9 +86,22 @@ def one_thread_each() -> Iterator[int]:
     """Have torch's operations run in the thread that calls them; yields how many threads to work with."""
     import torch
 
+    _keep_freed_memory()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield max(threads, 2)  # with one core too, reading and computing overlap
     finally:
         torch.set_num_threads(threads)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed: slices of the same size are allocated again and again, and fresh pages cost more than they do."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+            mallopt(_M_TRIM_THRESHOLD, 256 << 20)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h

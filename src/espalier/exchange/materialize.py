@@ -56,14 +56,16 @@ class Rounding:
     def add(self, before: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> None:
         if not exact.is_floating_point() or exact.numel() == 0:
             return
-        error = rounded.to(exact.dtype).sub_(exact)
-        self.error += float(torch.linalg.vector_norm(error)) ** 2
-        self.moved += float(torch.linalg.vector_norm(exact - before)) ** 2
-        relative = error.abs_().div_(exact.abs().clamp_min_(torch.finfo(exact.dtype).tiny))
-        self.worst = max(self.worst, float(relative.max()))
+        error = torch.sub(rounded, exact)
+        self.error = math.hypot(self.error, float(torch.linalg.vector_norm(error)))
+        self.moved = math.hypot(self.moved, float(torch.linalg.vector_norm(exact - before)))
+        low, high = map(float, torch.aminmax(error.div_(exact)))
+        if math.isnan(low):  # where nothing is stored as nothing
+            low, high = map(float, torch.aminmax(error.nan_to_num_(0.0)))
+        self.worst = max(self.worst, -low, high)
 
     def facts(self) -> dict[str, Any]:
-        lost = math.sqrt(self.error / self.moved) if self.moved > 0 else 0.0
+        lost = self.error / self.moved if self.moved > 0 else 0.0
         return {"name": self.name, "dtype": self.dtype, "rounding": self.worst, "lost": lost}
 
 
