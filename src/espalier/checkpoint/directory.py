@@ -27,7 +27,7 @@ _FOREIGN = ("bin", "pt", "pth", "ckpt", "pkl", "pickle", "h5", "msgpack", "onnx"
 """Endings of weights that are no safetensors."""
 _NOT_BESIDE = (
     re.compile(rf".*\.(safetensors|{'|'.join(_FOREIGN)})", re.IGNORECASE | re.DOTALL),  # weights
-    re.compile(rf".*\.index\.json|README\.md|{re.escape(LINEAGE)}", re.DOTALL),
+    re.compile(rf".*\.index\.json|README\.md|merge\.yaml|{re.escape(LINEAGE)}", re.DOTALL),
     re.compile(r"(optimizer|scheduler|rng_state).*|trainer_state\.json", re.DOTALL),
     re.compile(r"|\..*|.*[/\\\0].*", re.DOTALL),  # no plain file name, or a hidden one
 )
