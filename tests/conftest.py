@@ -27,6 +27,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.user_properties += [("room", mark.args[0]) for mark in item.iter_markers("room")]
 
 
+@pytest.fixture(autouse=True)
+def the_number_of_threads_stays() -> Iterator[None]:
+    """``threads=`` of a verb is for the whole process; sums in float32 depend on it, and other tests compare such sums."""
+    torch = sys.modules.get("torch")
+    threads = torch.get_num_threads() if torch else 0
+    yield
+    if torch:
+        torch.set_num_threads(threads)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     began = sum(os.times()[:4])  # of this process and of those it waited for

@@ -464,12 +464,14 @@ def test_revert_refuses(harm: str, tmp_path: Path) -> None:
     assert not (tmp_path / "back").exists()
 
 
-def test_apply_and_diff_import_neither_transformers_nor_peft(tmp_path: Path) -> None:
+def test_apply_diff_and_compress_import_neither_transformers_nor_peft(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a", {"w": randn(8, 8)}), write(tmp_path / "b", {"w": randn(8, 8) + 1})
     code = (
         "import sys, espalier\n"
         f"espalier.diff({str(a)!r}, {str(b)!r}, {str(tmp_path / 'd')!r}, quiet=True)\n"
         f"espalier.apply({str(a)!r}, [{str(tmp_path / 'd')!r}], {str(tmp_path / 'out')!r}, quiet=True)\n"
+        f"espalier.diff({str(a)!r}, {str(b)!r}, {str(tmp_path / 'dense')!r}, to='dense', quiet=True)\n"
+        f"espalier.compress({str(tmp_path / 'dense')!r}, {str(tmp_path / 'small')!r}, method='compeft', quiet=True)\n"
         "assert not {'transformers', 'peft'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

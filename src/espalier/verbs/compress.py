@@ -48,14 +48,15 @@ def compress(
     from contextlib import ExitStack
     from pathlib import Path
 
+    import torch
+
     from espalier import registry
     from espalier.checkpoint.atomic import atomic_directory, refuse_existing
     from espalier.delta import compression, store
     from espalier.display import Display
-    from espalier.errors import EspalierError
+    from espalier.errors import EspalierError, at_least
     from espalier.exchange import conversion
     from espalier.memory.meter import format_bytes
-    from espalier.train import session
     from espalier.verbs._outcomes import show_worst
 
     display = Display(quiet)
@@ -66,7 +67,9 @@ def compress(
         if value is not None and not data:
             raise EspalierError(f"{option} is of validation and does nothing without --data; leave it out, or give --data")
     made = registry.make(method, "compressor", **options)
-    session.seed_everything(seed, threads)
+    if threads is not None:
+        at_least("threads", threads, 1)
+        torch.set_num_threads(threads)
     loaded = store.load(folder, mapped=True)
     base = model or (str(loaded.manifest.get("base", {}).get("name", "")) if data else "")
     if data and not base:
