@@ -637,7 +637,7 @@ def test_gradients_of_linear_and_lookup_are_those_of_the_dense_weight(
         found = torch.autograd.grad(fast, wanted, retain_graph=True)
         expected = torch.autograd.grad(slow, wanted, retain_graph=True)
         for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * largest)  # leaves may be float32, and sums cancel
 
 
 # parts of an update

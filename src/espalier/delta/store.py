@@ -24,6 +24,7 @@ import torch
 from espalier.anatomy.target import Target
 from espalier.checkpoint.atomic import atomic_file, write_text
 from espalier.checkpoint.directory import TEMPLATES, is_side_file, read_json
+from espalier.checkpoint.fingerprint import file_digest
 from espalier.checkpoint.relaid import Source
 from espalier.checkpoint.safetensors_file import (
     DTYPES,
@@ -369,6 +370,24 @@ def manifest_after(
         "lineage": lineage,
     }
     return made if settings is None else {**made, "settings": dict(settings)}
+
+
+def brought_files(delta: Delta, folder: Path) -> dict[str, Path | None]:
+    """The files beside the weights that a delta in ``folder`` brings, by name; ``None`` for those that it drops.
+
+    Raises:
+        EspalierError: when one lies elsewhere, is missing, or is not the one that the delta recorded.
+    """
+    found: dict[str, Path | None] = {}
+    for name, digest in delta.manifest.get("files", {}).items():
+        content = found[name] = None if digest is None else folder / FILES / name
+        if content is None:
+            continue
+        if not content.resolve().is_relative_to(folder.resolve() / FILES):
+            raise EspalierError(f"{content} is a link to a file elsewhere: it leads to {content.resolve()}, out of {folder / FILES}")
+        if not content.is_file() or file_digest(content) != digest:
+            raise EspalierError(f"{content} is missing or damaged: its SHA-256 is not the one that {MANIFEST} records")
+    return found
 
 
 ANY_BASE = ", or pass --any-base to use it all the same"

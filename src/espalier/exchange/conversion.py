@@ -14,7 +14,6 @@ import torch
 from espalier.anatomy.layout import Piece, locate
 from espalier.checkpoint.atomic import require_free_space
 from espalier.checkpoint.directory import ModelDirectory, resolve_model
-from espalier.checkpoint.fingerprint import file_digest
 from espalier.checkpoint.relaid import Relaid
 from espalier.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
 from espalier.delta import store
@@ -218,12 +217,7 @@ def write(source: Path, target: Path, delta: Delta, sentence: str) -> int:
             deltas, or the disk is too small.
     """
     text = card(delta.manifest, sentence)
-    files = {name: source / store.FILES / name for name, digest in delta.manifest.get("files", {}).items() if digest is not None}
-    for name, file in files.items():
-        if not file.resolve().is_relative_to(source.resolve()):
-            raise EspalierError(f"{file} leads to {file.resolve()}, out of {source}; it must be a plain file")
-        if not file.is_file() or file_digest(file) != delta.manifest["files"][name]:
-            raise EspalierError(f"{file} is missing or damaged: its SHA-256 is not the one that {store.MANIFEST} records")
+    files = {name: file for name, file in store.brought_files(delta, source).items() if file is not None}
     needed = delta.nbytes + sum(file.stat().st_size for file in files.values()) + (8 << 20)
     require_free_space(target, needed, "the new delta")
     for name, file in files.items():

@@ -31,7 +31,7 @@ from espalier.delta.forms import Blocks, Replace, Update, working_dtype
 from espalier.delta.forms.update import is_one
 from espalier.delta.store import Delta, Layout
 from espalier.errors import EspalierError
-from espalier.exchange.composition import Output, cut, outputs
+from espalier.exchange.composition import Output, cut
 
 
 class Scaled:
@@ -119,20 +119,21 @@ def _require_finite(before: torch.Tensor, after: torch.Tensor) -> None:
 
 def write_model(
     directory: ModelDirectory,
+    made: Mapping[str, Output],
     deltas: Sequence[Delta],
     scale: float,
     out: Path,
     progress: Callable[[int], Any],
     *,
-    dtype: str | None = None,
     shard_bytes: int | None = None,
     hashes: Hashes | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Write the updated model's weights into ``out``.
 
     Args:
+        made: its tensors, the :func:`~espalier.exchange.composition.outputs` of ``directory`` under ``deltas``.
         progress: called with the bytes written so far.
-        dtype, shard_bytes: see :func:`outputs` and :func:`cut`.
+        shard_bytes: see :func:`cut`.
         hashes: gathers the SHA-256 of every tensor of the base on the way.
 
     Returns:
@@ -141,7 +142,6 @@ def write_model(
     Raises:
         EspalierError: when a delta does not fit the base, or a value becomes one that is not finite, but for those that it sets.
     """
-    made = outputs(directory, deltas, dtype)
     files = cut(made, directory, shard_bytes)
     updates = Scaled(deltas, scale)
     if scale != 1.0 and (whole := next((o for o in made.values() if o.source is None), None)):

@@ -13,10 +13,9 @@ from typing import Any, Literal
 
 from espalier.checkpoint.atomic import require_free_space
 from espalier.checkpoint.directory import LINEAGE, ModelDirectory, read_json
-from espalier.checkpoint.fingerprint import file_digest
 from espalier.checkpoint.safetensors_file import torch_dtype
 from espalier.checkpoint.stream import Hashes, known_fingerprint
-from espalier.delta.store import ANY_BASE, FILES, MANIFEST, Delta, check_base
+from espalier.delta.store import ANY_BASE, Delta, brought_files, check_base
 from espalier.display import Display
 from espalier.errors import EspalierError
 from espalier.exchange.composition import outputs, seen_by
@@ -34,14 +33,9 @@ def write_side_files(out: Path, directory: ModelDirectory, folders: Sequence[Pat
     """
     files = directory.side_files()
     for folder, delta in zip(folders, deltas, strict=True):
-        for name, digest in delta.manifest.get("files", {}).items():
-            content = folder / FILES / name
-            if digest is not None and not content.resolve().is_relative_to((folder / FILES).resolve()):
-                raise EspalierError(f"{content} is a link to {content.resolve()}; a delta's files must lie in its own folder")
-            if digest is not None and (not content.is_file() or file_digest(content) != digest):
-                raise EspalierError(f"{content} is missing or damaged: its SHA-256 is not the one that {MANIFEST} records")
+        for name, content in brought_files(delta, folder).items():
             files.pop(name, None)
-            if digest is not None:
+            if content is not None:
                 files[name] = content
     for name, content in files.items():
         (out / name).parent.mkdir(exist_ok=True)
@@ -152,11 +146,12 @@ def write(recipe: Recipe, folder: Path, out: Path, display: Display) -> dict[str
     if fingerprint is not None:
         check(fingerprint)
     seen, deltas = seen_by(directory, recipe.deltas)
-    total = sum(output.nbytes for output in outputs(seen, deltas, dtype).values())
+    made = outputs(seen, deltas, dtype)
+    total = sum(output.nbytes for output in made.values())
     require_free_space(folder, total + (8 << 20), f"the new model in {out}")
     with display.bar("applying", max(total >> 20, 1), "MiB") as update:
         report = write_model(
-            seen, deltas, recipe.scale, folder, lambda done: update(done >> 20), dtype=dtype, shard_bytes=recipe.shard_bytes, hashes=hashes
+            seen, made, deltas, recipe.scale, folder, lambda done: update(done >> 20), shard_bytes=recipe.shard_bytes, hashes=hashes
         )
     if hashes is not None:
         fingerprint = hashes.fingerprint()

@@ -16,6 +16,7 @@ from espalier.attach.attachment import attach, attachments, release_base, settle
 from espalier.attach.load import DTYPES, MALFORMED, load_model, load_tokenizer, pick_device, torch_dtype
 from espalier.checkpoint.atomic import write_text
 from espalier.checkpoint.directory import ModelDirectory, read_json, resolve_model
+from espalier.checkpoint.safetensors_file import dtype_name
 from espalier.data.batches import Order
 from espalier.data.encode import MASK_POLICY, Encoder
 from espalier.data.sources import open_source
@@ -181,7 +182,7 @@ class Job:
         whole = sum(math.prod(self.directory.info(n).shape) for n in self.directory) * size if self.directory else 4 * traced.trained
         converted = 0
         if self.directory:
-            converted = sum(i.nbytes for n in self.directory if (i := self.directory.info(n)).dtype != _NAMES[self.dtype])
+            converted = sum(i.nbytes for n in self.directory if (i := self.directory.info(n)).dtype != dtype_name(self.dtype))
         return max(0, whole - traced.model) + max(converted, 4 * traced.trained)
 
     def _say_plan(self) -> None:
@@ -330,9 +331,6 @@ class Job:
             f"{result['tokens_per_second']:,.0f} tokens/s"
         )
         return result
-
-
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def _plain(value: Any) -> Any:
