@@ -85,7 +85,7 @@ def test_help_of_tune_has_the_options_of_every_method() -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_for_every_option(verb: str) -> None:
-    shown = espalier(verb, "--help").stdout
+    shown = espalier(*verb.split(), "--help").stdout
     lines = [line for line in shown.splitlines() if line.startswith("  --")]
     assert lines
     for line in lines:

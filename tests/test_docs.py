@@ -51,20 +51,21 @@ def test_every_relative_link_leads_to_a_file_and_every_anchor_to_a_heading(page:
 
 def options(verb: str) -> dict[str, set[str]]:
     """Parameter name -> its spellings on the command line, of a verb's command; arguments left out."""
-    command = importlib.import_module(f"espalier.cli.{verb}").command
+    command = importlib.import_module(f"espalier.cli.{verb.replace(' ', '_')}").command
     return {p.name: {*p.opts, *p.secondary_opts} for p in command.params if p.param_type_name == "option"}
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_a_page_with_all_its_options_and_none_that_does_not_exist(verb: str) -> None:
-    text = (ROOT / "docs" / f"{verb}.md").read_text(encoding="utf-8")
+    page = f"docs/{verb.replace(' ', '-')}.md"
+    text = (ROOT / page).read_text(encoding="utf-8")
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
     of_methods = {h.name for info in registry.methods() for h in info.hyperparameters}
     own = {name: spelt for name, spelt in options(verb).items() if name not in of_methods}
     missing = [name for name, spelt in own.items() if not spelt <= named]
-    assert not missing, f"docs/{verb}.md does not name the options {', '.join(missing)}"
+    assert not missing, f"{page} does not name the options {', '.join(missing)}"
     known = {spelt for other in VERBS for spellings in options(other).values() for spelt in spellings}
-    assert named <= known, f"docs/{verb}.md names {', '.join(sorted(named - known))}, which no verb has"
+    assert named <= known, f"{page} names {', '.join(sorted(named - known))}, which no verb has"
 
 
 def test_the_method_of_the_contributing_page_trains_as_a_plugin(tmp_path: Path) -> None:

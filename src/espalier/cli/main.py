@@ -37,8 +37,13 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in VERBS:
             raise EspalierError(f"espalier has no verb {name!r}{suggestion(name, list(VERBS))} (there are: {', '.join(VERBS)})")
-        module = importlib.import_module(f"espalier.cli.{name}")
+        module = importlib.import_module(f"espalier.cli.{name.replace(' ', '_')}")
         return module.command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if (both := " ".join(args[:2])) in VERBS:  # a verb of two words
+            args = [both, *args[2:]]
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Verbs"):

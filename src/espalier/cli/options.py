@@ -134,7 +134,7 @@ def command(
         roles: roles of methods whose hyperparameters are options too.
         recipe: whether it takes ``--config recipe.yaml``.
     """
-    signature = inspect.signature(verb, eval_str=True)
+    signature, spelt = inspect.signature(verb, eval_str=True), verb.__name__.replace("_", " ")
     help = argument_help(verb)
     params: list[click.Parameter] = []
     for name, parameter in signature.parameters.items():
@@ -165,7 +165,7 @@ def command(
         ]
         if missing:
             options = ", ".join(name.upper() if name in positional else f"--{name.replace('_', '-')}" for name in missing)
-            raise EspalierError(f"espalier {verb.__name__} needs {options}; see espalier {verb.__name__} --help")
+            raise EspalierError(f"espalier {spelt} needs {options}; see espalier {spelt} --help")
         for name, parameter in signature.parameters.items():
             if name in given and parameter.kind is not inspect.Parameter.VAR_KEYWORD:
                 given[name] = registry.coerce(f"--{name.replace('_', '-')}", parameter.annotation, given[name])
@@ -177,4 +177,4 @@ def command(
         sys.stdout.flush()
 
     summary = (inspect.getdoc(verb) or "").partition("\n")[0]
-    return _Command(verb.__name__, params=params, callback=run, help=summary, context_settings={"max_content_width": 110})
+    return _Command(spelt, params=params, callback=run, help=summary, context_settings={"max_content_width": 110})
