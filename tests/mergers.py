@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from espalier import registry
 from espalier.checkpoint.directory import ModelDirectory
 from espalier.checkpoint.safetensors_file import read_safetensors, write_safetensors
-from espalier.delta.merging import Parameter, Piece, Whole
+from espalier.delta.merging import Parameter, Whole
+from espalier.errors import EspalierError
 from espalier.exchange.merging import Item, Method, Model, write_merged
 
 Tensors = Mapping[str, torch.Tensor]
 
 
 class Held(Parameter):
-    """A parameter whose tensors are in memory. As on disk, each piece lies where the one before lay."""
+    """A parameter whose tensors are in memory."""
 
     def __init__(self, base: torch.Tensor | None, models: Sequence[torch.Tensor], weights: Sequence[float], scale: float, name: str, seed: int, survey: Any) -> None:
         super().__init__(name, tuple(models[0].shape), weights, scale, base is not None, seed, survey)
         self._all = [*models, *([base] if base is not None else [])]
 
-    @functools.cached_property
-    def _room(self) -> torch.Tensor:
-        return torch.empty((2 * self.models + 1) * self.numel)
+    def stored(self, model: int | None, start: int, stop: int) -> torch.Tensor:
+        return self._all[-1 if model is None else model].reshape(self.rows, self.columns)[start:stop]
 
-    def rows_of(self, start: int, stop: int) -> Piece:
-        count = self.models
-        shape = (2 * count + 1, stop - start, self.columns)
-        room = self._room[: torch.Size(shape).numel()].view(shape)
-        for row, tensor in zip(room, self._all, strict=False):
-            row.copy_(tensor.reshape(self.rows, self.columns)[start:stop])
-        return Piece(room[count] if self.has_base else None, room[:count], start * self.columns, room[count + 1 :])
-
-    def one(self, model: int | None) -> torch.Tensor:
-        return self._all[-1 if model is None else model].reshape(self.rows, self.columns).clone()
+    def refuse(self, model: int | None, rows: torch.Tensor) -> NoReturn:
+        raise EspalierError("a model must be finite to be merged")
 
 
 def method_of(name: str) -> Method:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from espalier.checkpoint.fingerprint import combine, tensor_hashes
-from espalier.checkpoint.safetensors_file import SafetensorsFile, TensorInfo, unique
+from espalier.checkpoint.safetensors_file import Pages, SafetensorsFile, TensorInfo, unique
 from espalier.errors import EspalierError
 
 if TYPE_CHECKING:
@@ -132,6 +132,11 @@ class ModelDirectory:
         """One tensor, in fresh memory."""
         self.info(name)
         return self.file(self.file_of[name]).read(name)
+
+    def pages(self, name: str) -> Pages | None:
+        """Views of a tensor's bytes: see :class:`Pages`; ``None`` where it is not in one piece."""
+        self.info(name)
+        return self.file(self.file_of[name]).pages(name)
 
     def read_into(self, buffer: memoryview, name: str, offset: int) -> None:
         """Bytes of a tensor from ``offset`` on, as many as ``buffer`` holds."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from espalier.checkpoint.directory import ModelDirectory
-from espalier.checkpoint.safetensors_file import DTYPES, MOST_DIMENSIONS, TensorInfo, torch_dtype
+from espalier.checkpoint.safetensors_file import DTYPES, MOST_DIMENSIONS, Pages, TensorInfo, torch_dtype
 from espalier.errors import EspalierError
 
 if TYPE_CHECKING:
@@ -87,6 +87,9 @@ class Relaid(ModelDirectory):
 
     def info(self, name: str) -> TensorInfo:
         return self._infos[name] if name in self._infos else self.stored.info(name)
+
+    def pages(self, name: str) -> Pages | None:
+        return None if name in self.sources else self.stored.pages(name)
 
     def read_into(self, buffer: memoryview, name: str, offset: int) -> None:
         if name not in self.sources:

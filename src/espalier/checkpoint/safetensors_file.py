@@ -8,12 +8,15 @@ Format: https://huggingface.co/docs/safetensors
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
 import math
 import mmap
 import os
 import reprlib
 import stat
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -254,6 +257,59 @@ class SafetensorsFile:
             return self.read(name)
         flat = torch.frombuffer(self._map, dtype=torch_dtype(info.dtype), count=info.nbytes // item, offset=info.start)
         return flat.reshape(info.shape)
+
+    def pages(self, name: str) -> Pages | None:
+        """The tensor's bytes as views of the file's own pages; ``None`` where they are not aligned to its numbers."""
+        info, whole = self.info(name), self.map(name)
+        if not info.nbytes or info.start % DTYPES[info.dtype][1]:
+            return None
+        return Pages(whole.view(-1).view(torch_dtype("U8")), self._refuse(f"it ended while tensor {name!r} was read"))
+
+
+class Pages:
+    """Bytes of a file that is mapped, (bytes,) uint8; called with from and to it gives a view. Nothing is copied.
+
+    The pages of a view are mapped at once, which costs far less than at the first touch of each, and stay so as long
+    as this lives.
+    """
+
+    def __init__(self, everything: torch.Tensor, short: EspalierError) -> None:
+        self._everything, self._short = everything, short
+        self._begin = everything.data_ptr()
+
+    def __call__(self, start: int, stop: int) -> torch.Tensor:
+        first = (self._begin + start) // mmap.PAGESIZE * mmap.PAGESIZE
+        if _advise(first, self._begin + stop - first, _POPULATE_READ) == errno.EFAULT:
+            raise self._short
+        return self._everything[start:stop]
+
+    def __del__(self) -> None:
+        first = -(-self._begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        _advise(first, max(self._begin + len(self._everything) - first, 0), _DONTNEED)
+
+
+_DONTNEED, _POPULATE_READ = 4, 22  # sys/mman.h of Linux
+
+
+@functools.cache
+def _madvise() -> Any:
+    import ctypes
+
+    try:
+        found = ctypes.CDLL(None, use_errno=True).madvise if sys.platform == "linux" else None
+    except (OSError, AttributeError):  # another C library
+        return None
+    if found is not None:
+        found.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return found
+
+
+def _advise(address: int, size: int, advice: int) -> int:
+    """Tell the system about pages; the error, or 0. One that does not know the advice maps pages when they are touched."""
+    import ctypes
+
+    advise = _madvise()
+    return ctypes.get_errno() if advise is not None and size and advise(address, size, advice) else 0
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import abc
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -26,7 +27,7 @@ PIECE = 1 << 17
 
 
 SAMPLE = 1 << 15
-"""Numbers of each model by which thresholds are guessed, before a pass finds them."""
+"""Numbers of each model, at least, by which thresholds are guessed, before a pass finds them."""
 
 WHOLE_SAMPLE = 1 << 20
 """Numbers of each model by which quantiles of the whole model are guessed."""
@@ -35,23 +36,26 @@ WHOLE_SAMPLE = 1 << 20
 NEEDS_BASE = "the method merges changes; it needs the model that they are changes of: --model BASE"
 
 
-@dataclass
 class Piece:
-    """Rows of one parameter of all models, in float32.
+    """Rows of one parameter of all models, in float32: what a method asks for is read when it asks.
+
+    The tensors lie where those of the piece before lay; a method may overwrite them.
 
     Args:
-        base: (rows, columns), or ``None`` where the merge has no base.
-        models: (models, rows, columns).
-        start: place of the first number in the parameter.
-        room: where the updates are put.
-
-    The tensors are those of the next piece too, which overwrites them; a method may do so itself.
+        begin, stop: the rows.
     """
 
-    base: torch.Tensor | None
-    models: torch.Tensor
-    start: int
-    room: torch.Tensor | None = None
+    def __init__(self, parameter: Parameter, begin: int, stop: int) -> None:
+        self._parameter, self._begin, self._stop = parameter, begin, stop
+        self.start = begin * parameter.columns
+        """place of the first number in the parameter"""
+        shape = (2 * parameter.models + 1, stop - begin, parameter.columns)
+        self._room = _room(math.prod(shape), parameter.device).view(shape)
+
+    @cached_property
+    def base(self) -> torch.Tensor | None:
+        """(rows, columns), or ``None`` where the merge has no base."""
+        return self._read(None, self._room[0]) if self._parameter.has_base else None
 
     @property
     def origin(self) -> torch.Tensor:
@@ -65,9 +69,43 @@ class Piece:
         return self.base
 
     @cached_property
+    def models(self) -> torch.Tensor:
+        """(models, rows, columns)."""
+        for model, row in enumerate(self.spare):
+            self._read(model, row)
+        return self.spare
+
+    @cached_property
     def updates(self) -> torch.Tensor:
         """What each model changed: (models, rows, columns)."""
-        return torch.sub(self.models, self.origin, out=self.room)
+        origin, made = self.origin, self._room[1 : 1 + self._parameter.models]
+        for model, row in enumerate(made):
+            self._read(model, row).sub_(origin)
+        return made
+
+    @property
+    def spare(self) -> torch.Tensor:
+        """Room for what a method makes of every model: (models, rows, columns). It is that of ``models``."""
+        return self._room[1 + self._parameter.models :]
+
+    def _read(self, model: int | None, out: torch.Tensor) -> torch.Tensor:
+        return self._parameter.read(model, self._begin, self._stop, out)
+
+
+def is_finite(numbers: torch.Tensor) -> bool:
+    """Whether all floating point numbers are finite; where their sum is, they are, and that is found out sooner."""
+    return math.isfinite(float(numbers.sum())) or bool(numbers.isfinite().all())
+
+
+_rooms = threading.local()
+
+
+def _room(size: int, device: torch.device) -> torch.Tensor:
+    """Memory of this thread for pieces, whichever parameter they are of."""
+    held: torch.Tensor | None = getattr(_rooms, "held", None)
+    if held is None or len(held) < size or held.device.type != device.type:
+        held = _rooms.held = torch.empty(size, device=device)
+    return held[:size]
 
 
 Combine = Callable[[Piece], torch.Tensor]
@@ -92,6 +130,7 @@ class Parameter(abc.ABC):
     ) -> None:
         self.name, self.shape, self.scale, self.has_base, self.seed, self.survey = name, shape, scale, has_base, seed, survey
         self.weights = torch.tensor(weights, dtype=torch.float32)
+        self.device = self.weights.device
 
     @property
     def models(self) -> int:
@@ -114,12 +153,34 @@ class Parameter(abc.ABC):
         return torch.Size(self.shape[:-1]).numel()
 
     @abc.abstractmethod
-    def rows_of(self, start: int, stop: int) -> Piece:
-        """The rows from ``start`` to ``stop`` of every model."""
+    def stored(self, model: int | None, start: int, stop: int) -> torch.Tensor:
+        """The rows from ``start`` to ``stop`` of a model, or of the base (``None``), in any dtype: (rows, columns).
+
+        They may be overwritten when the next ones are asked for.
+        """
 
     @abc.abstractmethod
+    def refuse(self, model: int | None, rows: torch.Tensor) -> NoReturn:
+        """Say that a model, or the base, is not finite in these rows.
+
+        Raises:
+            EspalierError: always.
+        """
+
     def one(self, model: int | None) -> torch.Tensor:
         """All of one model, or of the base (``None``), for methods that need a matrix: (rows, columns), float32."""
+        return self.read(model, 0, self.rows, torch.empty(self.rows, self.columns, device=self.device))
+
+    def read(self, model: int | None, start: int, stop: int, out: torch.Tensor) -> torch.Tensor:
+        """Rows of a model, or of the base (``None``), put into float32 ``out``, (rows, columns), which is returned.
+
+        Raises:
+            EspalierError: when they are not finite.
+        """
+        stored = self.stored(model, start, stop)
+        if not is_finite(out.copy_(stored)):
+            self.refuse(model, stored)
+        return out
 
     def change(self, model: int) -> torch.Tensor:
         """All that one model changed: (rows, columns), float32."""
@@ -131,13 +192,13 @@ class Parameter(abc.ABC):
         """All of it in order, in slices of whole rows."""
         step = max(PIECE // max(self.columns, 1), 1)
         for start in range(0, self.rows, step):
-            yield self.rows_of(start, min(start + step, self.rows))
+            yield Piece(self, start, min(start + step, self.rows))
 
     def sampled(self) -> Iterator[Piece]:
-        """Some of it: rows here and there, about :data:`SAMPLE` numbers."""
-        take = max(SAMPLE // 32 // max(self.columns, 1), 1)
-        for start in range(0, self.rows, max(self.rows // 32, take)):
-            yield self.rows_of(start, min(start + take, self.rows))
+        """Some of it: rows in eight places, about one in 32 numbers, but :data:`SAMPLE` at least and four times that at most."""
+        take = max(min(max(self.numel // 32, SAMPLE), 4 * SAMPLE) // 8 // max(self.columns, 1), 1)
+        for start in range(0, self.rows, max(self.rows // 8, take)):
+            yield Piece(self, start, min(start + take, self.rows))
 
     def each(self, value: float | Sequence[float], name: str) -> list[float]:
         """A hyperparameter of every model: one number for all, or one for each.

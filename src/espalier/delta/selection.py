@@ -13,7 +13,7 @@ import numpy
 import torch
 
 from espalier.errors import EspalierError
-from espalier.kernels.merging import Gathered
+from espalier.kernels.merging import Between
 
 _LOW = 16  # bits of a magnitude that the second pass looks at
 
@@ -147,7 +147,7 @@ def thresholds(
 ) -> Chosen:
     """The ``counts[i]`` largest magnitudes of each vector i, of ``length`` numbers each; of equal ones the first.
 
-    A sample gives bounds between which the threshold all but certainly lies. One pass counts what is above them and
+    A sample gives bounds between which the threshold all but certainly lies. One pass counts what is below them and
     gathers what is between them; it is repeated with other bounds where the sample misled.
 
     Args:
@@ -162,37 +162,38 @@ def thresholds(
         else:
             limits[vector] = torch.inf if count <= 0 else -1.0
     while bounds:
-        above, at_low = dict.fromkeys(bounds, 0), dict.fromkeys(bounds, 0)
-        gathered = {vector: Gathered() for vector in bounds}
+        found = {vector: Between(low, high, signed=False) for vector, (low, high) in bounds.items()}
         for part in slices():
-            for vector, (low, high) in bounds.items():
-                upper, equal = gathered[vector].add(part[vector], low, high)
-                above[vector] += upper
-                at_low[vector] += equal
-        for vector, (low, high) in list(bounds.items()):
-            inside, wanted = gathered.pop(vector).numbers(), counts[vector] - above[vector]
+            for vector, between in found.items():
+                between.add(part[vector])
+        for vector, between in found.items():
+            low, high = bounds.pop(vector)
+            inside, (below, at_low, at_high) = between.numbers(), between.counts
+            at_high = at_high if low < high else 0
+            above = length - below - at_low - len(inside) - at_high
+            wanted = counts[vector] - above
             if wanted <= 0:
                 bounds[vector] = (high, torch.inf)
-            elif wanted <= len(inside):
+            elif wanted <= at_high:
+                limits[vector], ties[vector] = high, _missing(wanted, at_high)
+            elif (wanted := wanted - at_high) <= len(inside):
                 limits[vector] = limit = inside.kthvalue(len(inside) - wanted + 1).values
                 ties[vector] = _missing(wanted - int(torch.count_nonzero(inside > limit)), int(torch.count_nonzero(inside == limit)))
-                del bounds[vector]
-            elif wanted <= len(inside) + at_low[vector]:
-                limits[vector] = low
-                ties[vector] = _missing(wanted - len(inside), at_low[vector])
-                del bounds[vector]
+            elif (wanted := wanted - len(inside)) <= at_low:
+                limits[vector], ties[vector] = low, _missing(wanted, at_low)
             else:
                 bounds[vector] = (-1.0, low)
     return Chosen(limits, ties)
 
 
 def _bounds(sample: torch.Tensor, share: float) -> tuple[float, float]:
-    """Between which numbers a quantile lies, but for a chance of about 1e-9, by a sample."""
+    """Between which numbers a quantile lies, but for a chance of about 1e-6, by a sample."""
     size = len(sample)
-    margin = 6 * math.sqrt(share * (1 - share) / size) + 4 / size
+    margin = 5 * math.sqrt(share * (1 - share) / size) + 4 / size
     low, high = math.floor((share - margin) * size), math.ceil((share + margin) * size)
-    lower = float(sample.kthvalue(low + 1).values) if low > 0 else -1.0
-    return lower, float(sample.kthvalue(high + 1).values) if high < size else math.inf
+    inside = [place for place in (low, high) if 0 <= place < size]
+    order = numpy.partition(sample.cpu().numpy(), inside) if inside else sample
+    return float(order[low]) if low > 0 else -1.0, float(order[high]) if high < size else math.inf
 
 
 def _missing(wanted: int, there: int) -> int:

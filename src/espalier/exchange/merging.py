@@ -11,12 +11,11 @@ import itertools
 import json
 import math
 import sys
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -24,7 +23,7 @@ from espalier.checkpoint.directory import INDEX, SINGLE, ModelDirectory, read_js
 from espalier.checkpoint.relaid import Relaid
 from espalier.checkpoint.safetensors_file import DTYPES, SafetensorsWriter, tensor_bytes, torch_dtype
 from espalier.checkpoint.stream import one_thread_each
-from espalier.delta.merging import Combine, Parameter, Piece, Whole
+from espalier.delta.merging import Combine, Parameter, Whole, is_finite
 from espalier.delta.store import FILES, Delta
 from espalier.errors import EspalierError
 from espalier.exchange import materialize
@@ -71,11 +70,12 @@ class Model:
         return self.path / name
 
     def rows(self, name: str) -> Rows:
-        """The rows of a tensor, read when they are asked for; each call overwrites what the one before gave."""
+        """The rows of a tensor, read when they are asked for; each call may overwrite what the one before gave."""
         info = self.directory.info(name)
-        dtype = torch_dtype(info.dtype)
-        columns = info.shape[-1] if info.shape else 1
+        dtype, columns = torch_dtype(info.dtype), info.shape[-1] if info.shape else 1
         size, held = columns * DTYPES[info.dtype][1], torch.empty(0, dtype=torch.uint8)
+        if pages := self.directory.pages(name):
+            return lambda start, stop: pages(start * size, stop * size).view(dtype).view(stop - start, columns)
 
         def read(start: int, stop: int) -> torch.Tensor:
             nonlocal held
@@ -220,45 +220,19 @@ def _by_entries(member: Model | Changed, name: str) -> Rows:
 Member = Model | Changed | Aligned
 
 
-_rooms = threading.local()
-
-
-def _room(size: int) -> torch.Tensor:
-    """Memory of this thread for pieces: each piece overwrites the one before, whichever parameter that was of."""
-    if len(getattr(_rooms, "held", ())) < size:
-        _rooms.held = torch.empty(size)
-    return _rooms.held[:size]
-
-
 class _Parameter(Parameter):
     def __init__(self, base: Rows | None, models: Sequence[Rows], paths: Sequence[Path], *arguments: Any) -> None:
         super().__init__(*arguments)
         self._base, self._models, self._paths = base, models, paths
 
-    def rows_of(self, start: int, stop: int) -> Piece:
-        count = len(self._models)
-        shape = (2 * count + 1, stop - start, self.columns)
-        room = _room(math.prod(shape)).view(shape)
-        for row, source in zip(room, [*self._models, *([self._base] if self._base else [])], strict=False):
-            row.copy_(source(start, stop))
-        if not all(map(math.isfinite, torch.stack(torch.aminmax(room[: count + bool(self._base)])).tolist())):
-            _refuse(room, self._paths)
-        return Piece(room[count] if self._base else None, room[:count], start * self.columns, room[count + 1 :])
-
-    def one(self, model: int | None) -> torch.Tensor:
+    def stored(self, model: int | None, start: int, stop: int) -> torch.Tensor:
         source = self._base if model is None else self._models[model]
         assert source is not None
-        made = torch.empty(self.rows, self.columns).copy_(source(0, self.rows))
-        if not bool(made.isfinite().all()):
-            _refuse(made[None], [self._paths[-1 if model is None else model]])
-        return made
+        return source(start, stop)
 
-
-def _refuse(rows: torch.Tensor, paths: Sequence[Path]) -> None:
-    """Say which model is not finite."""
-    for row, path in zip(rows, paths, strict=False):
-        if not bool(row.isfinite().all()):
-            raise EspalierError(f"{path} has {float(row[~row.isfinite()][0])} in it; a model must be finite to be merged")
+    def refuse(self, model: int | None, rows: torch.Tensor) -> NoReturn:
+        path = self._paths[-1 if model is None else model]
+        raise EspalierError(f"{path} has {float(rows[~rows.isfinite()][0])} in it; a model must be finite to be merged")
 
 
 @dataclass
@@ -357,10 +331,11 @@ def write_merged(
         return item.nbytes
 
     def _write_rows(writer: SafetensorsWriter, item: Item, rows: torch.Tensor, offset: int) -> None:
-        rounded = rows.to(torch_dtype(item.dtype))
-        if not math.isfinite(largest := float(rounded.abs().max())):
-            raise EspalierError(f"a merged value is {largest} in {item.dtype}; are the models finite, and the weights right?")
-        writer.write_bytes(item.name, tensor_bytes(rounded), offset)
+        made = rows.to(torch_dtype(item.dtype))
+        if not is_finite(made):
+            value = float(made[~made.isfinite()][0])
+            raise EspalierError(f"a merged value is {value} in {item.dtype}; are the models finite, and the weights right?")
+        writer.write_bytes(item.name, tensor_bytes(made), offset)
 
     survey = None
     with one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:

@@ -23,61 +23,33 @@ def _fast() -> Any:
     return merging_fast
 
 
-class Gathered:
-    """What lies between two bounds, of numbers that come slice by slice; kept in one buffer that grows."""
-
-    def __init__(self) -> None:
-        self._buffer, self._count = torch.empty(0), 0
-
-    def numbers(self) -> torch.Tensor:
-        """All that has been gathered."""
-        return self._buffer[: self._count]
-
-    def add(self, numbers: torch.Tensor, low: float, high: float) -> tuple[int, int]:
-        """Gather the magnitudes above ``low`` and at most ``high`` of (n,); how many are above ``high``, and equal ``low``."""
-        if len(self._buffer) < self._count + len(numbers) + 1:
-            larger = torch.empty(2 * self._count + len(numbers) + 1, device=numbers.device)
-            larger[: self._count] = self.numbers()
-            self._buffer = larger
-        rest = self._buffer[self._count :]
-        if numbers.is_cpu and (fast := _fast()):
-            above, at_low, count = fast.gather(numbers.numpy(), low, high, rest.numpy())
-        else:
-            numbers = numbers.abs()
-            upper = numbers > low
-            inside = numbers[upper & (numbers <= high)]
-            count = len(inside)
-            rest[:count] = inside
-            above, at_low = int(torch.count_nonzero(upper)) - count, int(torch.count_nonzero(numbers == low))
-        self._count += count
-        return above, at_low
-
-
 class Between:
-    """What lies between two bounds of the numbers that come, the bounds themselves left out.
+    """What lies between two bounds of the numbers that come, or of their magnitudes, the bounds themselves left out.
 
     ``counts``: how many are below the lower bound, how many equal it, and how many equal the upper one.
     """
 
-    def __init__(self, low: float, high: float) -> None:
-        self.low, self.high, self.counts = low, high, [0, 0, 0]
+    def __init__(self, low: float, high: float, signed: bool = True) -> None:
+        self.low, self.high, self.signed, self.counts = low, high, signed, [0, 0, 0]
         self._parts = [torch.empty(0)]
 
     def numbers(self) -> torch.Tensor:
-        """All that has been gathered."""
+        """All that has been gathered, in no order."""
         return torch.cat(self._parts)
 
     def add(self, numbers: torch.Tensor) -> None:
         """Go through (n,) float32 numbers."""
         if numbers.is_cpu and (fast := _fast()):
             room = torch.empty(len(numbers) + 1)
-            *counts, count = fast.between(numbers.numpy(), self.low, self.high, room.numpy())
+            *counts, count = fast.between(numbers.numpy(), self.low, self.high, self.signed, room.numpy())
             inside = room[:count].clone()
         else:
+            numbers = numbers if self.signed else numbers.abs()
             inside = numbers[(numbers > self.low) & (numbers < self.high)]
             masks = numbers < self.low, numbers == self.low, numbers == self.high
             counts = [int(torch.count_nonzero(mask)) for mask in masks]
-        self._parts.append(inside)
+        if len(inside):
+            self._parts.append(inside)
         self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
 
 

@@ -11,48 +11,46 @@ import threading
 import numba
 import numpy as np
 
-TILE = 2048
+TILE = 1024
 """Numbers that are worked on at a time: what is made of them stays in the first-level cache."""
 
 
-def _gather(numbers, low, high, inside):  # type: ignore[no-untyped-def]
-    """How many magnitudes are above ``high`` and equal to ``low``, and how many are between: those are put into ``inside``."""
-    above, at_low, count = 0, 0, 0
-    magnitudes = np.empty(TILE, np.float32)
-    for begin in range(0, len(numbers), TILE):
-        tile = magnitudes[: min(TILE, len(numbers) - begin)]
-        theirs = numbers[begin : begin + TILE]
-        for i in range(len(tile)):
-            tile[i] = abs(theirs[i])
-        upper, equal = 0, 0
-        for i in range(len(tile)):
-            upper += tile[i] > high
-            equal += tile[i] == low
-        above += upper
-        at_low += equal
-        for i in range(len(tile)):
-            inside[count] = tile[i]
-            count += (tile[i] > low) & (tile[i] <= high)
-    return above, at_low, count
+LANES = 256
+"""Numbers that are compared at once."""
 
 
-def _between(numbers, low, high, inside):  # type: ignore[no-untyped-def]
-    """How many numbers are below ``low``, equal to it, and equal to ``high``; those between are put into ``inside``."""
+def _between(numbers, low, high, signed, inside):  # type: ignore[no-untyped-def]
+    """How many numbers (or magnitudes) are below ``low``, equal to it, and equal to ``high``; those between go into ``inside``.
+
+    A tile is looked at in rows of :data:`LANES`; only columns in which there is something are gone through again.
+    """
     below, at_low, at_high, count = 0, 0, 0, 0
-    for begin in range(0, len(numbers), 256):
-        tile = numbers[begin : begin + 256]
-        lower, first, last, there = 0, 0, 0, 0
-        for i in range(len(tile)):
-            lower += tile[i] < low
-            first += tile[i] == low
-            last += tile[i] == high
-            there += (tile[i] > low) & (tile[i] < high)
-        below += lower
-        at_low += first
-        at_high += last
-        for i in range(len(tile) if there else 0):  # the bounds are close: often there is nothing
-            inside[count] = tile[i]
-            count += (tile[i] > low) & (tile[i] < high)
+    tile, there = np.empty(TILE, np.float32), np.empty(LANES, np.int32)
+    for begin in range(0, len(numbers), TILE):
+        theirs = numbers[begin : begin + TILE]
+        lower, first, last = np.int32(0), np.int32(0), np.int32(0)
+        for i in range(len(theirs)):
+            own = theirs[i] if signed else abs(theirs[i])
+            tile[i] = own
+            lower += np.int32(own < low)
+            first += np.int32(own == low)
+            last += np.int32(own == high)
+        for i in range(len(theirs), TILE):
+            tile[i] = low
+        for k in range(LANES):
+            there[k] = 0
+        for row in range(0, TILE, LANES):
+            some = tile[row : row + LANES]
+            for k in range(LANES):
+                there[k] |= np.int32((some[k] > low) & (some[k] < high))
+        below += int(lower)
+        at_low += int(first)
+        at_high += int(last)
+        for k in range(LANES):
+            if there[k]:
+                for i in range(k, TILE, LANES):
+                    inside[count] = tile[i]
+                    count += (tile[i] > low) & (tile[i] < high)
     return below, at_low, at_high, count
 
 
@@ -314,8 +312,7 @@ def _compiled(loop, signature):  # type: ignore[no-untyped-def]
     return call
 
 
-gather = _compiled(_gather, "UniTuple(int64, 3)(float32[::1], float32, float32, float32[::1])")
-between = _compiled(_between, "UniTuple(int64, 4)(float32[::1], float32, float32, float32[::1])")
+between = _compiled(_between, "UniTuple(int64, 4)(float32[::1], float32, float32, boolean, float32[::1])")
 elect = _compiled(
     _elect,
     "void(float32[::1], float32[:, ::1], float32[::1], float32[::1], float32[::1], int64[::1], boolean, boolean, float32, float32[::1])",

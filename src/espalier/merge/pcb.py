@@ -16,7 +16,7 @@ def balance(low: torch.Tensor, high: torch.Tensor, piece: Piece, inter: str) -> 
     width = (high - low).clamp_min(1e-12)
     if inter == "pairs":
         limits = (low.flatten(), high.flatten(), width.flatten())
-        updates, scores = piece.updates, piece.models  # which nothing needs any more, so that no memory is
+        updates, scores = piece.updates, piece.spare
         compete(updates.flatten(1), *limits, scores.flatten(1))
         return updates, scores
     magnitudes, sign = torch.clip(piece.updates.abs(), low, high), piece.updates.sign()
