@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from espalier.kernels import merging
-from espalier.kernels.merging import Between, agree, compete, drop, elect, middle, thin, variance
+from espalier.kernels.merging import Between, agree, blend, compete, drop, elect, middle, thin, variance
 
 pytest.importorskip("numba")
 seeds = st.integers(0, 2**31)
@@ -140,3 +140,11 @@ def test_the_rational_functions_are_exact_to_float32() -> None:
 def test_equal_updates_have_no_variance() -> None:
     one = numbers(3, 1, 1000) / 3
     assert not bool(variance(one.repeat(3, 1)).any())
+
+
+@settings(deadline=None, max_examples=60)
+@given(seeds, st.integers(1, 5), sizes)
+def test_blending_by_scores(seed: int, models: int, size: int) -> None:
+    base, clamped, scores = numbers(seed, size), numbers(seed + 1, models, size), numbers(seed + 2, models, size)
+    cut, factors, weights = scores.quantile(0.5, dim=-1), numbers(seed + 3, models).abs(), numbers(seed + 4, models)
+    assert same(*both(lambda: blend(base, clamped, scores, cut, factors, weights, 0.7)))

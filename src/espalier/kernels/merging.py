@@ -138,7 +138,7 @@ def drop(updates: torch.Tensor, drawn: torch.Tensor, odds: float, factor: float,
     if updates.is_cpu and (fast := _fast()):
         fast.drop(updates.numpy(), drawn.numpy(), odds, factor, out.numpy())
         return
-    out.copy_(torch.where(drawn < odds, updates * factor, 0.0))
+    out.copy_(updates * torch.where(drawn < odds, factor, 0.0))
 
 
 def variance(updates: torch.Tensor) -> torch.Tensor:
@@ -199,7 +199,7 @@ def compete(updates: torch.Tensor, low: torch.Tensor, high: torch.Tensor, width:
         return
     magnitudes = updates.abs().clamp_min(low[:, None]).clamp_max(high[:, None])
     sign = updates.sign()
-    signed = sign * ((magnitudes - low[:, None]) / width[:, None])
+    signed = sign * ((magnitudes - low[:, None]) * (1 / width[:, None]))
     scores.zero_()
     for model, own in enumerate(signed):
         for other in signed:
@@ -213,3 +213,26 @@ def compete(updates: torch.Tensor, low: torch.Tensor, high: torch.Tensor, width:
     for _ in updates:
         scores *= intra
     updates.copy_(sign * magnitudes)
+
+
+def blend(
+    base: torch.Tensor, clamped: torch.Tensor, scores: torch.Tensor, cut: torch.Tensor, factors: torch.Tensor, weights: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """The base plus the mean of updates by their scores (PCB-Merging): ``sum_i w_i S_i t_i / sum_i S_i`` times the scale.
+
+    S are the scores above ``cut``, times ``factors``; the others are 0.
+
+    Args:
+        base, clamped, scores: (n,), and (models, n) twice, float32.
+        cut, factors, weights: (models,).
+    """
+    if base.is_cpu and (fast := _fast()):
+        out = torch.empty_like(base)
+        fast.blend(*(t.numpy() for t in (base, clamped, scores, cut, factors, weights)), scale, out.numpy())
+        return out
+    merged, divisor = torch.zeros_like(base), torch.zeros_like(base)
+    for update, score, least, factor, weight in zip(clamped, scores, cut, factors, weights, strict=True):
+        share = (torch.maximum(score, least) - least) * factor
+        divisor += share
+        merged += update * (share * weight)
+    return base + merged / divisor.clamp_min(1e-12) * scale

@@ -28,10 +28,18 @@ def _between(numbers, low, high, signed, inside):  # type: ignore[no-untyped-def
     tile, there = np.empty(TILE, np.float32), np.empty(LANES, np.int32)
     for begin in range(0, len(numbers), TILE):
         theirs = numbers[begin : begin + TILE]
-        lower, first, last = np.int32(0), np.int32(0), np.int32(0)
+        least, most = np.float32(np.inf), np.float32(-np.inf)
         for i in range(len(theirs)):
             own = theirs[i] if signed else abs(theirs[i])
             tile[i] = own
+            least = min(least, own)
+            most = max(most, own)
+        if most < low or least > high:  # as most are for a quantile far out
+            below += len(theirs) if most < low else 0
+            continue
+        lower, first, last = np.int32(0), np.int32(0), np.int32(0)
+        for i in range(len(theirs)):
+            own = tile[i]
             lower += np.int32(own < low)
             first += np.int32(own == low)
             last += np.int32(own == high)
@@ -193,8 +201,13 @@ def _thin(updates, bits, drawn, odds, factors, out):  # type: ignore[no-untyped-
 
 def _drop(updates, drawn, odds, factor, out):  # type: ignore[no-untyped-def]
     """Numbers of which those drawn below the odds are kept, times a factor."""
-    for i in range(len(updates)):
-        out[i] = updates[i] * factor if drawn[i] < odds else np.float32(0)
+    kept = np.empty(TILE, np.float32)
+    for begin in range(0, len(updates), TILE):
+        theirs, chance, made = updates[begin : begin + TILE], drawn[begin : begin + TILE], out[begin : begin + TILE]
+        for i in range(len(theirs)):  # on its own, as updates and out may be the same and a branch is never foreseen
+            kept[i] = factor if chance[i] < odds else np.float32(0)
+        for i in range(len(theirs)):
+            made[i] = theirs[i] * kept[i]
 
 
 def _variance(updates, out):  # type: ignore[no-untyped-def]
@@ -257,14 +270,14 @@ def _compete(updates, low, high, width, exponential, clamped, scores):  # type: 
         size = min(TILE, updates.shape[1] - begin)
         for m in range(count):
             update, clamp, score = updates[m, begin : begin + size], clamped[m, begin : begin + size], scores[m, begin : begin + size]
-            least, most, over, own = low[m], high[m], width[m], signed[m]
+            least, most, over, own = low[m], high[m], np.float32(1) / width[m], signed[m]
             for i in range(size):
                 magnitude = abs(update[i])
                 magnitude = least if magnitude < least else magnitude
                 magnitude = most if magnitude > most else magnitude
                 sign = np.float32(update[i] > zero) - np.float32(update[i] < zero)
                 clamp[i] = sign * magnitude
-                own[i] = sign * ((magnitude - least) / over)
+                own[i] = sign * ((magnitude - least) * over)
                 score[i] = zero
         for m in range(count):
             for other in range(m + 1):
@@ -288,6 +301,27 @@ def _compete(updates, low, high, width, exponential, clamped, scores):  # type: 
             for _ in range(count):
                 for i in range(size):
                     score[i] *= own[i]
+
+
+def _blend(base, clamped, scores, cut, factors, weights, scale, out):  # type: ignore[no-untyped-def]
+    """The base plus what PCB-Merging makes of clamped updates and their scores: see ``merging.blend``."""
+    zero = np.float32(0)
+    merged, divisor = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    for begin in range(0, len(base), TILE):
+        ours, made = base[begin : begin + TILE], out[begin : begin + TILE]
+        size = len(ours)
+        for i in range(size):
+            merged[i] = zero
+            divisor[i] = zero
+        for m in range(len(clamped)):
+            update, score = clamped[m, begin : begin + size], scores[m, begin : begin + size]
+            least, factor, weight = cut[m], factors[m], weights[m]
+            for i in range(size):
+                share = (max(score[i], least) - least) * factor
+                divisor[i] += share
+                merged[i] += update[i] * (share * weight)
+        for i in range(size):
+            made[i] = ours[i] + merged[i] / max(divisor[i], np.float32(1e-12)) * scale
 
 
 _lock = threading.Lock()
@@ -325,4 +359,8 @@ agree = _compiled(_agree, "void(float32[::1], float32[:, ::1], float32[::1], flo
 compete = _compiled(
     _compete,
     "void(float32[:, ::1], float32[::1], float32[::1], float32[::1], UniTuple(float32, 9), float32[:, ::1], float32[:, ::1])",
+)
+blend = _compiled(
+    _blend,
+    "void(float32[::1], float32[:, ::1], float32[:, ::1], float32[::1], float32[::1], float32[::1], float32, float32[::1])",
 )

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from espalier.delta.merging import Combine, Parameter, Piece, Whole
-from espalier.kernels.merging import compete
+from espalier.kernels.merging import blend, compete
 from espalier.registry import merger
 
 
@@ -54,14 +54,12 @@ def pcb(
         inter: the official code's three ways to weigh models against each other: pairs (the paper's), normalized, raw
     """
     found: dict[str, Any] = parameter.survey
-    weights = parameter.weights[:, None, None]
-    factors = 1 / (found["top"] - found["cut"]).clamp_min(1e-30)
+    cut = found["cut"].flatten()
+    factors = 1 / (found["top"].flatten() - cut).clamp_min(1e-30)
 
     def combine(piece: Piece) -> torch.Tensor:
         clamped, scores = balance(found["low"], found["high"], piece, inter)
-        shares = scores.clamp_min_(found["cut"]).sub_(found["cut"]).mul_(factors)
-        divisor = shares.sum(0).clamp_min_(1e-12)
-        merged = clamped.mul_(shares.mul_(weights)).sum(0).div_(divisor)
-        return piece.origin + parameter.scale * merged
+        flat = (piece.origin.flatten(), clamped.flatten(1), scores.flatten(1))
+        return blend(*flat, cut, factors, parameter.weights, parameter.scale).view_as(piece.origin)
 
     return combine
