@@ -28,14 +28,14 @@ def _between(numbers, low, high, signed, inside):  # type: ignore[no-untyped-def
     tile, there = np.empty(TILE, np.float32), np.empty(LANES, np.int32)
     for begin in range(0, len(numbers), TILE):
         theirs = numbers[begin : begin + TILE]
-        least, most = np.float32(np.inf), np.float32(-np.inf)
+        some_up, some_down = np.int32(0), np.int32(0)
         for i in range(len(theirs)):
             own = theirs[i] if signed else abs(theirs[i])
             tile[i] = own
-            least = min(least, own)
-            most = max(most, own)
-        if most < low or least > high:  # as most are for a quantile far out
-            below += len(theirs) if most < low else 0
+            some_up |= np.int32(own >= low)
+            some_down |= np.int32(own <= high)
+        if not some_up or not some_down:  # all on one side, as most tiles are for a quantile far out
+            below += 0 if some_up else len(theirs)
             continue
         lower, first, last = np.int32(0), np.int32(0), np.int32(0)
         for i in range(len(theirs)):
