@@ -123,14 +123,16 @@ class Parameter(abc.ABC):
         has_base: whether there is a base.
         seed: of random numbers.
         survey: what the method's first pass over the whole model found.
+        device: where pieces are; statistics and weights are on the CPU.
     """
 
     def __init__(
-        self, name: str, shape: tuple[int, ...], weights: Sequence[float], scale: float, has_base: bool, seed: int, survey: Any = None
-    ) -> None:
+        self, name: str, shape: tuple[int, ...], weights: Sequence[float], scale: float, has_base: bool, seed: int, survey: Any = None,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
         self.name, self.shape, self.scale, self.has_base, self.seed, self.survey = name, shape, scale, has_base, seed, survey
         self.weights = torch.tensor(weights, dtype=torch.float32)
-        self.device = self.weights.device
+        self.device = torch.device(device)
 
     @property
     def models(self) -> int:
@@ -244,7 +246,7 @@ class Parameter(abc.ABC):
         total = torch.zeros(self.models, self.models, dtype=torch.float64)
         for piece in self.pieces():
             vectors = getattr(piece, of).flatten(1)
-            total += (vectors @ vectors.mT).double()
+            total += (vectors @ vectors.mT).double().cpu()
         return total
 
     def largest(self, counts: Sequence[int], score: Callable[[Piece], torch.Tensor] | None = None) -> Chosen:
@@ -261,9 +263,9 @@ class Parameter(abc.ABC):
         """Sums of scores of each model, one over the other: (models, 1, 1); 1 where one of them is as good as zero."""
         sums = torch.zeros(2, self.models, dtype=torch.float64)
         for piece in self.pieces():
-            sums += torch.stack([over(piece), under(piece)]).flatten(2).sum(-1, dtype=torch.float64)
+            sums += torch.stack([over(piece), under(piece)]).flatten(2).sum(-1, dtype=torch.float64).cpu()
         found = torch.where((sums > 1e-7).all(0), sums[0] / sums[1].clamp_min(1e-7), 1.0)
-        return found.float()[:, None, None]
+        return found.float().to(self.device)[:, None, None]
 
 
 def combination(parameter: Parameter, coefficients: Sequence[float], of: str = "models") -> Combine:
@@ -271,10 +273,17 @@ def combination(parameter: Parameter, coefficients: Sequence[float], of: str = "
 
     The scale is of the change: models that are combined themselves are taken so far away from the base.
     """
-    factors = torch.tensor(list(coefficients), dtype=torch.float32)
     if of == "updates":
-        return lambda piece: piece.origin + torch.einsum("n,nrc->rc", factors, piece.updates) * parameter.scale
-    return scaled(parameter, lambda piece: torch.einsum("n,nrc->rc", factors, piece.models))
+        return lambda piece: weighted_sum(piece.updates, coefficients).mul_(parameter.scale).add_(piece.origin)
+    return scaled(parameter, lambda piece: weighted_sum(piece.models, coefficients))
+
+
+def weighted_sum(rows: torch.Tensor, factors: Sequence[float]) -> torch.Tensor:
+    """``sum_i f_i rows_i`` of (models, rows, columns), which are overwritten."""
+    total, *others = (row.mul_(factor) for row, factor in zip(rows, factors, strict=True))
+    for row in others:
+        total.add_(row)
+    return total
 
 
 def scaled(parameter: Parameter, combine: Combine) -> Combine:
@@ -294,13 +303,13 @@ def merged_changes(parameter: Parameter, changes: Callable[[Piece], torch.Tensor
     """The base plus the weighted changes: all of them (``majority`` "none"), or those of the sign that is elected."""
     weights, by_vote = parameter.weights, majority != "none"
     everything, all_of_them = torch.zeros_like(weights), torch.full((parameter.models,), -1)
-    factors = parameter.shares() if normalize and not by_vote else weights
+    factors = (parameter.shares() if normalize and not by_vote else weights).tolist()
 
     def combine(piece: Piece) -> torch.Tensor:
         if by_vote:
             mass, divide = majority == "mass", normalize is not False
             return elect(piece.origin, changes(piece), weights, everything, all_of_them, mass, divide, parameter.scale)
-        return piece.origin + torch.einsum("n,nrc->rc", factors, changes(piece)) * parameter.scale
+        return weighted_sum(changes(piece), factors).mul_(parameter.scale).add_(piece.origin)
 
     return combine
 
@@ -365,7 +374,7 @@ class Whole:
                 else:
                     found[where] = high
                 del bounds[where]
-        return [row[:, None, None] for row in found]
+        return [row.to(self.parameters[0].device)[:, None, None] for row in found]
 
     def _bounds(
         self, score: Callable[[Parameter, Piece], torch.Tensor], shares: dict[tuple[int, int], float]
@@ -374,7 +383,7 @@ class Whole:
         whole = sum(parameter.numel for parameter in self.parameters)
 
         def sampled(parameter: Parameter) -> torch.Tensor:
-            taken = torch.cat([score(parameter, piece).flatten(1).clone() for piece in parameter.sampled()], -1)
+            taken = torch.cat([score(parameter, piece).flatten(1).clone() for piece in parameter.sampled()], -1).cpu()
             wanted = max(WHOLE_SAMPLE * parameter.numel // whole, 1)
             return taken[:, :: max(taken.shape[1] // wanted, 1)].clone()
 

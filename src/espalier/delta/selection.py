@@ -131,7 +131,7 @@ class Chosen:
 
     def __call__(self, scores: torch.Tensor) -> torch.Tensor:
         """Where the next slice of scores (vectors, ...) is chosen, as a mask of its shape."""
-        limits = self.limits.reshape(-1, *[1] * (scores.ndim - 1))
+        limits = self.limits.to(scores.device).reshape(-1, *[1] * (scores.ndim - 1))
         mask = scores >= limits
         for vector, left in enumerate(self.ties.tolist()):
             if left < 0:

@@ -264,7 +264,7 @@ class Item:
         """Whether it is computed; integers, booleans and tensors without numbers are copied from the first source."""
         return torch_dtype(self.dtype).is_floating_point and math.prod(self.shape) > 0
 
-    def parameter(self, seed: int, survey: Any = None) -> Parameter:
+    def parameter(self, seed: int, survey: Any = None, device: torch.device | str = "cpu") -> Parameter:
         """Its numbers in every model.
 
         Raises:
@@ -276,7 +276,7 @@ class Item:
         base = self.base[0].rows(self.base[1]) if self.base else None
         models = [member.rows(name) for member, name in self.sources]
         paths = [member.path for member, _ in (*self.sources, *([self.base] if self.base else []))]
-        return _Parameter(base, models, paths, self.name, self.shape, self.weights, self.scale, base is not None, seed, survey)
+        return _Parameter(base, models, paths, self.name, self.shape, self.weights, self.scale, base is not None, seed, survey, device)
 
 
 @dataclass(frozen=True)
@@ -294,12 +294,14 @@ class Method:
 
 
 def write_merged(
-    items: Sequence[Item], files: Mapping[str, str], method: Method, seed: int, out: Path, progress: Callable[[int], Any]
-) -> None:
+    items: Sequence[Item], files: Mapping[str, str], method: Method, seed: int, out: Path, progress: Callable[[int], Any],
+    device: torch.device | str = "cpu",
+) -> None:  # fmt: skip
     """Write the merged weights into ``out``, each tensor into the file that ``files`` says, and the index.
 
     Args:
         progress: called with the bytes written so far.
+        device: where the arithmetic is done.
 
     Raises:
         EspalierError: naming the tensor, where a model does not fit or a merged value is not finite.
@@ -319,7 +321,7 @@ def write_merged(
                 rows = member.rows(name)(0, math.prod(item.shape[:-1]))
                 writer.write_bytes(item.name, tensor_bytes(rows.to(target)))
                 return item.nbytes
-            parameter = item.parameter(seed, survey)
+            parameter = item.parameter(seed, survey, device)
             made = method.function(parameter, **item.options)
             if isinstance(made, torch.Tensor):
                 _write_rows(writer, item, made, 0)
@@ -351,13 +353,13 @@ def write_merged(
             def each(do: Callable[[Parameter], Any]) -> Iterable[Any]:
                 def one(item: Item) -> Any:
                     try:
-                        return do(item.parameter(seed))
+                        return do(item.parameter(seed, device=device))
                     except EspalierError as error:
                         raise EspalierError(f"{item.name}: {error}") from error
 
                 return pool.map(one, merged)
 
-            survey = method.first_pass(Whole([item.parameter(seed) for item in merged], each), **merged[0].options)
+            survey = method.first_pass(Whole([item.parameter(seed, device=device) for item in merged], each), **merged[0].options)
         for nbytes in pool.map(work, sorted(items, key=lambda item: -item.nbytes)):
             progress(done := done + nbytes)
     for writer in writers.values():

@@ -31,11 +31,11 @@ class Between:
 
     def __init__(self, low: float, high: float, signed: bool = True) -> None:
         self.low, self.high, self.signed, self.counts = low, high, signed, [0, 0, 0]
-        self._parts = [torch.empty(0)]
+        self._parts: list[torch.Tensor] = []
 
     def numbers(self) -> torch.Tensor:
         """All that has been gathered, in no order."""
-        return torch.cat(self._parts)
+        return torch.cat(self._parts) if self._parts else torch.empty(0)
 
     def add(self, numbers: torch.Tensor) -> None:
         """Go through (n,) float32 numbers."""
@@ -80,7 +80,7 @@ def elect(
         flat = (base.flatten(), updates.flatten(1), weights, below, limits, ties)
         fast.elect(*(t.numpy() for t in flat), by_mass, normalize, scale, out.view(-1).numpy())
         return out
-    magnitudes = updates.abs()
+    magnitudes, limits, weights = updates.abs(), limits.to(updates.device), weights.to(updates.device)
     kept = magnitudes >= limits[:, None, None]
     for model, left in enumerate(ties.tolist()):
         if left >= 0:
@@ -171,7 +171,7 @@ def agree(base: torch.Tensor, updates: torch.Tensor, weights: torch.Tensor, scal
     total, divisor, merged = (torch.zeros_like(base) for _ in range(3))
     for update in updates:
         total += update
-    for update, weight in zip(updates, weights, strict=True):
+    for update, weight in zip(updates, weights.to(updates.device), strict=True):
         agrees = (update > 0) & (total >= 0) | (update < 0) & (total < 0)
         merged += torch.where(agrees, update * weight, 0.0)
         divisor += torch.where(agrees, weight, 0.0)
@@ -231,7 +231,7 @@ def blend(
         fast.blend(*(t.numpy() for t in (base, clamped, scores, cut, factors, weights)), scale, out.numpy())
         return out
     merged, divisor = torch.zeros_like(base), torch.zeros_like(base)
-    for update, score, least, factor, weight in zip(clamped, scores, cut, factors, weights, strict=True):
+    for update, score, least, factor, weight in zip(clamped, scores, cut, factors, weights.to(base.device), strict=True):
         share = (torch.maximum(score, least) - least) * factor
         divisor += share
         merged += update * (share * weight)

@@ -42,7 +42,7 @@ def dare(
     def keep(piece: Piece) -> torch.Tensor:
         made = piece.updates
         for update, share, factor, stream in zip(made.flatten(1), shares, factors, streams, strict=True):
-            drop(update, stream.at(piece.start).uniform(len(update)), share, factor, update)
+            drop(update, stream.at(piece.start).uniform(len(update), device=parameter.device), share, factor, update)
         return made
 
     if rescale != "norm":

@@ -39,7 +39,7 @@ def della(
         if (share < 1 and not (spread >= 0 and share - spread > 0 and share + spread <= 1)) or share > 1:
             raise EspalierError(f"density {share} and epsilon {spread} give probabilities outside (0, 1]")
     streams = [parameter.stream(f"dare {model}") for model in range(parameter.models)]
-    ranks = torch.arange(parameter.columns) / max(parameter.columns - 1, 1)
+    ranks = torch.arange(parameter.columns, device=parameter.device) / max(parameter.columns - 1, 1)
     if parameter.columns == 1:
         ranks.fill_(0.5)
     odds = [torch.ones_like(ranks) if d == 1 else d - e + 2 * e * ranks for d, e in zip(shares, spreads, strict=True)]
@@ -48,7 +48,7 @@ def della(
     def keep(piece: Piece) -> torch.Tensor:
         made = torch.empty_like(piece.updates)
         for update, stream, odd, factor, out in zip(piece.updates, streams, odds, factors, made, strict=True):
-            thin(update, stream.at(piece.start).uniform(*update.shape), odd, factor, out)
+            thin(update, stream.at(piece.start).uniform(*update.shape, device=parameter.device), odd, factor, out)
         return made
 
     if rescale != "norm":

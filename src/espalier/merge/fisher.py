@@ -47,7 +47,7 @@ def fisher(parameter: Parameter, *, statistics: list[str] | None = None, floor: 
     def combine(piece: Piece) -> torch.Tensor:
         over, under = torch.zeros_like(piece.models[0]), torch.zeros_like(piece.models[0])
         for model, file, factor, weight in zip(piece.models, files, factors, parameter.weights, strict=True):
-            information = file.part(parameter.name, "fisher", piece.start, model.numel()).view_as(model).float()
+            information = file.part(parameter.name, "fisher", piece.start, model.numel()).view_as(model).to(model)
             share = (information * factor).clamp_min_(floor) * weight
             over.addcmul_(share, model)
             under += share

@@ -36,7 +36,7 @@ def merged(parameter: Parameter, alpha: float, embeddings: str) -> tuple[torch.T
     only the last rescaling matters.
     """
     is_linear = len(parameter.shape) == 2 and not any(fnmatch.fnmatchcase(parameter.name, glob) for glob in embeddings.split(","))
-    total, squares = torch.zeros(parameter.rows, parameter.columns), torch.zeros(parameter.models, dtype=torch.float64)
+    total, squares = torch.zeros(parameter.rows, parameter.columns, device=parameter.device), torch.zeros(parameter.models, dtype=torch.float64)
     for model, weight in enumerate(parameter.weights):
         change = parameter.change(model).mul_(weight)
         squares[model] = torch.linalg.vector_norm(change, dtype=torch.float64).square()
@@ -49,7 +49,7 @@ def survey(whole: Whole, *, alpha: float = 0.5, embeddings: str = "*embed*,*wte*
 
     def norms(parameter: Parameter) -> torch.Tensor:
         total, squares = merged(parameter, alpha, embeddings)
-        return torch.cat([squares, torch.linalg.vector_norm(total, dtype=torch.float64).square()[None]])
+        return torch.cat([squares, torch.linalg.vector_norm(total, dtype=torch.float64).square()[None].cpu()])
 
     found = sum(whole.each(norms)).sqrt()
     return float(found[:-1].mean() / found[-1]) if float(found[-1]) else 1.0

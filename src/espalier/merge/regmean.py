@@ -55,10 +55,10 @@ def regmean(
         return stored.mT if transposed else stored
 
     mean = sum(share * weight(model) for model, share in enumerate(shares.double()))
-    total = torch.zeros(inputs, inputs, dtype=torch.float64)
-    pull = torch.zeros(mean.shape, dtype=torch.float64)  # (out, in)
+    total = torch.zeros(inputs, inputs, dtype=torch.float64, device=parameter.device)
+    pull = torch.zeros_like(mean)  # (out, in)
     for model, (file, share) in enumerate(zip(files, shares.double(), strict=True)):
-        moments = file.read(parameter.name, "second_moment") * (share / max(sum(file.tokens(parameter.name)), 1))
+        moments = file.read(parameter.name, "second_moment").to(parameter.device) * (share / max(sum(file.tokens(parameter.name)), 1))
         diagonal = moments.diagonal().clone()
         moments *= alpha
         moments.diagonal().copy_(diagonal)

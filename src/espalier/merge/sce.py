@@ -37,7 +37,7 @@ def sce(parameter: Parameter, *, density: float = 1.0) -> Combine:
     energy = torch.zeros(parameter.models, dtype=torch.float64)
     for piece in parameter.pieces():
         changes = selected(piece).flatten(1)
-        energy += torch.stack([change @ change for change in changes]).double()
+        energy += torch.stack([change @ change for change in changes]).double().cpu()
     if kept is not None:
         kept.again()
     energy = energy * parameter.weights.double()

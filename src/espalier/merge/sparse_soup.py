@@ -22,7 +22,7 @@ def sparse_soup(parameter: Parameter, *, sparsity: float = 0.05) -> Combine:
     zeros, unequal = torch.zeros(parameter.models, dtype=torch.int64), 0
     for piece in parameter.pieces():
         empty = piece.models.flatten(1) == 0
-        zeros += empty.sum(1)
+        zeros += empty.sum(1).cpu()
         unequal += int((empty.any(0) & ~empty.all(0)).sum())
     if unequal and int(zeros.max()) >= sparsity * parameter.numel:
         raise EspalierError(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from espalier.delta.merging import Combine, Parameter, Piece
+from espalier.delta.merging import Combine, Parameter, combination
 from espalier.registry import merger
 
 
@@ -16,8 +14,4 @@ def task_arithmetic(parameter: Parameter, *, normalize: bool = False) -> Combine
         normalize: whether the weights are divided by their sum
     """
     weights = parameter.shares() if normalize else parameter.weights
-
-    def combine(piece: Piece) -> torch.Tensor:
-        return piece.origin + parameter.scale * torch.einsum("n,nrc->rc", weights, piece.updates)
-
-    return combine
+    return combination(parameter, weights.tolist(), "updates")

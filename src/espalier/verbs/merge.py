@@ -18,6 +18,7 @@ def merge(
     dtype: Literal["bf16", "fp16", "fp32"] | None = None,
     shard_size: str | None = None,
     any_base: bool = False,
+    device: str = "cpu",
     threads: int | None = None,
     seed: int | None = None,
     quiet: bool = False,
@@ -37,6 +38,7 @@ def merge(
         dtype: stores every floating point tensor so; default: as the base, or else the first model
         shard_size: cut the weights into files of at most this size, such as 5GB; default: as the base or first model
         any_base: accept deltas that were made for another base
+        device: where the arithmetic is done, such as cuda
         threads: CPU threads
         seed: of what is random; default: 0
         quiet: print nothing but the result
@@ -54,6 +56,7 @@ def merge(
     import torch
 
     from espalier import registry
+    from espalier.attach.load import pick_device
     from espalier.checkpoint.atomic import atomic_directory, refuse_existing, require_free_space
     from espalier.display import Display
     from espalier.errors import EspalierError, at_least
@@ -67,7 +70,7 @@ def merge(
     if threads is not None:
         at_least("threads", threads, 1)
         torch.set_num_threads(threads)
-    began = time.perf_counter()
+    began, on = time.perf_counter(), pick_device(device)
     models = [models] if isinstance(models, str) else [str(path) for path in models]
     where = "the command line"
     content: dict[str, Any] = {}
@@ -107,7 +110,7 @@ def merge(
     def write(folder: Path) -> None:
         require_free_space(folder, total + (8 << 20), f"the new model in {target}")
         with display.bar("merging", max(total >> 20, 1), "MiB") as update:
-            merging.write_merged(items, files, merging.Method.of(info, function), recipe.seed, folder, lambda done: update(done >> 20))
+            merging.write_merged(items, files, merging.Method.of(info, function), recipe.seed, folder, lambda done: update(done >> 20), on)
         merge_plan.write_beside(folder, recipe, opened, items, alignment)
 
     with atomic_directory(target) as temporary:
