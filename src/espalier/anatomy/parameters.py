@@ -47,6 +47,11 @@ _OUTSIDE: tuple[tuple[str, str], ...] = (
     (r"cls\.predictions", "head"),  # BERT keeps the head's bias beside the head, and ties it
     (r"(?:score|classifier)(?:\..*)?", "head.classifier"),
 )
+_NAMED: tuple[tuple[str, str], ...] = (
+    (r"(?:.*\.)?(?:embed_tokens|wte|embed_in|word_embeddings)", "embedding"),
+    (r"(?:.*\.)?(?:lm_head|embed_out|output)", "head"),
+)
+"""What a model itself says of its modules, for names without one."""
 _SITES = {
     "attention.q": "attention", "attention.k": "attention", "attention.v": "attention",
     "mlp.gate": "mlp", "mlp.up": "mlp",
@@ -73,6 +78,23 @@ def _role(path: str, owner: nn.Module, local: str, model: nn.Module) -> str:
         if re.fullmatch(pattern, where):
             return role + bias
     return "other" + bias
+
+
+def role_of(name: str) -> str:
+    """The role of a checkpoint's tensor by its name alone, where no model is made; :func:`parameters` looks at modules."""
+    path, _, local = name.rpartition(".")
+    bias = ".bias" if local == "bias" or local.endswith("_bias") else ""
+    inside = BLOCK.search(path + ".")
+    where = inside.group(2).rstrip(".") if inside else path
+    last = where.rpartition(".")[2]
+    if "norm" in last.lower() or re.fullmatch(r"ln_\w+", last):
+        return "norm" + bias
+    if local not in ("weight", "bias"):
+        where = f"{where}.{local.removesuffix('_bias')}" if where else local
+    for pattern, role in _IN_BLOCK if inside else _OUTSIDE + _NAMED:
+        if re.fullmatch(pattern, where):
+            return role + bias
+    return ("experts" if ".experts." in f".{where}." else "other") + bias
 
 
 def _is_experts(owner: nn.Module) -> bool:

@@ -60,6 +60,26 @@ def calibrated(result: dict[str, Any]) -> None:
     print(f"{result['out']}: {', '.join(result['statistics'])} over {result['tokens']:,} tokens")
 
 
+def reported(result: dict[str, Any]) -> None:
+    """Tables of models, pairs and lines, and what they say."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from espalier.exchange.merge_report import tables
+
+    console = Console(highlight=False, emoji=False)
+    for title, head, rows in tables(result, ("roles",) if len(result["pairs"]) == 1 else ()):
+        table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
+        for position, column in enumerate(head):
+            table.add_column(column, justify="right" if position else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    for note in result["notes"]:
+        console.print(f"- {note}", markup=False, soft_wrap=True)
+
+
 def methods(result: list[dict[str, Any]]) -> None:
     """A line per method and one per option."""
     for method in result:
