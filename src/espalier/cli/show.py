@@ -69,6 +69,8 @@ def reported(result: dict[str, Any]) -> None:
     from espalier.exchange.merge_report import tables
 
     console = Console(highlight=False, emoji=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, emoji=False, width=140)
     for title, head, rows in tables(result, ("roles",) if len(result["pairs"]) == 1 else ()):
         table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
         for position, column in enumerate(head):

@@ -58,7 +58,9 @@ def _blocks(report: Mapping[str, Any]) -> list[str]:
 
 
 def _by_block(axes: Any, blocks: Sequence[str], values: Mapping[str, Sequence[float | None]]) -> None:
-    """A line for each of ``values`` over the blocks; what is outside of blocks stands apart, at the right."""
+    """A line for each of ``values`` over the blocks; what is outside of blocks, if it has any, stands apart, at the right."""
+    if blocks[-1] == OUTSIDE and all(row[-1] is None for row in values.values()):
+        blocks, values = blocks[:-1], {name: row[:-1] for name, row in values.items()}
     inside = [i for i, block in enumerate(blocks) if block != OUTSIDE]
     outside = [len(inside) + 1 + max(0.03 * len(inside), 0)] if len(inside) < len(blocks) else []
     places = [*range(len(inside)), *outside]
@@ -78,6 +80,11 @@ def _by_block(axes: Any, blocks: Sequence[str], values: Mapping[str, Sequence[fl
     axes.set_xlabel("block")
 
 
+def _from_zero(axes: Any, least: float = 0.0) -> None:
+    """Let the y axis begin at zero, and end above everything that is drawn."""
+    axes.set_ylim(0, 1.08 * max(axes.dataLim.ymax, least) or 1.0)
+
+
 def _legend(figure: Any, axes: Any) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3 if max(map(len, labels)) > 20 else 4), frameon=False)
@@ -91,7 +98,8 @@ def _changes(report: Mapping[str, Any], pyplot: Any) -> Any:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     blocks = _blocks(report)
     _by_block(left, blocks, {m["name"]: [m["blocks"][b]["relative"] for b in blocks] for m in report["models"]})
-    left.set(title="norm of the change, of the base's", ylim=(0, None))
+    left.set(title="norm of the change, of the base's")
+    _from_zero(left)
     roles = list(report["models"][0]["roles"])
     height = 0.8 / len(report["models"])
     for number, model in enumerate(report["models"]):
@@ -118,7 +126,7 @@ def _pairs(report: Mapping[str, Any], pyplot: Any) -> Any:
         if key == "cosine":
             axes.axhline(0, color="grey", linewidth=1)
         else:
-            axes.set_ylim(0, None)
+            _from_zero(axes, 0.5 if "conflict" in key else 0.0)
     _legend(figure, grid.flat[0])
     return figure
 
@@ -132,7 +140,9 @@ def _subspaces(report: Mapping[str, Any], pyplot: Any) -> Any:
             expected = [report["pairs"][0]["blocks"][b].get(chance) for b in blocks]
             inside = [v for b, v in zip(blocks, expected, strict=True) if b != OUTSIDE]
             axes.plot(range(len(inside)), inside, color="grey", linestyle=":", linewidth=1.2, label="expected of unrelated ones")
-            axes.set_ylim(0, None)
+            axes.set_ylim(0, 1.03)
+        else:
+            axes.axhline(0, color="grey", linewidth=1)
         axes.set_title(title)
     row[0].set_ylabel(f"mean squared cosine, rank {report['rank']}")
     _legend(figure, row[0])
@@ -147,6 +157,7 @@ def _lines(report: Mapping[str, Any], pyplot: Any) -> Any:
             color, style = f"C{number % 10}", "--" if line["a"] == "base" else "-"
             axes.plot(line["points"], line["losses"], style, marker="o", color=color, label=f"{line['a']} to {line['b']}")
             axes.plot([0, 1], [line["losses"][0], line["losses"][-1]], color=color, linestyle=":", linewidth=1)
+        axes.plot([], [], color="grey", linestyle=":", linewidth=1, label="straight between the ends")
         axes.set(title=data, xlabel="share of the way", xlim=(-0.02, 1.02))
     row.flat[0].set_ylabel("loss, nats per token")
     _legend(figure, row.flat[0])

@@ -178,7 +178,7 @@ def judged(report: dict[str, Any]) -> None:
         cosine = model["total"]["matrix_cosine_to_base"]
         if cosine is not None and cosine < INDEPENDENT:
             notes.append(f"{model['name']} is no fine-tune of the base given (cosine of their matrices {cosine:.3f}); is --model right?")
-    report["notes"] = notes + [_of_line(line) for line in report["lines"]]
+    report["notes"] = notes + [_of_line(line) for line in report["lines"] if line["a"] != "base" or line["barrier"] > 0]
 
 
 def _verdict(cosine: float | None, distance: float | None) -> str:
@@ -203,14 +203,14 @@ def _of_changes(report: dict[str, Any]) -> list[str]:
         if mean < -0.1:
             notes.append(f"The changes oppose one another (mean cosine {mean:.2f}): what one model learnt, the sum takes from another.")
         elif mean < 0.2:
-            notes.append(f"The changes are nearly orthogonal (mean cosine {mean:.2f}): a sum (task_arithmetic) keeps each of them; a mean (linear) leaves 1/{count} of each.")
+            notes.append(f"The changes are nearly orthogonal (mean cosine {mean:.2f}): a sum (task_arithmetic) keeps each of them whole; a mean (linear) leaves 1/{count} of each.")
         elif mean > 0.6:
             notes.append(f"The changes are much alike (mean cosine {mean:.2f}): a mean keeps what they share; a sum (task_arithmetic at scale 1) takes it up to {count} times.")
     density, election = report["density"], report["election"]
     if (lost := election["lost_kept"]) is not None:
         kept = [model["total"]["kept_energy"] for model in report["models"] if model["total"]["kept_energy"] is not None]
         notes.append(
-            f"The largest {density:.0%} of the entries of each tensor hold {min(kept):.0%} to {max(kept):.0%} of the changes' squared norm; "
+            f"The largest {density:.0%} of the entries of each tensor hold {_range(kept)} of the changes' squared norm; "
             f"electing a sign among them (ties, density {density:g}) would drop {lost:.1%} of their magnitude, "
             f"among all entries {election['lost']:.1%}."
         )
@@ -219,28 +219,47 @@ def _of_changes(report: dict[str, Any]) -> list[str]:
     return notes
 
 
+def _range(shares: Sequence[float]) -> str:
+    low, high = f"{min(shares):.0%}", f"{max(shares):.0%}"
+    return low if low == high else f"{low} to {high}"
+
+
 def _of_line(line: Mapping[str, Any]) -> str:
-    worst, best = max(line["losses"][0], line["losses"][-1]), min(line["losses"])
+    ends, best = (line["losses"][0], line["losses"][-1]), min(line["losses"])
     at = line["points"][line["losses"].index(best)]
-    text = f"Between {line['a']} and {line['b']} on {line['data']} the barrier is {line['barrier']:.4f} nats per token (at {line['at']:.2f}); "
-    top = max(line["losses"])
-    if top > worst and 0 < line["at"] < 1:
-        text += f"on the way the loss reaches {top:.4f}, above both ends; "
-    where = "an end" if at in (0.0, 1.0) else f"{at:.2f} of the way"
-    return text + f"it is lowest at {where} ({best:.4f})."
+    text = f"From {line['a']} to {line['b']} on {line['data']} "
+    if line["barrier"] > 0:
+        text += f"the barrier is {line['barrier']:.4f} nats per token, at {line['at']:.2f} of the way; "
+    else:
+        text += "there is no barrier; "
+    if (top := max(line["losses"])) > max(ends):
+        text += f"the loss rises to {top:.4f}, above both ends ({ends[0]:.4f} and {ends[1]:.4f}); "
+    return text + ("no point between is better than the better end." if best == min(ends) else f"the best point is {at:.2f} of the way, with {best:.4f}.")
 
 
 # for people
 
 _PAIR = (
-    ("distance", "distance"), ("model_cosine", "cosine of models"), ("cosine", "cosine of changes"), ("overlap", "overlap"), ("sign_conflict", "sign conflict"),
-    ("sign_conflict_kept", "in the overlap"), ("lost", "lost"), ("lost_kept", "lost of the largest"), ("left_overlap", "left subspaces"),
-    ("right_overlap", "right subspaces"), ("alignment", "R"),
-)  # fmt: skip
+    ("distance", "distance, of the models' norm", "distance"),
+    ("model_cosine", "cosine of the models", "models' cosine"),
+    ("cosine", "cosine of the changes", "cosine"),
+    ("overlap", "overlap of the largest entries", "overlap"),
+    ("sign_conflict_kept", "signs that conflict in the overlap", "conflict"),
+    ("sign_conflict", "signs that conflict, all entries", "all signs"),
+    ("lost_kept", "magnitude that election drops, of the largest", "lost"),
+    ("lost", "magnitude that election drops, of all", "lost of all"),
+    ("left_overlap", "overlap of left singular subspaces", "left"),
+    ("left_chance", "    to be expected of unrelated ones", ""),
+    ("right_overlap", "overlap of right singular subspaces", "right"),
+    ("right_chance", "    to be expected of unrelated ones", ""),
+    ("alignment", "R, alignment of dominant directions", "R"),
+)
+"""Key, name, and short name where it is a column (else it is none)."""
 _MODEL = (
-    ("norm", "norm"), ("change", "change"), ("relative", "of the base's"), ("changed", "entries changed"), ("kept_energy", "energy in the largest"),
-    ("captured", "energy in directions"),
+    ("norm", "norm"), ("change", "change"), ("relative", "of base's"), ("changed", "entries"), ("kept_energy", "in largest"), ("captured", "in directions"),
 )  # fmt: skip
+MOST_COLUMNS = 4
+"""More pairs than these are rows."""
 
 Table = tuple[str, list[str], list[list[str]]]
 """Title, head and rows."""
@@ -248,10 +267,17 @@ Table = tuple[str, list[str], list[list[str]]]
 
 def tables(report: Mapping[str, Any], by: Sequence[str] = ()) -> list[Table]:
     """The tables of a report: of the models, of the pairs and, for each of ``by`` (``roles``, ``blocks``), of every pair."""
+    short = [(key, head) for key, _, head in _PAIR if head]
     made = [_table("models", "model", _MODEL, {m["name"]: m["total"] for m in report["models"]})]
-    made.append(_table("pairs", "pair", _PAIR, {f"{p['a']} / {p['b']}": p["total"] for p in report["pairs"]}))
+    totals = {f"{p['a']} / {p['b']}": p["total"] for p in report["pairs"]}
+    if len(totals) > MOST_COLUMNS:
+        made.append(_table("pairs", "pair", short, totals))
+    else:
+        rows = [[name, *(_number(row.get(key)) for row in totals.values())] for key, name, _ in _PAIR]
+        made.append(("pairs", ["", *totals], [row for row in rows if set(row[1:]) != {"-"}]))
     for pair, kind in itertools.product(report["pairs"], by):
-        made.append(_table(f"{pair['a']} / {pair['b']} by {kind.removesuffix('s')}", kind.removesuffix("s"), _PAIR, pair[kind]))
+        one = kind.removesuffix("s")
+        made.append(_table(f"{pair['a']} / {pair['b']} by {one}", one, [c for c in short if c[0] != "model_cosine"], pair[kind]))
     if report["lines"]:
         rows = [[f"{x['a']} / {x['b']}", x["data"], *(_number(v) for v in (x["losses"][0], x["losses"][-1], min(x["losses"]), x["barrier"], x["at"]))] for x in report["lines"]]
         made.append(("loss along the line, nats per token", ["from / to", "data", "first", "second", "lowest", "barrier", "at"], rows))
@@ -267,7 +293,7 @@ def _table(title: str, first: str, columns: Sequence[tuple[str, str]], rows: Map
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.4g}" if abs(value) >= 0.001 or value == 0 else f"{value:.1e}"
+    return f"{value:.3f}" if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.1e}"
 
 
 def as_json(value: Any) -> Any:

@@ -213,10 +213,10 @@ def _compare_directions(parameter: Parameter, of: str, rank: int, found: Found) 
     names = ("left", "right", "directions", "left_chance", "right_chance", "aligned", "aligned_of")
     sums = {name: torch.zeros(n, n, dtype=torch.float64) for name in names}
     captured, of_all = torch.zeros(n, dtype=torch.float64), torch.tensor(squares, dtype=torch.float64)
-    rows = shape[-2]
+    rows, most = shape[-2], min(rank, min(shape[-2:]) // 2)  # subspaces of more than half the dimensions meet in any case
     for first in range(0, parameter.rows if any(squares) else 0, rows):  # the matrix, or that of each expert
         directions = leading(parameter, of, rank, squares, first, first + rows)
-        counts = [d.above(NEGLIGIBLE, rank) for d in directions]
+        counts = [d.above(NEGLIGIBLE, most) for d in directions]
         captured += torch.stack([d.S[:count].square().sum() for d, count in zip(directions, counts, strict=True)])
         for i, j in itertools.combinations_with_replacement(range(n), 2):
             for name, value in _compared(directions[i], directions[j], counts[i], counts[j]).items():
