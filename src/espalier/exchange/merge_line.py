@@ -64,6 +64,7 @@ class LiveModel:
     """
 
     def __init__(self, model: nn.Module, items: Sequence[Item]) -> None:
+        self.model = model
         by_name = {item.name: item for item in items}
         tensors = dict(model.named_parameters(remove_duplicate=False))
         self._places: list[tuple[torch.Tensor, Item]] = []

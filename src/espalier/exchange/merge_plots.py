@@ -154,7 +154,7 @@ def _lines(report: Mapping[str, Any], pyplot: Any) -> Any:
     figure, row = pyplot.subplots(1, len(datas), figsize=(min(5.5 * len(datas), 16) + (1 if len(datas) == 1 else 0), 4.2), layout="constrained", squeeze=False)
     for axes, data in zip(row.flat, datas, strict=True):
         for number, line in enumerate(x for x in report["lines"] if x["data"] == data):
-            color, style = f"C{number % 10}", "--" if line["a"] == "base" else "-"
+            color, style = f"C{number % 10}", "--" if line["from_base"] else "-"
             axes.plot(line["points"], line["losses"], style, marker="o", color=color, label=f"{line['a']} to {line['b']}")
             axes.plot([0, 1], [line["losses"][0], line["losses"][-1]], color=color, linestyle=":", linewidth=1)
         axes.plot([], [], color="grey", linestyle=":", linewidth=1, label="straight between the ends")

@@ -81,7 +81,7 @@ def add_lines(report: dict[str, Any], lines: Mapping[tuple[int, int], Mapping[st
     for (first, second), by_data in lines.items():
         for data, line in by_data.items():
             report["lines"].append(
-                {"a": name(first), "b": name(second), "data": data, "points": line.points, "losses": line.losses, "barrier": line.barrier, "at": line.at}
+                {"a": name(first), "b": name(second), "from_base": first == BASE, "data": data, "points": line.points, "losses": line.losses, "barrier": line.barrier, "at": line.at}
             )
 
 
@@ -178,7 +178,7 @@ def judged(report: dict[str, Any]) -> None:
         cosine = model["total"]["matrix_cosine_to_base"]
         if cosine is not None and cosine < INDEPENDENT:
             notes.append(f"{model['name']} is no fine-tune of the base given (cosine of their matrices {cosine:.3f}); is --model right?")
-    report["notes"] = notes + [_of_line(line) for line in report["lines"] if line["a"] != "base" or line["barrier"] > 0]
+    report["notes"] = notes + [_of_line(line) for line in report["lines"] if not line["from_base"] or line["barrier"] > 0]
 
 
 def _verdict(cosine: float | None, distance: float | None) -> str:
