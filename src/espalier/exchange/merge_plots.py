@@ -62,7 +62,7 @@ def _by_block(axes: Any, blocks: Sequence[str], values: Mapping[str, Sequence[fl
     if blocks[-1] == OUTSIDE and all(row[-1] is None for row in values.values()):
         blocks, values = blocks[:-1], {name: row[:-1] for name, row in values.items()}
     inside = [i for i, block in enumerate(blocks) if block != OUTSIDE]
-    outside = [len(inside) + 1 + max(0.03 * len(inside), 0)] if len(inside) < len(blocks) else []
+    outside = [len(inside) * 1.05 + 0.2] if len(inside) < len(blocks) else []
     places = [*range(len(inside)), *outside]
     series = {name: [float("nan") if v is None else v for v in row] for name, row in values.items()}
     if len(series) > MOST_LINES:
@@ -98,7 +98,7 @@ def _changes(report: Mapping[str, Any], pyplot: Any) -> Any:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     blocks = _blocks(report)
     _by_block(left, blocks, {m["name"]: [m["blocks"][b]["relative"] for b in blocks] for m in report["models"]})
-    left.set(title="norm of the change, of the base's")
+    left.set(title="norm of the change, as a share of the base's")
     _from_zero(left)
     roles = list(report["models"][0]["roles"])
     height = 0.8 / len(report["models"])
@@ -139,7 +139,7 @@ def _subspaces(report: Mapping[str, Any], pyplot: Any) -> Any:
         if chance:
             expected = [report["pairs"][0]["blocks"][b].get(chance) for b in blocks]
             inside = [v for b, v in zip(blocks, expected, strict=True) if b != OUTSIDE]
-            axes.plot(range(len(inside)), inside, color="grey", linestyle=":", linewidth=1.2, label="expected of unrelated ones")
+            axes.plot(range(len(inside)), inside, color="grey", linestyle=":", linewidth=1.2, label="expected of unrelated ones, in the blocks")
             axes.set_ylim(0, 1.03)
         else:
             axes.axhline(0, color="grey", linewidth=1)
@@ -156,7 +156,8 @@ def _lines(report: Mapping[str, Any], pyplot: Any) -> Any:
         for number, line in enumerate(x for x in report["lines"] if x["data"] == data):
             color, style = f"C{number % 10}", "--" if line["from_base"] else "-"
             axes.plot(line["points"], line["losses"], style, marker="o", color=color, label=f"{line['a']} to {line['b']}")
-            axes.plot([0, 1], [line["losses"][0], line["losses"][-1]], color=color, linestyle=":", linewidth=1)
+            if not line["from_base"]:
+                axes.plot([0, 1], [line["losses"][0], line["losses"][-1]], color=color, linestyle=":", linewidth=1)
         axes.plot([], [], color="grey", linestyle=":", linewidth=1, label="straight between the ends")
         axes.set(title=data, xlabel="share of the way", xlim=(-0.02, 1.02))
     row.flat[0].set_ylabel("loss, nats per token")
