@@ -18,7 +18,7 @@ import torch
 
 from espalier.checkpoint.stream import one_thread_each
 from espalier.delta.compare import principal_angles
-from espalier.delta.merging import PIECE, Parameter
+from espalier.delta.merging import PIECE, Parameter, Piece
 from espalier.errors import EspalierError
 from espalier.exchange.merging import Item
 from espalier.kernels.philox import Stream
@@ -119,7 +119,7 @@ def _entries(parameter: Parameter, density: float) -> Counts:
             continue
         everything = torch.cat([vectors, piece.base.flatten()[None].double()])
         found["gram"] += everything @ everything.T
-        changes = piece.updates.flatten(1)
+        changes = (piece.models - piece.base).flatten(1)
         touched = changes != 0  # where fewer changed than are to be kept, what did not is not kept either
         mask = chosen(changes.abs()) & touched
         for prefix, x, where in (("", changes, touched), ("kept_", changes * mask, mask)):
@@ -173,7 +173,7 @@ def leading(parameter: Parameter, of: str, rank: int, squares: Sequence[float], 
 
     def slices() -> Iterator[tuple[int, torch.Tensor]]:
         for start in range(first, last, step):
-            yield start - first, getattr(parameter.rows_of(start, min(start + step, last)), of)
+            yield start - first, getattr(Piece(parameter, start, min(start + step, last)), of)
 
     if rows * columns <= EXACT:
         whole = torch.cat([part.double() for _, part in slices()], 1)
