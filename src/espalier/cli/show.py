@@ -71,7 +71,7 @@ def reported(result: dict[str, Any]) -> None:
     console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
         console = Console(highlight=False, emoji=False, width=140)
-    for title, head, rows in tables(result, ("roles",) if len(result["pairs"]) == 1 else ()):
+    for title, head, rows in tables(result, ("roles",) if len(result["pairs"]) == 1 else (), narrow=True):
         table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
         for position, column in enumerate(head):
             table.add_column(column, justify="right" if position else "left", overflow="fold")

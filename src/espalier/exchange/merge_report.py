@@ -265,8 +265,13 @@ Table = tuple[str, list[str], list[list[str]]]
 """Title, head and rows."""
 
 
-def tables(report: Mapping[str, Any], by: Sequence[str] = ()) -> list[Table]:
-    """The tables of a report: of the models, of the pairs and, for each of ``by`` (``roles``, ``blocks``), of every pair."""
+def tables(report: Mapping[str, Any], by: Sequence[str] = (), narrow: bool = False) -> list[Table]:
+    """The tables of a report: of the models, of the pairs and, for each of ``by`` (``roles``, ``blocks``), of every pair.
+
+    Args:
+        narrow: leave out columns, for 80 characters.
+    """
+    left_out = {"model_cosine", *(("sign_conflict", "lost", *(("distance",) if report["base"] is not None else ())) if narrow else ())}
     short = [(key, head) for key, _, head in _PAIR if head]
     made = [_table("models", "model", _MODEL, {m["name"]: m["total"] for m in report["models"]})]
     totals = {f"{p['a']} / {p['b']}": p["total"] for p in report["pairs"]}
@@ -277,7 +282,7 @@ def tables(report: Mapping[str, Any], by: Sequence[str] = ()) -> list[Table]:
         made.append(("pairs", ["", *totals], [row for row in rows if set(row[1:]) != {"-"}]))
     for pair, kind in itertools.product(report["pairs"], by):
         one = kind.removesuffix("s")
-        made.append(_table(f"{pair['a']} / {pair['b']} by {one}", one, [c for c in short if c[0] != "model_cosine"], pair[kind]))
+        made.append(_table(f"{pair['a']} / {pair['b']} by {one}", one, [c for c in short if c[0] not in left_out], pair[kind]))
     if report["lines"]:
         rows = [[f"{x['a']} / {x['b']}", x["data"], *(_number(v) for v in (x["losses"][0], x["losses"][-1], min(x["losses"]), x["barrier"], x["at"]))] for x in report["lines"]]
         made.append(("loss along the line, nats per token", ["from / to", "data", "first", "second", "lowest", "barrier", "at"], rows))

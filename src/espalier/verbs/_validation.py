@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 def losses_of(
     stack: ExitStack, model: str, data: Sequence[str], *, sequence_length: int | None, micro_batch_size: int, device: str | None,
     display: Display, dtype: str | None = None,
-) -> tuple[PreTrainedModel, Callable[[], dict[str, float]]]:
-    """Load a model; what is returned with it gives its loss on each data set, in nats per token, as it is then.
+) -> Callable[[], tuple[PreTrainedModel, Callable[[], dict[str, float]]]]:
+    """Read the data; what is returned loads the model, and with it gives its loss on each data set, in nats per token, as it is then.
 
     Args:
         stack: the model computes as ``eval`` computes until it is closed.
@@ -35,8 +35,13 @@ def losses_of(
     Raises:
         EspalierError: for anything wrong with the model or the data.
     """
-    loaded, scores = _scoring(stack, model, data, sequence_length, micro_batch_size, device, dtype, display)
-    return loaded, lambda: {path: found.loss for path, found in zip(data, scores(), strict=True)}
+    load = _scoring(stack, model, data, sequence_length, micro_batch_size, device, dtype, display)
+
+    def losses() -> tuple[PreTrainedModel, Callable[[], dict[str, float]]]:
+        loaded, scores = load()
+        return loaded, lambda: {path: found.loss for path, found in zip(data, scores(), strict=True)}
+
+    return losses
 
 
 def validation_loss(
@@ -51,7 +56,7 @@ def validation_loss(
     Raises:
         EspalierError: for anything wrong with the model or the data.
     """
-    loaded, scores = _scoring(stack, model, data, sequence_length, micro_batch_size, device, None, display)
+    loaded, scores = _scoring(stack, model, data, sequence_length, micro_batch_size, device, None, display)()
 
     def loss(updates: Mapping[str, Update]) -> float:
         attach_updates(loaded, updates, "candidate")
@@ -67,16 +72,20 @@ def validation_loss(
 def _scoring(
     stack: ExitStack, model: str, data: Sequence[str], sequence_length: int | None, micro_batch_size: int, device: str | None,
     dtype: str | None, display: Display,
-) -> tuple[PreTrainedModel, Callable[[], list[Score]]]:
+) -> Callable[[], tuple[PreTrainedModel, Callable[[], list[Score]]]]:
     at_least("micro_batch_size", micro_batch_size, 1)
     if sequence_length is not None:
         at_least("sequence_length", sequence_length, 1)
     tokenizer = load_tokenizer(model)
     encoder = Encoder(tokenizer)
     stores = [open_store(open_source(path), encoder) for path in data]
-    loaded = load_model(model, dtype, device)
-    length = session.fitting_length(sequence_length, loaded.config)
-    padded = session.must_pad(loaded, loaded.config.vocab_size, display)
-    stack.enter_context(training_form(loaded, chunk=default_chunk(loaded.config.vocab_size), recompute=False, padded=padded))
-    pad = session.pad_token(tokenizer)
-    return loaded, lambda: [score(loaded, store, length, length * micro_batch_size, padded=padded, pad_token=pad) for store in stores]
+
+    def load() -> tuple[PreTrainedModel, Callable[[], list[Score]]]:
+        loaded = load_model(model, dtype, device)
+        length = session.fitting_length(sequence_length, loaded.config)
+        padded = session.must_pad(loaded, loaded.config.vocab_size, display)
+        stack.enter_context(training_form(loaded, chunk=default_chunk(loaded.config.vocab_size), recompute=False, padded=padded))
+        pad = session.pad_token(tokenizer)
+        return loaded, lambda: [score(loaded, store, length, length * micro_batch_size, padded=padded, pad_token=pad) for store in stores]
+
+    return load

@@ -83,21 +83,20 @@ def merge_report(
     items, _ = merge_plan.items(recipe, opened)
 
     with contextlib.ExitStack() as stack:
-        measured = None
-        if data:
-            live, losses = losses_of(
-                stack, str(opened.like.path), data, sequence_length=sequence_length, micro_batch_size=micro_batch_size, device=device,
-                dtype=dtype, display=display,
-            )  # fmt: skip
-            measured = merge_line.LiveModel(live, items), losses
+        load = losses_of(
+            stack, str(opened.like.path), data, sequence_length=sequence_length, micro_batch_size=micro_batch_size, device=device,
+            dtype=dtype, display=display,
+        ) if data else None  # fmt: skip
         total = sum(math.prod(item.shape) for item in items if item.is_merged)
         with display.bar("comparing", max(total >> 20, 1), "Mi numbers") as update:
             found = merge_statistics.gone_through(items, density, rank, lambda done: update(done >> 20))
         report = reports.assembled(models, opened.base_name, items, found, density, rank)
-        if measured is not None:
+        if load is not None:
+            live, losses = load()
+            model_between = merge_line.LiveModel(live, items)
             pairs = merge_line.every_pair(len(models), opened.base is not None)
             with display.bar("measuring", merge_line.measured_points(pairs, points), "points") as update:
-                reports.add_lines(report, merge_line.along(measured[0], pairs, points, measured[1], update))
+                reports.add_lines(report, merge_line.along(model_between, pairs, points, losses, update))
         reports.judged(report)
     if out is not None:
         with atomic_directory(Path(out)) as folder:
