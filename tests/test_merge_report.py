@@ -310,6 +310,13 @@ def test_a_live_model_becomes_what_is_on_disk_in_any_layout(family: str, tmp_pat
             assert torch.equal(found, torch.lerp(first, second, share)), name
 
 
+def test_a_live_model_of_other_shapes_is_refused(models: Path) -> None:
+    recipe = Recipe.of({"method": "linear", "models": [{"path": str(models / name)} for name in "ab"]}, "it")
+    items, _ = merge_plan.items(recipe, merge_plan.opened(recipe))
+    with pytest.raises(EspalierError, match=r"model.embed_tokens.weight is .* use --vocabulary base"):
+        merge_line.LiveModel(tiny("llama"), items)
+
+
 # the judgement
 
 
@@ -494,12 +501,12 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """Two matrices of 512 columns in bf16; two models of them, and a base."""
     generator = torch.Generator().manual_seed(0)
     paths = []
-    for rows, name in itertools.product((2_000, 25_000), ("base", "a", "b")):
+    for rows, name in itertools.product((1_000, 16_000), ("base", "a", "b")):
         content = {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(rows, 512, generator=generator).bfloat16() for i in range(2)}
         paths.append(str(save(tmp_path / f"{name}{rows}", content)))
     done = subprocess.run([sys.executable, "-c", MEASURED, *paths], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     first, second = map(int, done.stdout.split())
-    assert second < first + 25_000, f"{first} KiB, and {second} KiB for models that are larger by 47 MB each"
+    assert second < first + 25_000, f"{first} KiB, and {second} KiB for models that are larger by 31 MB each"
 
 
