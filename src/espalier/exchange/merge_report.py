@@ -273,19 +273,19 @@ def tables(report: Mapping[str, Any], by: Sequence[str] = (), narrow: bool = Fal
     """
     left_out = {"model_cosine", *(("sign_conflict", "lost", *(("distance",) if report["base"] is not None else ())) if narrow else ())}
     short = [(key, head) for key, _, head in _PAIR if head]
-    made = [_table("models", "model", _MODEL, {m["name"]: m["total"] for m in report["models"]})]
+    made = [_table("Models", "model", _MODEL, {m["name"]: m["total"] for m in report["models"]})]
     totals = {f"{p['a']} / {p['b']}": p["total"] for p in report["pairs"]}
     if len(totals) > MOST_COLUMNS:
-        made.append(_table("pairs", "pair", short, totals))
+        made.append(_table("Pairs", "pair", short, totals))
     else:
         rows = [[name, *(_number(row.get(key)) for row in totals.values())] for key, name, _ in _PAIR]
-        made.append(("pairs", ["", *totals], [row for row in rows if set(row[1:]) != {"-"}]))
+        made.append(("Pairs", ["", *totals], [row for row in rows if set(row[1:]) != {"-"}]))
     for pair, kind in itertools.product(report["pairs"], by):
         one = kind.removesuffix("s")
         made.append(_table(f"{pair['a']} / {pair['b']} by {one}", one, [c for c in short if c[0] not in left_out], pair[kind]))
     if report["lines"]:
         rows = [[f"{x['a']} / {x['b']}", x["data"], *(_number(v) for v in (x["losses"][0], x["losses"][-1], min(x["losses"]), x["barrier"], x["at"]))] for x in report["lines"]]
-        made.append(("loss along the line, nats per token", ["from / to", "data", "first", "second", "lowest", "barrier", "at"], rows))
+        made.append(("Loss along the line, nats per token", ["from / to", "data", "first", "second", "lowest", "barrier", "at"], rows))
     return made
 
 
@@ -320,7 +320,7 @@ def page(report: Mapping[str, Any], plots: Sequence[str]) -> str:
         *(f"- {note}" for note in report["notes"]), "",
     ]  # fmt: skip
     for title, head, rows in tables(report, ("roles", "blocks")):
-        lines += [f"## {title[0].upper()}{title[1:]}", ""]
+        lines += [f"## {title}", ""]
         lines += ["| " + " | ".join(row) + " |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *rows)] + [""]
     for plot in plots:
         lines += [f"![{Path(plot).stem}]({plot})", ""]
