@@ -12,6 +12,10 @@ def generate(
     delta: list[str] | None = None,
     scale: float = 1.0,
     any_base: bool = False,
+    expert: list[str] | None = None,
+    expert_base: str | None = None,
+    fusion: Literal["one", "all"] = "one",
+    fusion_alpha: float | None = None,
     max_tokens: int = 128,
     temperature: float = 0.8,
     top_p: float = 0.95,
@@ -30,6 +34,10 @@ def generate(
         delta: directory of a delta; may be given several times, innermost first
         scale: multiplies every delta; 0 is the base
         any_base: accept deltas that were made for another base
+        expert: a tuned smaller model, or a delta of --expert-base, whose change moves this model's logits; may be given several times
+        expert_base: the smaller model that the experts were tuned from; it must have the vocabulary of --model
+        fusion: of several experts, whether one acts on a token or all may
+        fusion_alpha: how much of the experts' change is added (1: proxy tuning); default: found for each token, in [0, 2]
         max_tokens: new tokens at most
         temperature: of sampling; 0 takes the likeliest token each time
         top_p: sample among the likeliest tokens of this total probability, in (0, 1]
@@ -41,11 +49,13 @@ def generate(
         quiet: print nothing but the result
 
     Returns:
-        `prompt`, `completion`, `tokens` (new ones) and `finished` (whether the model ended the text).
+        `prompt`, `completion`, `tokens` (new ones) and `finished` (whether the model ended the text); with experts `alpha`, the
+        mean coefficient of each.
 
     Raises:
         EspalierError: for anything wrong with the model, a delta or the options.
     """
+    import math
     from pathlib import Path
 
     from espalier.attach.load import load_model, load_tokenizer, put_on
@@ -58,6 +68,10 @@ def generate(
 
     at_least("max_tokens", max_tokens, 1)
     at_least("temperature", temperature, 0)
+    if (expert_base is None) != (not expert):
+        raise EspalierError("--expert and --expert-base belong together: a fusion needs what was tuned, and what it was tuned from")
+    if fusion_alpha is not None and (not expert or not math.isfinite(fusion_alpha)):
+        raise EspalierError(f"fusion_alpha is {fusion_alpha}; it must be a finite number, and is of --expert")
     if not 0 < top_p <= 1:
         raise EspalierError(f"top_p is {top_p}; it must be more than 0 and at most 1")
     display = Display(quiet)
@@ -79,11 +93,48 @@ def generate(
         ids = encoder.prefix + encoder.ids([prompt])[0]
     if not ids:
         raise EspalierError("the prompt is empty, and this tokenizer has no token that begins a text")
+    fused = None
+    if expert and expert_base:
+        fused, shorter = _fusion(expert_base, expert, tokenizer, fusion_alpha, fusion, any_base, device, dtype, display, "chat" if chat else "text")
     longest = getattr(loaded.config, "max_position_embeddings", None)
+    if fused and shorter:
+        longest = min(shorter, longest or shorter)
     if longest and len(ids) >= longest:
         raise EspalierError(f"the prompt has {len(ids)} tokens; the model has {longest} positions: shorten the prompt")
     if longest and len(ids) + max_tokens > longest:
         max_tokens = longest - len(ids)
         display.note(f"the model has {longest} positions, so at most {max_tokens} tokens follow this prompt")
-    made, finished = complete(loaded, tokenizer, ids, max_tokens, temperature, top_p, seed)
-    return {"prompt": prompt, "completion": tokenizer.decode(made, skip_special_tokens=True), "tokens": len(made), "finished": finished}
+    made, finished = complete(loaded, tokenizer, ids, max_tokens, temperature, top_p, seed, fused)
+    text = tokenizer.decode(made, skip_special_tokens=True)
+    result = {"prompt": prompt, "completion": text, "tokens": len(made), "finished": finished}
+    return result if fused is None else {**result, "alpha": fused.mean_alpha}
+
+
+def _fusion(
+    base: str, experts: list[str], tokenizer: Any, alpha: float | None, active: Literal["one", "all"], any_base: bool, device: str | None,
+    dtype: Literal["bf16", "fp32"] | None, display: Any, kind: str,
+) -> tuple[Any, int | None]:  # fmt: skip
+    """The small models of a fusion, and how many positions they have; those that are deltas share one live base."""
+    from pathlib import Path
+
+    from espalier.attach.attachment import attachments
+    from espalier.attach.load import load_model, load_tokenizer, put_on
+    from espalier.checkpoint.directory import ModelDirectory, resolve_model
+    from espalier.data.encode import Encoder
+    from espalier.evaluate.logit_fusion import Fusion, NextLogits, require_one_vocabulary
+    from espalier.train import session
+
+    directory = ModelDirectory(resolve_model(base))
+    small, own = load_model(directory.path, dtype, device), load_tokenizer(base)
+    require_one_vocabulary(tokenizer, own, base)
+    voices = []
+    for path in experts:
+        if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+            manifest = put_on(small, Path(path), directory, any_base=any_base).manifest
+            session.check_tokenizer(manifest, path, Encoder(own), kind, display)
+            voices.append(NextLogits(small, [list(attachments(small))[-1]]))
+        else:
+            require_one_vocabulary(tokenizer, load_tokenizer(path), path)
+            voices.append(NextLogits(load_model(path, dtype, device), []))
+    positions = [getattr(voice.model.config, "max_position_embeddings", None) for voice in (NextLogits(small, []), *voices)]
+    return Fusion(NextLogits(small, []), voices, alpha, active), min((p for p in positions if p), default=None)
