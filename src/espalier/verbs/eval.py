@@ -35,7 +35,8 @@ def eval(
         quiet: print nothing but the result
 
     Returns:
-        `loss` (nats per target token), `perplexity`, `bits_per_byte`, `tokens`, `bytes`, `documents`, `peak_memory`.
+        `loss` (nats per target token), `perplexity`, `bits_per_byte`, `confidence` (mean of the largest probability), `tokens`,
+        `bytes`, `documents`, `peak_memory`.
 
     Raises:
         EspalierError: for anything wrong with the model, a delta or the data.
