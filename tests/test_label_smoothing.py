@@ -74,7 +74,7 @@ def test_smoothed_labels_make_a_model_less_confident_and_the_plan_stays_as_it_is
     parts = [{**result["plan"]["parts"], "libraries": 0} for result in (plain, smooth)]  # what this process holds already grows
     assert parts[0] == parts[1] and parts[0]["step"] > 0
     before, sure, unsure = (r["evaluation"][str(text)][when]["confidence"] for r, when in ((plain, "before"), (plain, "after"), (smooth, "after")))
-    assert 0 < before < 1 and unsure < sure - 0.1
+    assert 0 < before < 1 and unsure < sure - 0.05
     assert plain["evaluation"][str(text)]["before"] == smooth["evaluation"][str(text)]["before"], "what is measured is not smoothed"
     assert "label_smoothing" not in store.load(tmp_path / "0.0").manifest["training"]
     assert store.load(tmp_path / "0.4").manifest["training"]["label_smoothing"] == 0.4
