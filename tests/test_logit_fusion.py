@@ -13,14 +13,17 @@ import pytest
 import torch
 from families import tiny, tokens
 
+import espalier
 from espalier.attach.attachment import activate, attach, attachments, detach, trainable_parameters
-from espalier.attach.load import load
+from espalier.attach.load import load, load_tokenizer
+from espalier.data.encode import Encoder
 from espalier.errors import EspalierError
 from espalier.evaluate.logit_fusion import (
     EVALUATIONS,
     LARGEST,
+    Decoding,
     Fusion,
-    NextLogits,
+    Voice,
     divergences,
     fuse,
     require_one_vocabulary,
@@ -172,8 +175,8 @@ def test_kept_keys_and_values_give_what_whole_texts_give_and_each_token_is_read_
     shared = load(small / "base", [small / "1", small / "2"])
     names = list(attachments(shared))
     large = tiny("llama", seed=5)
-    fusion = Fusion(NextLogits(shared, []), [NextLogits(shared, [name]) for name in names], None, "one")
-    read = []
+    fusion = Decoding(Fusion(None, "one"), Voice(shared), [Voice(shared, (name,)) for name in names])
+    read, alphas = [], []
     handle = shared.model.embed_tokens.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].shape[1]))
     ids = tokens()[:1, :5]
     made = []
@@ -189,12 +192,13 @@ def test_kept_keys_and_values_give_what_whole_texts_give_and_each_token_is_read_
             base, *experts = (model(text).logits[:, -1] for model in apart)
             fused = fuse(large(text).logits[:, -1], base, torch.stack(experts))
             torch.testing.assert_close(expected, fused.log_probabilities, rtol=1e-4, atol=1e-4)
-            assert fusion.alphas[step] == pytest.approx(fused.alpha[0].tolist(), abs=0.01)
+            alphas.append(fused.alpha[0])
+    assert fusion.fusion.mean_alpha == pytest.approx(torch.stack(alphas).mean(0).tolist(), abs=0.01)
 
 
 def test_rows_of_logits_beyond_the_vocabulary_are_never_drawn(small: Path) -> None:
     model = load(small / "base")
-    fusion = Fusion(NextLogits(model, []), [NextLogits(model, [])], 1.0, "one")
+    fusion = Decoding(Fusion(1.0, "one"), Voice(model), [Voice(model)])
     with torch.no_grad():
         made = fusion(tokens()[:1, :3], noise(0, 1, 100))
     assert made.shape == (1, 100) and bool((made[:, 96:] == -torch.inf).all()) and bool(made[:, :96].isfinite().all())
@@ -241,6 +245,29 @@ def test_on_its_own_base_a_fusion_writes_what_the_expert_writes(words: Path) -> 
 def test_several_experts_of_either_kind_go_together(options: dict[str, Any], words: Path) -> None:
     made = run(expert=[str(words / "1"), "seedling", str(words / "2")], expert_base="seedling", **options)
     assert made["tokens"] == 6 and len(made["alpha"]) == 3 and "alpha" not in run()
+
+
+def test_a_fusion_is_measured_as_it_is_decoded(words: Path, tmp_path: Path) -> None:
+    """On its own base it is the tuned model; on another it is what whole forward passes give, position by position."""
+    (tmp_path / "text.txt").write_text("def main(arguments):\n    return sorted(arguments)\n" * 6)
+    data = str(tmp_path / "text.txt")
+    measure = lambda **options: espalier.eval("seedling", data, sequence_length=32, quiet=True, **options)  # noqa: E731
+    tuned, fused = measure(delta=[str(words / "1")]), measure(expert=[str(words / "1")], expert_base="seedling")
+    assert fused["loss"] == pytest.approx(tuned["loss"], rel=2e-3) and fused["alpha"] == [pytest.approx(1, abs=0.01)]
+    assert fused["confidence"] == pytest.approx(tuned["confidence"], rel=5e-3) and fused["tokens"] == tuned["tokens"]
+    still = measure(expert=[str(words / "1"), str(words / "2")], expert_base="seedling", fusion_alpha=0.0)
+    assert still["loss"] == pytest.approx(measure()["loss"], rel=1e-5)
+    (tmp_path / "short.txt").write_text("def main(x):\n")
+    options: dict[str, Any] = {"delta": [str(words / "2")], "expert": [str(words / "1"), str(words / "2")], "expert_base": "seedling"}
+    found = espalier.eval("seedling", str(tmp_path / "short.txt"), sequence_length=64, dtype="fp32", quiet=True, **options)
+    encoder = Encoder(load_tokenizer("seedling"))
+    ids = torch.tensor([[*encoder.prefix, *encoder.ids(["def main(x):\n"])[0], *encoder.end]])
+    with torch.no_grad():
+        base, one, two = (load("seedling", d, dtype="fp32")(ids[:, :-1]).logits[0] for d in ([], [words / "1"], [words / "2"]))
+        expected = fuse(two, base, torch.stack((one, two)))
+    loss = -float(expected.log_probabilities.gather(-1, ids[0, 1:, None]).mean())
+    assert found["loss"] == pytest.approx(loss, rel=1e-3) and found["tokens"] == ids.shape[1] - 1
+    assert found["alpha"] == pytest.approx(expected.alpha.mean(0).tolist(), abs=0.02)
 
 
 def test_what_does_not_fit_together_is_refused(words: Path) -> None:

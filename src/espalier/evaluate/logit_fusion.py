@@ -14,14 +14,16 @@ base share its live module, and take no more memory than their tensors and their
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
 
 from espalier.attach.attachment import activate
 from espalier.errors import EspalierError
+from espalier.memory.language_loss import head_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -133,16 +135,24 @@ def fuse(
     return Fused((log_p + shift).log_softmax(-1), alphas.movedim(0, -1), _objective(divergences(log_p, shift), wanted))
 
 
+@dataclass(frozen=True)
+class Voice:
+    """A model with some of the deltas that it carries; several voices may share a model."""
+
+    model: PreTrainedModel
+    deltas: tuple[str, ...] = ()
+
+    def speaking(self) -> Any:
+        """The model, with these deltas acting and no others."""
+        activate(self.model, self.deltas)
+        return self.model
+
+
 class NextLogits:
-    """The logits of the token that follows a text, which grows; the keys and values of what was there are kept.
+    """The logits of the token that follows a text, which grows; the keys and values of what was there are kept."""
 
-    Args:
-        model: a causal language model.
-        deltas: names of the deltas on it that act; several of these objects may share a model.
-    """
-
-    def __init__(self, model: PreTrainedModel, deltas: Collection[str]) -> None:
-        self.model, self.deltas = model, tuple(deltas)
+    def __init__(self, voice: Voice) -> None:
+        self.voice = voice
         self._past: Any = None
         self._seen = 0
 
@@ -152,45 +162,95 @@ class NextLogits:
         Raises:
             EspalierError: when the model keeps no keys and values.
         """
-        activate(self.model, self.deltas)
-        model: Any = self.model
+        model = self.voice.speaking()
         few = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-        result = model(
-            ids[:, self._seen :], attention_mask=torch.ones_like(ids), past_key_values=self._past, use_cache=True, **few
-        )
+        result = model(ids[:, self._seen :], attention_mask=torch.ones_like(ids), past_key_values=self._past, use_cache=True, **few)
         self._past, self._seen = getattr(result, "past_key_values", None), ids.shape[1]
         if self._past is None:
-            raise EspalierError(f"{type(self.model).__name__} keeps no keys and values; it cannot be an expert of a fusion")
+            raise EspalierError(f"{type(model).__name__} keeps no keys and values; it cannot be an expert of a fusion")
         return result.logits[:, -1]
 
 
+@dataclass
 class Fusion:
-    """What generation calls with the large model's logits of each token.
+    """How the logits of one position become those of the fusion, and the coefficients so far.
 
     Args:
-        base: the small base.
-        experts: its tuned models.
         alpha, active: see :func:`fuse`.
     """
 
-    def __init__(self, base: NextLogits, experts: Sequence[NextLogits], alpha: float | None, active: Literal["one", "all"]) -> None:
-        self.base, self.experts, self.alpha, self.active = base, list(experts), alpha, active
-        self.alphas: list[list[float]] = []
+    alpha: float | None
+    active: Literal["one", "all"]
+    _sum: torch.Tensor | None = None
+    _positions: int = 0
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """log P~ (1, V) from ids (1, n) and logits (1, V)."""
-        base, *experts = [model(input_ids).to(scores.device) for model in (self.base, *self.experts)]
-        width = min(scores.shape[-1], base.shape[-1], *(e.shape[-1] for e in experts))  # rows beyond the vocabulary are padding
-        fused = fuse(scores[:, :width], base[:, :width], torch.stack([e[:, :width] for e in experts]), alpha=self.alpha, active=self.active)
-        self.alphas.append(fused.alpha[0].tolist())
-        made = torch.full_like(scores, -torch.inf)
+    def __call__(self, large: torch.Tensor, base: torch.Tensor, experts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """log P~ (n, V) of logits (n, V) each; rows beyond the smallest vocabulary are padding, and have no probability."""
+        width = min(logits.shape[-1] for logits in (large, base, *experts))
+        cut = [logits[:, :width].to(large.device) for logits in (large, base, *experts)]
+        fused = fuse(cut[0], cut[1], torch.stack(cut[2:]), alpha=self.alpha, active=self.active)
+        found = fused.alpha.double().sum(0)
+        self._sum, self._positions = found if self._sum is None else self._sum + found, self._positions + len(large)
+        made = torch.full_like(large, -torch.inf, dtype=torch.float32)
         made[:, :width] = fused.log_probabilities
         return made
 
     @property
     def mean_alpha(self) -> list[float]:
-        """Of every expert, over the tokens so far."""
-        return torch.tensor(self.alphas).mean(0).tolist()
+        """Of every expert, over the positions so far."""
+        return [] if self._sum is None else (self._sum / self._positions).tolist()
+
+
+class Decoding:
+    """What generation calls with the large model's logits of each token."""
+
+    def __init__(self, fusion: Fusion, base: Voice, experts: Sequence[Voice]) -> None:
+        self.fusion = fusion
+        self._models = [NextLogits(voice) for voice in (base, *experts)]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """log P~ (1, V) from ids (1, n) and logits (1, V)."""
+        base, *experts = [model(input_ids) for model in self._models]
+        return self.fusion(scores, base, experts)
+
+
+class FusedLoss(nn.Module):
+    """Stands for a model that ``memory.language_loss`` has been installed on, as all of these have been: to score a fusion.
+
+    Args:
+        chunk: positions whose logits are held at a time.
+    """
+
+    def __init__(self, fusion: Fusion, large: Voice, base: Voice, experts: Sequence[Voice], chunk: int) -> None:
+        super().__init__()
+        self.large = large.model  # whose device inputs are put on
+        self.fusion, self.chunk = fusion, chunk
+        self._voices = (large, base, *experts)
+
+    def forward(
+        self, targets: torch.Tensor, rows: torch.Tensor | None, scale: float, confidence: torch.Tensor | None = None,
+        label_smoothing: float = 0.0, **inputs: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        """``scale`` times the summed cross-entropy of targets (n,)."""
+        hidden = []
+        for voice in self._voices:
+            model = voice.speaking()
+            states = getattr(model, model.base_model_prefix)(use_cache=False, **inputs).last_hidden_state.flatten(0, -2)
+            hidden.append(states if rows is None else states[rows])
+        total = torch.zeros((), dtype=torch.float64, device=targets.device)
+        for start in range(0, len(targets), self.chunk):
+            part = targets[start : start + self.chunk]
+            kept = part >= 0
+            large, base, *experts = [
+                head_of(voice.speaking())[0](states[start : start + self.chunk][kept]) for voice, states in zip(self._voices, hidden, strict=True)
+            ]
+            if not len(large):
+                continue
+            found = self.fusion(large, base, experts)
+            total -= found.gather(-1, part[kept, None]).sum(dtype=torch.float64)
+            if confidence is not None:
+                confidence += found.amax(-1).exp().sum(dtype=torch.float64)
+        return (total * scale).float()
 
 
 def require_one_vocabulary(large: Any, other: Any, where: str) -> None:

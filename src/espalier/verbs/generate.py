@@ -55,7 +55,6 @@ def generate(
     Raises:
         EspalierError: for anything wrong with the model, a delta or the options.
     """
-    import math
     from pathlib import Path
 
     from espalier.attach.load import load_model, load_tokenizer, put_on
@@ -63,15 +62,14 @@ def generate(
     from espalier.data.encode import Encoder
     from espalier.display import Display
     from espalier.errors import EspalierError, at_least
+    from espalier.evaluate.logit_fusion import Decoding
     from espalier.evaluate.sampling import complete
     from espalier.train import session
+    from espalier.verbs._experts import Asked
 
     at_least("max_tokens", max_tokens, 1)
     at_least("temperature", temperature, 0)
-    if (expert_base is None) != (not expert):
-        raise EspalierError("--expert and --expert-base belong together: a fusion needs what was tuned, and what it was tuned from")
-    if fusion_alpha is not None and (not expert or not math.isfinite(fusion_alpha)):
-        raise EspalierError(f"fusion_alpha is {fusion_alpha}; it must be a finite number, and is of --expert")
+    asked = Asked(expert, expert_base, fusion, fusion_alpha)
     if not 0 < top_p <= 1:
         raise EspalierError(f"top_p is {top_p}; it must be more than 0 and at most 1")
     display = Display(quiet)
@@ -93,48 +91,19 @@ def generate(
         ids = encoder.prefix + encoder.ids([prompt])[0]
     if not ids:
         raise EspalierError("the prompt is empty, and this tokenizer has no token that begins a text")
-    fused = None
-    if expert and expert_base:
-        fused, shorter = _fusion(expert_base, expert, tokenizer, fusion_alpha, fusion, any_base, device, dtype, display, "chat" if chat else "text")
-    longest = getattr(loaded.config, "max_position_embeddings", None)
-    if fused and shorter:
-        longest = min(shorter, longest or shorter)
+    decoding = None
+    models: list[Any] = [loaded]
+    if asked:
+        base, experts = asked.voices(tokenizer, "chat" if chat else "text", any_base, device, dtype, display)
+        models += [base.model, *(voice.model for voice in experts)]
+        decoding = Decoding(asked.fusion(), base, experts)
+    longest = min((n for m in models if (n := getattr(m.config, "max_position_embeddings", None))), default=None)
     if longest and len(ids) >= longest:
         raise EspalierError(f"the prompt has {len(ids)} tokens; the model has {longest} positions: shorten the prompt")
     if longest and len(ids) + max_tokens > longest:
         max_tokens = longest - len(ids)
         display.note(f"the model has {longest} positions, so at most {max_tokens} tokens follow this prompt")
-    made, finished = complete(loaded, tokenizer, ids, max_tokens, temperature, top_p, seed, fused)
+    made, finished = complete(loaded, tokenizer, ids, max_tokens, temperature, top_p, seed, decoding)
     text = tokenizer.decode(made, skip_special_tokens=True)
     result = {"prompt": prompt, "completion": text, "tokens": len(made), "finished": finished}
-    return result if fused is None else {**result, "alpha": fused.mean_alpha}
-
-
-def _fusion(
-    base: str, experts: list[str], tokenizer: Any, alpha: float | None, active: Literal["one", "all"], any_base: bool, device: str | None,
-    dtype: Literal["bf16", "fp32"] | None, display: Any, kind: str,
-) -> tuple[Any, int | None]:  # fmt: skip
-    """The small models of a fusion, and how many positions they have; those that are deltas share one live base."""
-    from pathlib import Path
-
-    from espalier.attach.attachment import attachments
-    from espalier.attach.load import load_model, load_tokenizer, put_on
-    from espalier.checkpoint.directory import ModelDirectory, resolve_model
-    from espalier.data.encode import Encoder
-    from espalier.evaluate.logit_fusion import Fusion, NextLogits, require_one_vocabulary
-    from espalier.train import session
-
-    directory = ModelDirectory(resolve_model(base))
-    small, own = load_model(directory.path, dtype, device), load_tokenizer(base)
-    require_one_vocabulary(tokenizer, own, base)
-    voices = []
-    for path in experts:
-        if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-            manifest = put_on(small, Path(path), directory, any_base=any_base).manifest
-            session.check_tokenizer(manifest, path, Encoder(own), kind, display)
-            voices.append(NextLogits(small, [list(attachments(small))[-1]]))
-        else:
-            require_one_vocabulary(tokenizer, load_tokenizer(path), path)
-            voices.append(NextLogits(load_model(path, dtype, device), []))
-    positions = [getattr(voice.model.config, "max_position_embeddings", None) for voice in (NextLogits(small, []), *voices)]
-    return Fusion(NextLogits(small, []), voices, alpha, active), min((p for p in positions if p), default=None)
+    return result if decoding is None else {**result, "alpha": decoding.fusion.mean_alpha}
