@@ -110,6 +110,8 @@ def merge(
                 raise
             display.note(f"the merged model is compared with the base, number by number, as the deltas cannot be merged as deltas: {reason}")
         else:
+            if on.type != "cpu":
+                display.note(f"deltas are merged as deltas on the CPU; --device {device} is of models")
             return _of_deltas(as_deltas, recipe, info, target, began, display)
     shard_bytes = parse_bytes(recipe.shard_size) if recipe.shard_size else None
     opened = merge_plan.opened(recipe)
