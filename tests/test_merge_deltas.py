@@ -19,8 +19,9 @@ from espalier.attach.load import load, load_model
 from espalier.checkpoint.directory import ModelDirectory
 from espalier.delta import store
 from espalier.delta.factors import mean, shared_basis
-from espalier.delta.fit import densify
-from espalier.delta.forms import Dense, Kronecker, LowRank, Magnitude, Sparse, Update
+from espalier.delta.fit import densify, relative_error
+from espalier.delta.forms import Dense, Factored, Kronecker, LowRank, Magnitude, Quantized, Sparse, Sum, Update
+from espalier.delta.forms.factored import Start
 from espalier.delta.store import Delta, Layout
 from espalier.errors import EspalierError
 from espalier.exchange.save import save
@@ -239,6 +240,13 @@ def test_the_mean_of_factors_is_that_of_a_and_of_b_and_differs_by_the_cross_term
     assert f"makes {relative:.2%} of the whole" in " ".join(capfd.readouterr().err.split())
 
 
+@pytest.mark.parametrize("count", [2, 5])
+def test_cross_terms_of_adapters_that_have_nothing_in_common_are_most_of_what_they_make(count: int) -> None:
+    bank = [factors(1000 * i, 400, 300, 8) for i in range(count)]
+    made = mean(bank, [1 / count] * count)
+    assert relative_error(made, Sum([u.scaled(1 / count) for u in bank])) == pytest.approx(math.sqrt((count - 1) / count), rel=0.05)
+
+
 def test_adapters_that_share_a_factor_have_no_cross_terms(tmp_path: Path) -> None:
     A = noise(0, 2, 10)
     deltas = [stored(tmp_path / str(i), {"w": LowRank(noise(i + 1, 12, 2), A)}) for i in range(3)]
@@ -278,6 +286,23 @@ def test_factors_that_do_not_match_are_refused(two: list[str], tmp_path: Path) -
     with refused("ties does not combine updates linearly"):
         run([ranks[0], ranks[0]], method="ties")
     assert not (tmp_path / "m").exists()
+
+
+def test_factors_that_are_kept_in_other_forms_are_factors_too(tmp_path: Path) -> None:
+    """Compressed LoRA (codes over what A learnt since its start) and LoRA: exact, by the mean, and in a shared basis."""
+    start = Start(3, "w")
+    coded = Factored(Dense(noise(1, 12, 2)), Quantized.of(Dense(noise(2, 2, 10)), 8, 5), 0.5, start)
+    other = Factored(Dense(noise(3, 12, 2)), Quantized.of(Dense(noise(4, 2, 10)), 8, 5), 0.5, start)
+    deltas = [stored(tmp_path / name, {"w": u}) for name, u in (("a", coded), ("b", other), ("c", factors(5)))]
+    exact = sum(changes(d)["w"] for d in deltas) / 3
+    for space, rank in (("updates", None), ("updates", 6), ("svd", None)):
+        out = tmp_path / f"{space}{rank}"
+        merge(deltas, str(out), method="linear", space=space, rank=rank, to="delta", quiet=True)  # type: ignore[arg-type]
+        torch.testing.assert_close(changes(out)["w"], exact, rtol=1e-5, atol=1e-5)
+    merge(deltas, str(tmp_path / "mean"), method="linear", space="factors", to="delta", quiet=True)
+    low = [u.low_rank() for u in (coded, other, factors(5))]
+    B, A = (sum(f.B * f.gain for f in low) / 3, sum(f.A for f in low) / 3)
+    torch.testing.assert_close(changes(tmp_path / "mean")["w"], (B @ A).double(), rtol=1e-5, atol=1e-5)
 
 
 # in a shared basis
