@@ -20,7 +20,17 @@ from espalier.checkpoint.directory import ModelDirectory
 from espalier.delta import store
 from espalier.delta.factors import mean, shared_basis
 from espalier.delta.fit import densify, relative_error
-from espalier.delta.forms import Dense, Factored, Kronecker, LowRank, Magnitude, Quantized, Sparse, Sum, Update
+from espalier.delta.forms import (
+    Dense,
+    Factored,
+    Kronecker,
+    LowRank,
+    Magnitude,
+    Quantized,
+    Sparse,
+    Sum,
+    Update,
+)
 from espalier.delta.forms.factored import Start
 from espalier.delta.store import Delta, Layout
 from espalier.errors import EspalierError
