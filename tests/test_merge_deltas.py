@@ -404,6 +404,15 @@ def test_what_is_wrong_is_refused_and_nothing_is_left(two: list[str], loras: Pat
     assert not Path(out).exists()
 
 
+@pytest.mark.parametrize("options", [{"rank": 2}, {"space": "svd"}, {"space": "factors"}])
+def test_a_few_bytes_that_stand_for_more_than_memory_are_refused_before_anything_is_made(options: dict[str, Any], tmp_path: Path) -> None:
+    huge = Kronecker(noise(1, 1, 2**20, 1), noise(2, 1, 1, 2**20))
+    deltas = [stored(tmp_path / str(i), {"w": huge}) for i in range(2)]
+    with refused("w: an update of shape (1048576, 1048576) takes", "when it is made dense"):
+        merge(deltas, str(tmp_path / "m"), method="linear", to="delta", quiet=True, **options)
+    assert not (tmp_path / "m").exists()
+
+
 # against PEFT
 
 

@@ -94,14 +94,12 @@ class Merge:
         Raises:
             EspalierError: naming the parameter that cannot be merged.
         """
-        spool, room = conversion.Spool(target / "spool"), available_memory()
+        spool = conversion.Spool(target / "spool")
         made: dict[str, Update] = {}
         outcomes, apart, size, known = [], 0.0, 0.0, True
         for done, name in enumerate(self.layouts):
             with naming(name):
                 before, exact = self.make(name)
-                if self.rank is not None and before.low_rank() is None:
-                    conversion.require_room(name, before, room)
                 after = before if self.rank is None or len(before.shape) < 2 else low_rank(before, self.rank, seed=self.seed, name=name)
                 require_finite(after)
                 error = None
@@ -111,8 +109,6 @@ class Merge:
                     error = 0.0
                     size = math.hypot(size, distance(exact, exact)[1]) if self.rank is not None and exact.low_rank() is not None else size
                 else:
-                    if exact.low_rank() is None:
-                        conversion.require_room(name, exact, room)
                     off, norm = distance(after, exact)
                     error, apart, size = off / (norm or 1.0), math.hypot(apart, off), math.hypot(size, norm)
             owned = [delta.updates[name] for delta in self.deltas if name in delta.updates]
@@ -154,6 +150,12 @@ def plan(recipe: Recipe, method: Method) -> Merge:
     algebra.require_only_updates(deltas, "merged")
     names = dict.fromkeys(name for delta in deltas for name in delta.updates)
     layouts = {name: next(delta.layouts[name] for delta in deltas if name in delta.layouts) for name in names}
+    if space != "updates" or recipe.rank is not None:
+        room = available_memory()
+        for delta in deltas:
+            for name, update in delta.updates.items():
+                if not isinstance(update, LowRank):  # whose factors are there already; of others, few bytes may stand for many
+                    conversion.require_room(name, update, room)
     said = _settings(recipe, names, _blocks(recipe, deltas, names))
     info = registry.find(recipe.method, "merger")
     if method.first_pass is not None and space == "svd":
