@@ -196,6 +196,51 @@ def test_the_chunked_loss_and_its_gradients_are_those_of_torch(count: int, chunk
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * scale)
 
 
+@given(count=st.integers(1, 40), chunk=st.integers(1, 50), smoothing=st.floats(0.001, 0.999), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=30, database=None)
+def test_the_loss_with_smoothed_labels_and_its_gradients_are_those_of_torch(count: int, chunk: int, smoothing: float, seed: int) -> None:
+    hidden, weight, bias, targets = problem(count, 30, seed)
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    expected = functional.cross_entropy(hidden @ weight.T + bias, targets, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing) * 0.5
+    found = chunked_cross_entropy(hidden, targets, lambda x: x @ weight.T + bias, [weight, bias], 0.5, chunk, smoothing)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_confidence_is_the_sum_of_the_largest_probabilities_of_targets(smoothing: float) -> None:
+    hidden, weight, bias, targets = problem(40, 30)
+    confidence = torch.zeros((), dtype=torch.float64)
+    chunked_cross_entropy(hidden, targets, lambda x: x @ weight.T + bias, [], 1.0, 7, smoothing, confidence)
+    expected = (hidden @ weight.T + bias).softmax(-1).amax(-1)[targets != IGNORED].sum()
+    assert float(confidence) == pytest.approx(float(expected), rel=1e-6)
+
+
+class _Largest(TorchDispatchMode):
+    """Counts the tensors as large as a chunk of logits that are made."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.made = size, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        before = {t.data_ptr() for t in tree_leaves((arguments, options)) if isinstance(t, torch.Tensor)}
+        result = function(*arguments, **(options or {}))
+        self.made += sum(t.numel() >= self.size and t.data_ptr() not in before for t in tree_leaves(result) if isinstance(t, torch.Tensor))
+        return result
+
+
+def test_smoothed_labels_take_no_more_memory() -> None:
+    hidden, weight, bias, targets = problem(40, 500)
+    made = []
+    for smoothing in (0.0, 0.1):
+        with _Largest(10 * 500) as counted:
+            chunked_cross_entropy(hidden.requires_grad_(), targets, lambda x: x @ weight.T + bias, [], 1.0, 10, smoothing)
+        made.append(counted.made)
+    assert made[0] == made[1] > 0
+
+
 def test_a_head_that_needs_its_own_output_for_its_gradient_finds_it_unchanged() -> None:
     hidden, weight, _, targets = problem(10, 30)
     hidden.requires_grad_()

@@ -12,10 +12,14 @@ from families import LAYERS, tiny, tokens
 from espalier import registry
 from espalier.anatomy.parameters import parameters, select
 from espalier.attach.attachment import attach_updates, detach
+from espalier.checkpoint.directory import ModelDirectory
 from espalier.delta import store
 from espalier.delta.compression import Whole, compress
 from espalier.delta.forms import Dense, LowRank, Quantized, Update
 from espalier.errors import EspalierError
+from espalier.verbs.apply import apply
+from espalier.verbs.compress import compress as compress_delta
+from espalier.verbs.revert import revert
 
 BASE = {"base": {"name": "x", "fingerprint": "sha256:0"}}
 
@@ -90,6 +94,33 @@ def test_patching_and_unpatching_gives_the_bits_back_and_is_linear_in_the_streng
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters()) and torch.equal(model(tokens()).logits, plain)
     update = next(iter(made.values()))
     torch.testing.assert_close(dense(update.scaled(0.3)) + dense(update.scaled(0.7)), dense(update), rtol=1e-5, atol=1e-7)
+
+
+def test_a_written_patch_is_linear_in_its_scale_and_reverting_it_gives_the_file_back(tmp_path: Path) -> None:
+    """Quantized or not: what is taken off is not subtracted, so no rounding stays; in bf16 as in float32."""
+    tiny("llama").to(torch.bfloat16).save_pretrained(tmp_path / "clean")
+    directory = ModelDirectory(tmp_path / "clean")
+    manifest = {"base": {"name": str(tmp_path / "clean"), "fingerprint": directory.fingerprint()}}
+    chosen = select(parameters(tiny("llama")), ["linear"])
+    robust, clean = ({t.name: LowRank(random(s + i, t.shape[0], 2), random(s + i + 50, 2, t.shape[1])) for i, t in enumerate(chosen)} for s in (0, 500))
+    saved(tmp_path / "r", robust, manifest), saved(tmp_path / "c", clean, manifest)
+    compress_delta(str(tmp_path / "r"), str(tmp_path / "rws"), method="rws", against=str(tmp_path / "c"), layers=1, bits=8, quiet=True)
+    patched = {}
+    for scale in (0.5, 1.0):
+        apply(str(tmp_path / "clean"), [str(tmp_path / "rws")], str(tmp_path / f"x{scale}"), scale=scale, dtype="fp32", quiet=True)
+        patched[scale] = ModelDirectory(tmp_path / f"x{scale}")
+    apply(str(tmp_path / "clean"), [str(tmp_path / "rws")], str(tmp_path / "bf16"), quiet=True)
+    moved = 0
+    for name in directory:
+        base, half, whole = directory.read(name).float(), patched[0.5].read(name), patched[1.0].read(name)
+        torch.testing.assert_close(2 * (half - base), whole - base, rtol=1e-5, atol=1e-6)
+        moved += int(not torch.equal(whole, base))
+        assert torch.equal(whole, base) == (".layers.0." not in name or "norm" in name), "the first block alone is patched"
+    assert moved
+    for path in ("x1.0", "bf16"):
+        revert(str(tmp_path / path), str(tmp_path / f"{path}-back"), quiet=True)
+        again = ModelDirectory(tmp_path / f"{path}-back")
+        assert all(torch.equal(again.read(name).view(torch.int16), directory.read(name).view(torch.int16)) for name in directory)
 
 
 def test_a_quantized_signature_is_near_and_small(tmp_path: Path) -> None:

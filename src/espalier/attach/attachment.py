@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -275,6 +275,29 @@ def attach_updates(
     return model
 
 
+def activate(model: nn.Module, names: Collection[str]) -> None:
+    """Let only the deltas of these names act on a model; the others stay on it, and cost no time.
+
+    Raises:
+        EspalierError: when the model carries no delta of a name.
+    """
+    present = attachments(model)
+    if unknown := [name for name in names if name not in present]:
+        raise EspalierError(f"the model carries no delta called {unknown[0]!r} (it carries: {', '.join(present) or 'none'})")
+    acting: dict[nn.Module, dict[str, tuple[str, list[Slot]]]] = {}
+    for attachment in present.values():
+        for slot in attachment.slots.values():
+            for alias, route in zip(slot.target.names, slot.target.routes, strict=True):
+                module, local = _owner(model, alias)
+                _, slots = acting.setdefault(module, {}).setdefault(local, (route, []))
+                if attachment.name in names:
+                    slots.append(slot)
+    for module, found in acting.items():
+        module.__dict__["_espalier"] = {local: slots for local, (_, slots) in found.items()}
+        module.__dict__["_espalier_routes"] = {local: route for local, (route, _) in found.items()}
+        rebuild(module)
+
+
 def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     """Take a delta (by default all of them) off a model; its base tensors were never touched.
 
@@ -284,6 +307,7 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     present = attachments(model)
     if name is not None and name not in present:
         raise EspalierError(f"the model carries no delta called {name!r} (it carries: {', '.join(present) or 'none'})")
+    activate(model, present)
     for gone in [name] if name is not None else list(present):
         attachment = present.pop(gone)
         for target_name, slot in attachment.slots.items():

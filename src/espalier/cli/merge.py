@@ -3,4 +3,4 @@
 from espalier.cli import options, show
 from espalier.verbs.merge import merge
 
-command = options.command(merge, show.facts, positional=("models",), roles=("merger",))
+command = options.command(merge, show.merged, positional=("models",), roles=("merger",))

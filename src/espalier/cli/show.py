@@ -55,6 +55,11 @@ def refitted(result: dict[str, Any]) -> None:
     facts({key: value for key, value in result.items() if key not in ("tensors", "tried") and value != []})
 
 
+def merged(result: dict[str, Any]) -> None:
+    """Facts about a merge; the list of its updates is for ``--json``."""
+    facts({key: value for key, value in result.items() if key != "updates"})
+
+
 def calibrated(result: dict[str, Any]) -> None:
     """Where the statistics are, and of what."""
     print(f"{result['out']}: {', '.join(result['statistics'])} over {result['tokens']:,} tokens")

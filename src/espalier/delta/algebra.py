@@ -67,15 +67,19 @@ def negate(delta: Delta) -> Delta:
     return _combined([delta], [-1.0], "negate", {})
 
 
-def combine(deltas: Sequence[Delta], coefficients: Sequence[float]) -> Delta:
+def combine(deltas: Sequence[Delta], coefficients: Sequence[float] | Callable[[str], Sequence[float]]) -> Delta:
     """The linear combination ``sum_i coefficients[i] * deltas[i]``.
 
     A parameter that a delta does not touch has the update zero in it. Updates that depend on the base cannot be summed.
 
+    Args:
+        coefficients: one of each delta, or what gives them for a parameter's name.
+
     Raises:
         EspalierError: when bases or layouts differ, or naming a parameter whose updates cannot be combined.
     """
-    return _combined(deltas, coefficients, "combine", {"coefficients": list(coefficients)})
+    said = {} if callable(coefficients) else {"coefficients": list(coefficients)}
+    return _combined(deltas, coefficients, "combine", said)
 
 
 def add(*deltas: Delta) -> Delta:
@@ -149,17 +153,35 @@ def require_agreement(deltas: Sequence[Delta]) -> None:
                 raise EspalierError(f"{name}: the deltas hold it in different layouts, {layouts[name]} and {layout}")
 
 
+def require_only_updates(deltas: Sequence[Delta], doing: str) -> None:
+    """Refuse deltas that remove tensors or bring files.
+
+    Args:
+        doing: what cannot be done with them, such as "scaled or added".
+
+    Raises:
+        EspalierError: naming the delta and the tensor or file.
+    """
+    for delta in deltas:
+        for key, what in (("removed", "removes the tensor"), ("files", "brings the file")):
+            if found := delta.manifest.get(key):
+                raise EspalierError(
+                    f"the delta{f' {delta.folder}' if delta.folder else ''} {what} {next(iter(found))!r}, which cannot be {doing}; "
+                    "restrict the delta to its parameters first (names='*'), or apply the deltas one after the other"
+                )
+
+
 Parts = Callable[[str, Mapping[int, Update], Layout], list[Update]]
 """From a parameter, its updates by the position of their delta, and its layout, to what they become in a combination."""
 
 
-def _combined(deltas: Sequence[Delta], coefficients: Sequence[float], method: str, hyperparameters: Mapping[str, Any]) -> Delta:
-    if len(deltas) != len(coefficients):
-        raise EspalierError(f"there are {len(deltas)} deltas and {len(coefficients)} coefficients; each delta needs one")
-    if wrong := [c for c in coefficients if not math.isfinite(c)]:
-        raise EspalierError(f"a coefficient is {wrong[0]}; it must be a finite number")
-
+def _combined(
+    deltas: Sequence[Delta], coefficients: Sequence[float] | Callable[[str], Sequence[float]], method: str, hyperparameters: Mapping[str, Any]
+) -> Delta:
     def terms(name: str, updates: Mapping[int, Update], layout: Layout) -> list[Update]:
+        factors = coefficients(name) if callable(coefficients) else coefficients
+        if callable(coefficients):
+            _check_coefficients(deltas, factors)
         for position, update in updates.items():
             if len(updates) > 1:
                 _require_change(name, update, layout, "added to another update")
@@ -168,11 +190,20 @@ def _combined(deltas: Sequence[Delta], coefficients: Sequence[float], method: st
                         f"{name}: the form {update.form!r} depends on the base and cannot be added to another update; "
                         "chain the deltas, or make it dense first (espalier convert --to dense --model BASE)"
                     )
-            elif coefficients[position] != 1:
-                _require_change(name, update, layout, f"scaled by {coefficients[position]}")
-        return [u if coefficients[i] == 1 else u.scaled(float(coefficients[i])) for i, u in updates.items()]
+            elif factors[position] != 1:
+                _require_change(name, update, layout, f"scaled by {factors[position]}")
+        return [u if factors[i] == 1 else u.scaled(float(factors[i])) for i, u in updates.items()]
 
+    if not callable(coefficients):
+        _check_coefficients(deltas, coefficients)
     return _joined(deltas, terms, _sum, method, hyperparameters, "scaled or added")
+
+
+def _check_coefficients(deltas: Sequence[Delta], coefficients: Sequence[float]) -> None:
+    if len(deltas) != len(coefficients):
+        raise EspalierError(f"there are {len(deltas)} deltas and {len(coefficients)} coefficients; each delta needs one")
+    if wrong := [c for c in coefficients if not math.isfinite(c)]:
+        raise EspalierError(f"a coefficient is {wrong[0]}; it must be a finite number")
 
 
 def _joined(
@@ -182,13 +213,7 @@ def _joined(
     if not deltas:
         raise EspalierError("there are no deltas to combine; give one at least")
     require_agreement(deltas)
-    for delta in deltas:
-        for key, what in (("removed", "removes the tensor"), ("files", "brings the file")):
-            if found := delta.manifest.get(key):
-                raise EspalierError(
-                    f"the delta{f' {delta.folder}' if delta.folder else ''} {what} {next(iter(found))!r}, which cannot be {doing}; "
-                    "restrict the delta to its parameters first (names='*'), or apply the deltas one after the other"
-                )
+    require_only_updates(deltas, doing)
     owners: dict[str, list[int]] = {}
     for position, delta in enumerate(deltas):
         for name in delta.updates:
@@ -221,15 +246,16 @@ def _require_change(name: str, update: Update, layout: Layout, doing: str) -> No
     """Refuse an update that sets numbers."""
     if layout.dtype or (isinstance(update, Replace) and not update.dtype.is_floating_point):
         raise EspalierError(f"{name}: the tensor is set as a whole ({layout.dtype or update.dtype}) and cannot be {doing}; leave it out (algebra.restrict)")
-    if _sets(update):
+    if sets_values(update):
         raise EspalierError(
             f"{name}: the form {update.form!r} sets values and cannot be {doing}; make the difference of it first "
             "(espalier convert --to dense or sparse --model BASE)"
         )
 
 
-def _sets(update: Update) -> bool:
-    return isinstance(update, Replace) or (isinstance(update, Composite) and any(map(_sets, update.parts.values())))
+def sets_values(update: Update) -> bool:
+    """Whether an update, or a part of it, sets numbers in place of changing them."""
+    return isinstance(update, Replace) or (isinstance(update, Composite) and any(map(sets_values, update.parts.values())))
 
 
 def _chained(parts: list[Update]) -> Update:

@@ -107,14 +107,22 @@ def relative_error(fitted: Source, update: Source, weight: torch.Tensor | None =
     """``||fitted - update|| / ||update||`` in Frobenius norms; of an update that is zero, the norm of what was fitted."""
     if fitted is update:
         return 0.0
+    apart, size = distance(fitted, update, weight)
+    return apart / (size or 1.0)
+
+
+def distance(fitted: Source, update: Source, weight: torch.Tensor | None = None) -> tuple[float, float]:
+    """``||fitted - update||`` and ``||update||`` in Frobenius norms."""
     factors = [None if isinstance(one, torch.Tensor) else one.low_rank() for one in (fitted, update)]
     if factors[0] is not None and factors[1] is not None:  # then nothing has to be dense
         (made_B, made_A), (B, A) = ((f.B.double() * f.gain, f.A.double()) for f in factors if f is not None)
         size = _norm_of_product(B, A)
-        return _norm_of_product(torch.cat((made_B, -B), -1), torch.cat((made_A, A), -2)) / (size or 1.0)
-    dense, made = densify(update, weight), densify(fitted, weight)
+        return (0.0 if fitted is update else _norm_of_product(torch.cat((made_B, -B), -1), torch.cat((made_A, A), -2))), size
+    dense = densify(update, weight)
     size = float(torch.linalg.vector_norm(dense))
-    return float(torch.linalg.vector_norm(made.to(dense.dtype) - dense)) / (size or 1.0)
+    if fitted is update:
+        return 0.0, size
+    return float(torch.linalg.vector_norm(densify(fitted, weight).to(dense.dtype) - dense)), size
 
 
 def _norm_of_product(B: torch.Tensor, A: torch.Tensor) -> float:

@@ -268,14 +268,44 @@ class Parameter(abc.ABC):
         return found.float().to(self.device)[:, None, None]
 
 
-def combination(parameter: Parameter, coefficients: Sequence[float], of: str = "models") -> Combine:
+class Combination:
+    """A linear combination of the models, or the base plus that of their updates: a :data:`Combine` that can say so.
+
+    Args:
+        coefficients: one of each model.
+        of: ``models`` or ``updates``.
+        scale: of the merged change.
+    """
+
+    def __init__(self, coefficients: Sequence[float], of: str, scale: float) -> None:
+        self.coefficients, self.of, self.scale = list(coefficients), of, scale
+
+    def __call__(self, piece: Piece) -> torch.Tensor:
+        if self.of == "updates":
+            return weighted_sum(piece.updates, self.coefficients).mul_(self.scale).add_(piece.origin)
+        made = weighted_sum(piece.models, self.coefficients)
+        return made if self.scale == 1 else torch.lerp(piece.origin, made, self.scale)
+
+    def of_updates(self) -> list[float]:
+        """What each update is multiplied by in the merged change.
+
+        Raises:
+            EspalierError: when models are combined whose coefficients do not sum to 1: then the base changes too.
+        """
+        total = sum(self.coefficients)
+        if self.of == "models" and abs(total - 1) > 1e-5:
+            raise EspalierError(f"the models' coefficients {self.coefficients} sum to {total:.6g}; where it is not 1, the base itself is multiplied")
+        return [c * self.scale for c in self.coefficients]
+
+
+def combination(parameter: Parameter, coefficients: Sequence[float], of: str = "models") -> Combination:
     """The linear combination of the models, or the base plus that of their updates.
 
     The scale is of the change: models that are combined themselves are taken so far away from the base.
     """
-    if of == "updates":
-        return lambda piece: weighted_sum(piece.updates, coefficients).mul_(parameter.scale).add_(piece.origin)
-    return scaled(parameter, lambda piece: weighted_sum(piece.models, coefficients))
+    if of == "models":
+        _require_base_for_scale(parameter)
+    return Combination(coefficients, of, parameter.scale)
 
 
 def weighted_sum(rows: torch.Tensor, factors: Sequence[float]) -> torch.Tensor:
@@ -286,16 +316,20 @@ def weighted_sum(rows: torch.Tensor, factors: Sequence[float]) -> torch.Tensor:
     return total
 
 
+def _require_base_for_scale(parameter: Parameter) -> None:
+    if parameter.scale != 1 and not parameter.has_base:
+        raise EspalierError(f"scale is {parameter.scale}; it is of the merged change, and there is no base; give one: --model BASE")
+
+
 def scaled(parameter: Parameter, combine: Combine) -> Combine:
     """For methods that combine models: the scale times what the result changed of the base.
 
     Raises:
         EspalierError: for a scale that is not 1, without a base.
     """
+    _require_base_for_scale(parameter)
     if parameter.scale == 1:
         return combine
-    if not parameter.has_base:
-        raise EspalierError(f"scale is {parameter.scale}; it is of the merged change, and there is no base; give one: --model BASE")
     return lambda piece: torch.lerp(piece.origin, combine(piece), parameter.scale)
 
 

@@ -22,11 +22,15 @@ from espalier.memory.language_loss import run_batch
 
 @dataclass(frozen=True)
 class Score:
-    """``loss`` in nats per target token; ``bits_per_byte`` over the UTF-8 bytes of the target text."""
+    """``loss`` in nats per target token; ``bits_per_byte`` over the UTF-8 bytes of the target text.
+
+    ``confidence`` is the mean over target tokens of the largest probability that the model gives any token there.
+    """
 
     loss: float
     perplexity: float
     bits_per_byte: float
+    confidence: float
     tokens: int
     bytes: int
     documents: int
@@ -70,6 +74,7 @@ def score(
     model.eval()
     device = next(p for p in model.parameters() if not p.is_meta).device
     total, count, done = 0.0, 0, 0
+    confidence = torch.zeros((), dtype=torch.float64, device=device)
     for group in _groups(store, sequence_length, micro_tokens, padded):
         inputs, targets = [], []
         for window, skip in group:
@@ -80,11 +85,12 @@ def score(
             inputs.append(row[:-1])
             targets.append(wanted if flags is None else np.where(flags, wanted, IGNORED))
         batch = assemble(inputs, targets, micro_tokens, padded, pad_token).to(device)
-        total += float(run_batch(model, batch, 1.0))
+        total += float(run_batch(model, batch, 1.0, confidence=confidence))
         count += batch.target_count
         done += sum(len(window) - skip for window, skip in group)
         progress(done)
     nbytes = int(store.nbytes.sum())
     loss = total / max(count, 1)
     perplexity = math.exp(min(loss, 700.0))
-    return Score(loss, perplexity, total / math.log(2) / max(nbytes, 1), count, nbytes, store.documents)
+    bits = total / math.log(2) / max(nbytes, 1)
+    return Score(loss, perplexity, bits, float(confidence) / max(count, 1), count, nbytes, store.documents)

@@ -97,12 +97,21 @@ def base_of(delta: Delta, folder: Path, model: str | None) -> BaseWeights | None
             continue  # set as it is
         if base is not None:
             base.check(name, delta.layouts[name], update.shape)
-        if (needed := 8 * _entries(update)) > room:
-            raise EspalierError(
-                f"{name}: an update of shape {tuple(update.shape)} takes {format_bytes(needed)} when it is made dense and compared "
-                f"(two numbers of float32 an entry); there are {format_bytes(room)}"
-            )
+        require_room(name, update, room)
     return base
+
+
+def require_room(name: str, update: Update, room: int) -> None:
+    """Refuse an update that takes more than ``room`` bytes when it is made dense.
+
+    Raises:
+        EspalierError: naming the parameter, its shape, and both sizes.
+    """
+    if (needed := 8 * _entries(update)) > room:
+        raise EspalierError(
+            f"{name}: an update of shape {tuple(update.shape)} takes {format_bytes(needed)} when it is made dense and compared "
+            f"(two numbers of float32 an entry); there are {format_bytes(room)}"
+        )
 
 
 def _recorded(delta: Delta, folder: Path) -> BaseWeights | None:

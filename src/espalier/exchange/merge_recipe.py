@@ -92,6 +92,10 @@ class Recipe(_Strict):
     stack: list[Part] | None = None
     vocabulary: Literal["base", "union"] | None = None
     to: Literal["model", "delta"] = "model"
+    space: Literal["updates", "factors", "svd"] | None = None
+    """in which deltas are merged into a delta (see exchange/merge_deltas.py)"""
+    rank: int | None = None
+    """most of the merged delta's factors"""
     dtype: Literal["bf16", "fp16", "fp32"] | None = None
     shard_size: str | None = None
     seed: int = 0

@@ -18,7 +18,9 @@ import torch
 Project = Callable[[torch.Tensor], torch.Tensor]
 
 
-def _loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss_and_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, scale: float, smoothing: float, confidence: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of the cross-entropies of a chunk, and its gradient times ``scale``, in the dtype of the logits."""
     kept = targets >= 0
     targets = targets.clamp_min(0)[:, None]
@@ -26,18 +28,26 @@ def _loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor, scale: float
     if probabilities is logits:
         probabilities = logits.clone()
     normalizer = probabilities.logsumexp(-1, keepdim=True)
-    losses = (normalizer - probabilities.gather(-1, targets)).squeeze(-1)
+    right = probabilities.gather(-1, targets)
+    if smoothing:  # the target (1 - e) y + e / V: its cross-entropy takes the mean of the logits, and no further row of them
+        right = torch.lerp(right, probabilities.mean(-1, keepdim=True), smoothing)
+    losses = (normalizer - right).squeeze(-1)
     loss = torch.where(kept, losses, 0.0).sum(dtype=torch.float64)
     probabilities.sub_(normalizer).exp_()
-    probabilities.scatter_add_(-1, targets, torch.full_like(normalizer, -1.0))
+    if confidence is not None:
+        confidence += torch.where(kept, probabilities.amax(-1), 0.0).sum(dtype=torch.float64)
+    if smoothing:
+        probabilities.sub_(smoothing / probabilities.shape[-1])
+    probabilities.scatter_add_(-1, targets, torch.full_like(normalizer, smoothing - 1.0))
     return loss, probabilities.mul_((kept * scale)[:, None]).to(logits.dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, project: Project, targets: torch.Tensor, scale: float, chunk: int, hidden: torch.Tensor, *leaves: torch.Tensor
-    ) -> torch.Tensor:
+        ctx: Any, project: Project, targets: torch.Tensor, scale: float, chunk: int, smoothing: float, confidence: torch.Tensor | None,
+        hidden: torch.Tensor, *leaves: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         inputs = [t for t in (hidden, *leaves) if t.requires_grad]
         # summed in float32: a bf16 sum would lose more the more chunks there are
         gradients = [torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves if leaf.requires_grad]
@@ -47,7 +57,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = hidden[start : start + chunk].detach().requires_grad_(hidden.requires_grad)
             with torch.set_grad_enabled(bool(inputs)):
                 logits = project(part)
-            loss, gradient = _loss_and_gradient(logits.detach(), targets[start : start + chunk], scale)
+            loss, gradient = _loss_and_gradient(logits.detach(), targets[start : start + chunk], scale, smoothing, confidence)
             total += loss
             if not inputs:
                 continue
@@ -71,12 +81,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         results = [next(saved) * gradient if need else None for need in (hidden, *leaves)]
         dtypes = ctx.dtypes
         results = [r if r is None else r.to(dtype) for r, dtype in zip(results, dtypes, strict=True)]
-        return (None, None, None, None, *results)
+        return (None, None, None, None, None, None, *results)
 
 
 def chunked_cross_entropy(
-    hidden: torch.Tensor, targets: torch.Tensor, project: Project, leaves: Sequence[torch.Tensor], scale: float, chunk: int
-) -> torch.Tensor:
+    hidden: torch.Tensor, targets: torch.Tensor, project: Project, leaves: Sequence[torch.Tensor], scale: float, chunk: int,
+    label_smoothing: float = 0.0, confidence: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """``scale`` times the sum of the cross-entropies of ``targets``.
 
     Args:
@@ -86,8 +97,10 @@ def chunked_cross_entropy(
         leaves: tensors in ``project`` that may need gradients.
         scale: usually 1 / (target tokens of the whole step).
         chunk: tokens whose logits are held at a time, at least 1.
+        label_smoothing: share of every target that is spread over the whole vocabulary, in [0, 1] (arXiv:1512.00567).
+        confidence: a 0-d float64 tensor to which the largest probability of every target is added.
 
     Returns:
         A 0-d float32 tensor; summed in float64.
     """
-    return _ChunkedCrossEntropy.apply(project, targets, scale, chunk, hidden, *leaves)
+    return _ChunkedCrossEntropy.apply(project, targets, scale, chunk, label_smoothing, confidence, hidden, *leaves)

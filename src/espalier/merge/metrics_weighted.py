@@ -22,7 +22,7 @@ def metrics_weighted(
     """The mean of models weighed by a metric of each: ``w_k = s_k^p / sum_j s_j^p`` with s the metric or, of losses, 1 / metric.
 
     With power 0 it is the uniform mean; the larger the power, the more the best one counts. Deltas are averaged as what they
-    change, not factor by factor. A weight of a model multiplies its s^p.
+    change; factor by factor with ``--to delta --space factors``. A weight of a model multiplies its s^p.
 
     Args:
         metrics: one positive number of each model, such as its loss on held-out data, or its step

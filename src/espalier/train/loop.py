@@ -39,6 +39,7 @@ class Settings:
     floor: float = 0.0
     decay: float = 0.2
     clip: float = 1.0
+    label_smoothing: float = 0.0
     checkpoint_every: int = 0
     evaluate_every: int = 0
     padded: bool = False
@@ -101,14 +102,16 @@ class Run:
         write_text(self.metrics, "".join(kept))
 
 
-def accumulate(model: nn.Module, batches: list[Batch], resident_between: int = 0) -> tuple[float, int]:
+def accumulate(
+    model: nn.Module, batches: list[Batch], resident_between: int = 0, label_smoothing: float = 0.0
+) -> tuple[float, int]:
     """Forward and backward of a step's micro-batches; returns the mean loss per target token, and their count."""
     total = max(1, sum(batch.target_count for batch in batches))
     loss = 0.0
     for batch in batches:
         if resident_between and resident_memory() > resident_between:
             release_free_memory()
-        part = run_batch(model, batch, 1.0 / total)
+        part = run_batch(model, batch, 1.0 / total, label_smoothing)
         part.backward()
         loss += float(part.detach())
         if not math.isfinite(loss):
@@ -187,7 +190,7 @@ def train(
                 make_batch(order.store, part, settings.micro_tokens, settings.padded, settings.pad_token).to(device)
                 for part in parts
             ]
-            loss, targets = accumulate(model, batches, settings.resident_between)
+            loss, targets = accumulate(model, batches, settings.resident_between, settings.label_smoothing)
             norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), settings.clip or math.inf))
             _refuse_not_finite(step + 1, begin, batches, loss, norm, parameters)
             optimizer.step()

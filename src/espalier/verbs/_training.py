@@ -42,7 +42,7 @@ class Job:
     def __init__(self, verb: str, arguments: dict[str, Any], options: dict[str, Any], method: str) -> None:
         self.verb = verb
         arguments = {key: _plain(value) for key, value in arguments.items()}
-        self.a = {"targets": None, "dropout": 0.0, "floor": 0.0, "model": None, **arguments}
+        self.a = {"targets": None, "dropout": 0.0, "floor": 0.0, "label_smoothing": 0.0, "model": None, **arguments}
         self.display = Display(arguments["quiet"])
         self.out = Path(arguments["out"])
         self._check_arguments()
@@ -68,6 +68,8 @@ class Job:
             raise EspalierError(f"warmup is {a['warmup']}; it is a share of the steps, at least 0 and less than 1")
         if not 0 <= a["floor"] <= 1:
             raise EspalierError(f"floor is {a['floor']}; it is a share of the peak rate, from 0 to 1")
+        if not 0 <= a["label_smoothing"] < 1:
+            raise EspalierError(f"label_smoothing is {a['label_smoothing']}; it is a share of every target, at least 0 and less than 1")
         if a["learning_rate"] is not None and not 0 < a["learning_rate"] < math.inf:
             raise EspalierError(f"learning_rate is {a['learning_rate']}; it must be more than 0 and finite")
         self.budget = parse_bytes(a["budget"]) if a["budget"] else None
@@ -253,7 +255,7 @@ class Job:
         settings = Settings(
             steps=a["steps"], batch_tokens=a["batch_size"] * a["sequence_length"], micro_tokens=self.plan.micro_tokens,
             learning_rate=a["learning_rate"], schedule=a["schedule"], warmup=round(a["warmup"] * a["steps"]),
-            floor=a["floor"], clip=a["clip"], checkpoint_every=a["checkpoint_every"], evaluate_every=a["eval_every"],
+            floor=a["floor"], clip=a["clip"], label_smoothing=a["label_smoothing"], checkpoint_every=a["checkpoint_every"], evaluate_every=a["eval_every"],
             padded=self.padded, pad_token=session.pad_token(self.tokenizer),
             resident_between=planning.resident_between(self.budget, self.plan) if self.budget else 0,
         )  # fmt: skip
@@ -284,7 +286,7 @@ class Job:
             "fingerprint": self.record.facts["base_fingerprint"],
             "model_type": self.config.model_type,
         }
-        keys = ("data", "batch_size", "sequence_length", "learning_rate", "schedule", "seed")
+        keys = ("data", "batch_size", "sequence_length", "learning_rate", "schedule", "seed", *(["label_smoothing"] if a["label_smoothing"] else []))
         training = {"steps": self.run.state.step, "tokens": self.run.state.tokens, **{key: a[key] for key in keys}}
         manifest = saving.describe(self.attachment, base, self.encoder, MASK_POLICY[self.store.kind], training)
         return saving.write(self.model, self.attachment, manifest, folder)

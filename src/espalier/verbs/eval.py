@@ -12,6 +12,10 @@ def eval(
     delta: list[str] | None = None,
     scale: float = 1.0,
     any_base: bool = False,
+    expert: list[str] | None = None,
+    expert_base: str | None = None,
+    fusion: Literal["one", "all"] = "one",
+    fusion_alpha: float | None = None,
     sequence_length: int | None = None,
     micro_batch_size: int = 8,
     device: str | None = None,
@@ -27,6 +31,10 @@ def eval(
         delta: directory of a delta; may be given several times, innermost first
         scale: multiplies every delta; 0 is the base
         any_base: accept deltas that were made for another base
+        expert: a tuned smaller model, or a delta of --expert-base, whose change moves this model's logits (see `espalier generate`)
+        expert_base: the smaller model that the experts were tuned from; it must have the vocabulary of --model
+        fusion: of several experts, whether one acts on a token or all may
+        fusion_alpha: how much of the experts' change is added (1: proxy tuning); default: found for each token, in [0, 2]
         sequence_length: longest context, in tokens; default: 512, or all positions of a model with fewer
         micro_batch_size: sequences that run at a time
         device: such as cpu or cuda; default: cuda where there is one
@@ -35,13 +43,16 @@ def eval(
         quiet: print nothing but the result
 
     Returns:
-        `loss` (nats per target token), `perplexity`, `bits_per_byte`, `tokens`, `bytes`, `documents`, `peak_memory`.
+        `loss` (nats per target token), `perplexity`, `bits_per_byte`, `confidence` (mean of the largest probability), `tokens`,
+        `bytes`, `documents`, `peak_memory`; with experts `alpha`, the mean coefficient of each.
 
     Raises:
         EspalierError: for anything wrong with the model, a delta or the data.
     """
+    from contextlib import ExitStack
     from pathlib import Path
 
+    from espalier.attach.attachment import attachments
     from espalier.attach.load import load_model, load_tokenizer, put_on
     from espalier.checkpoint.directory import ModelDirectory, resolve_model
     from espalier.data.encode import Encoder
@@ -49,12 +60,15 @@ def eval(
     from espalier.data.store import open_store
     from espalier.display import Display
     from espalier.errors import at_least
+    from espalier.evaluate.logit_fusion import FusedLoss, Voice
     from espalier.evaluate.perplexity import score
     from espalier.memory.meter import peak_memory
     from espalier.memory.training_form import training_form
     from espalier.plan.memory import default_chunk
     from espalier.train import session
+    from espalier.verbs._experts import Asked
 
+    asked = Asked(expert, expert_base, fusion, fusion_alpha)
     at_least("micro_batch_size", micro_batch_size, 1)
     if sequence_length is not None:
         at_least("sequence_length", sequence_length, 1)
@@ -69,13 +83,23 @@ def eval(
     for folder in delta or ():
         manifest = put_on(loaded, Path(folder), directory, any_base=any_base, scale=scale).manifest
         session.check_tokenizer(manifest, folder, encoder, store.kind, display)
-    padded = session.must_pad(loaded, loaded.config.vocab_size, display)
-    form = training_form(
-        loaded, chunk=default_chunk(loaded.config.vocab_size), recompute=False, padded=padded
-    )
-    with form, display.bar(f"measuring {data}", store.predictions, "tokens") as update:
-        result = score(
-            loaded, store, sequence_length, sequence_length * micro_batch_size, padded=padded,
-            pad_token=session.pad_token(tokenizer), progress=update,
-        )  # fmt: skip
-    return {**result.as_json(), "peak_memory": peak_memory()}
+    chunk, padded = default_chunk(loaded.config.vocab_size), session.must_pad(loaded, loaded.config.vocab_size, display)
+    scored: Any = loaded
+    models = [loaded]
+    if asked:
+        base, experts = asked.voices(tokenizer, store.kind, any_base, device, dtype, display)
+        for small in {id(voice.model): voice.model for voice in (base, *experts)}.values():
+            sequence_length = session.fitting_length(sequence_length, small.config)
+            padded = session.must_pad(small, small.config.vocab_size, display) or padded
+            models.append(small)
+        scored = FusedLoss(asked.fusion(), Voice(loaded, tuple(attachments(loaded))), base, experts, max(chunk // (4 * len(models)), 1))
+    with ExitStack() as stack:
+        for small in models:
+            stack.enter_context(training_form(small, chunk=chunk, recompute=False, padded=padded))
+        with display.bar(f"measuring {data}", store.predictions, "tokens") as update:
+            result = score(
+                scored, store, sequence_length, sequence_length * micro_batch_size, padded=padded,
+                pad_token=session.pad_token(tokenizer), progress=update,
+            )  # fmt: skip
+    more = {"alpha": scored.fusion.mean_alpha} if asked else {}
+    return {**result.as_json(), **more, "peak_memory": peak_memory()}

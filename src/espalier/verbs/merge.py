@@ -15,6 +15,8 @@ def merge(
     scale: float | None = None,
     vocabulary: Literal["base", "union"] | None = None,
     to: Literal["model", "delta"] | None = None,
+    space: Literal["updates", "factors", "svd"] | None = None,
+    rank: int | None = None,
     dtype: Literal["bf16", "fp16", "fp32"] | None = None,
     shard_size: str | None = None,
     any_base: bool = False,
@@ -34,7 +36,9 @@ def merge(
         weights: one of each model, such as 0.5,0.3,0.2; default: 1
         scale: of the merged change; default: 1
         vocabulary: where tokenizers differ, the new model has the tokens of the base, or of all models; default: refuse
-        to: write a model, or the exact delta that makes it of the base; default: model
+        to: write a model, or the delta that makes it of the base (of deltas that a method adds up, in their own forms); default: model
+        space: of deltas merged into a delta: updates (default), the mean of their factors, or any method in a shared basis (svd)
+        rank: of deltas merged into a delta: cut every matrix to the best update of this rank
         dtype: stores every floating point tensor so; default: as the base, or else the first model
         shard_size: cut the weights into files of at most this size, such as 5GB; default: as the base or first model
         any_base: accept deltas that were made for another base
@@ -45,7 +49,9 @@ def merge(
         options: the method's options
 
     Returns:
-        `out`, `method`, `models`, `base`, `tensors` merged and `copied`, `bytes`, `seconds` by phase.
+        `out`, `method`, `models`, `base`, `tensors` merged and `copied`, `bytes`, `seconds` by phase; where deltas were merged
+        as deltas also `space`, `rank`, `error` (the relative error of all of them, null where the base would be needed to know
+        it) and `updates` (for each its forms, bytes and relative error).
 
     Raises:
         EspalierError: for models that do not fit each other, a damaged file, too little disk, or anything wrong with an option.
@@ -60,7 +66,7 @@ def merge(
     from espalier.checkpoint.atomic import atomic_directory, refuse_existing, require_free_space
     from espalier.display import Display
     from espalier.errors import EspalierError, at_least
-    from espalier.exchange import merge_plan, merge_recipe, mergekit_recipe, merging
+    from espalier.exchange import merge_deltas, merge_plan, merge_recipe, mergekit_recipe, merging
     from espalier.exchange.composition import cut
     from espalier.memory.meter import format_bytes, parse_bytes
 
@@ -89,17 +95,29 @@ def merge(
             raise EspalierError(f"there are {len(weights)} weights and {len(models)} models")
         content["models"] = [{"path": path, "weight": weights[i] if weights else None} for i, path in enumerate(models)]
     given = {"model": model, "scale": scale, "dtype": dtype, "seed": seed, "method": method, "any_base": any_base or None}
-    given |= {"vocabulary": vocabulary, "to": to, "shard_size": shard_size}
+    given |= {"vocabulary": vocabulary, "to": to, "shard_size": shard_size, "space": space, "rank": rank}
     content |= {key: str(value) if key == "model" else value for key, value in given.items() if value is not None}
     recipe = merge_recipe.Recipe.of(content, where)
     function, own = registry.options_of(recipe.method, "merger", options)
     recipe.options |= {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in own.items()}
+    info = registry.find(recipe.method, "merger")
+    how = merging.Method.of(info, function)
+    if recipe.space or recipe.rank is not None or (recipe.to == "delta" and merge_deltas.is_of_deltas(recipe)):
+        try:
+            as_deltas = merge_deltas.plan(recipe, how)
+        except EspalierError as reason:
+            if recipe.space or recipe.rank is not None:
+                raise
+            display.note(f"the merged model is compared with the base, number by number, as the deltas cannot be merged as deltas: {reason}")
+        else:
+            if on.type != "cpu":
+                display.note(f"deltas are merged as deltas on the CPU; --device {device} is of models")
+            return _of_deltas(as_deltas, recipe, info, target, began, display)
     shard_bytes = parse_bytes(recipe.shard_size) if recipe.shard_size else None
     opened = merge_plan.opened(recipe)
     if recipe.to == "delta" and opened.base is None:
         raise EspalierError("a delta needs the model that it is a change of: --model BASE")
     items, alignment = merge_plan.items(recipe, opened)
-    info = registry.find(recipe.method, "merger")
     like = opened.like.directory
     if shard_bytes is None and recipe.stack is not None and len(like.files()) > 1:
         shard_bytes = max((like.path / file).stat().st_size for file in like.files())
@@ -110,7 +128,7 @@ def merge(
     def write(folder: Path) -> None:
         require_free_space(folder, total + (8 << 20), f"the new model in {target}")
         with display.bar("merging", max(total >> 20, 1), "MiB") as update:
-            merging.write_merged(items, files, merging.Method.of(info, function), recipe.seed, folder, lambda done: update(done >> 20), on)
+            merging.write_merged(items, files, how, recipe.seed, folder, lambda done: update(done >> 20), on)
         merge_plan.write_beside(folder, recipe, opened, items, alignment)
 
     with atomic_directory(target) as temporary:
@@ -137,4 +155,45 @@ def merge(
         "copied": len(items) - count,
         "bytes": nbytes,
         "seconds": seconds,
+    }
+
+
+def _of_deltas(merge: Any, recipe: Any, info: Any, target: Any, began: float, display: Any) -> dict[str, Any]:
+    """Deltas into a delta, as deltas."""
+    import time
+
+    from espalier.checkpoint.atomic import atomic_directory
+    from espalier.delta.store import TENSORS
+    from espalier.exchange import merge_recipe
+    from espalier.memory.meter import format_bytes
+    from espalier.verbs._outcomes import show_worst
+
+    planned = time.perf_counter()
+    with atomic_directory(target) as temporary:
+        with display.bar("merging", len(merge.layouts), "parameters") as update:
+            outcomes, error = merge.write(temporary, update)
+        (temporary / "merge.yaml").write_text(merge_recipe.as_yaml(recipe, info), encoding="utf-8")
+        merged = time.perf_counter()
+    seconds = {"open": planned - began, "merge": merged - planned, "finish": time.perf_counter() - merged}
+    show_worst(outcomes, display)
+    if merge.space == "factors":
+        known = "is not known without the base" if error is None else f"makes {error:.2%} of the whole"
+        display.warn(f"the mean of factors is not the mean of what they make; the difference (their cross terms) {known}")
+    elif error:
+        display.note(f"all of them together lose {error:.2%}")
+    nbytes = (target / TENSORS).stat().st_size
+    display.note(f"{len(outcomes)} updates of {len(merge.deltas)} deltas merged by {recipe.method}; the delta is in {target} ({format_bytes(nbytes)})")
+    return {
+        "out": str(target),
+        "method": recipe.method,
+        "models": [i.path for i in recipe.models],
+        "base": merge.manifest.get("base", {}).get("name"),
+        "tensors": len(outcomes),
+        "copied": 0,
+        "bytes": nbytes,
+        "seconds": seconds,
+        "space": merge.space,
+        "rank": merge.rank,
+        "error": error,
+        "updates": [outcome.as_json() for outcome in outcomes],
     }

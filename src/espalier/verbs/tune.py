@@ -22,6 +22,7 @@ def tune(
     warmup: float = 0.05,
     optimizer: str = "adamw",
     clip: float = 1.0,
+    label_smoothing: float = 0.0,
     dropout: float = 0.0,
     eval_data: list[str] | None = None,
     eval_every: int = 0,
@@ -55,6 +56,7 @@ def tune(
         warmup: share of the steps that warm up, in [0, 1)
         optimizer: the optimizer (see `espalier methods --kind optim`)
         clip: largest norm of the gradient; 0: no clipping
+        label_smoothing: share of every target that is spread over the whole vocabulary, in [0, 1); of the training loss only
         dropout: probability of dropping entries of the updates' inputs, in [0, 1)
         eval_data: held-out data measured before and after; may be given several times
         eval_every: also measure every so many steps; 0: never
