@@ -59,7 +59,7 @@ def decorated() -> dict[str, Path]:
     """Name to file of every decorated method, found by looking for decorators at the beginning of lines."""
     found = {}
     for file in SOURCE.glob("*/*.py"):
-        for _, name in re.findall(r"^@(adapter|optimizer|compressor|merger)\(\s*\"([\w-]+)\"", file.read_text(), re.MULTILINE):
+        for _, name in re.findall(r"^@(adapter|optimizer|compressor|merger|searcher)\(\s*\"([\w-]+)\"", file.read_text(), re.MULTILINE):
             found[name] = file
     return found
 

@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 class LanguageLoss:
     """Mixin: ``model(targets=..., scale=..., ...)`` gives ``scale`` times the summed cross-entropy.
 
-    ``rows`` (n,) are the flat positions that are predicted, ``None`` for all; ``targets`` (n,) what is.
+    ``rows`` (n,) are the flat positions that are predicted, ``None`` for all; ``targets`` (n,) what is. With ``entropy`` it
+    is that of the predictions, in the place of the cross-entropy.
     """
 
     espalier_chunk: int
 
     def forward(
-        self, *args: Any, targets: torch.Tensor | None = None, rows: torch.Tensor | None = None, scale: float = 1.0, **kwargs: Any
+        self, *args: Any, targets: torch.Tensor | None = None, rows: torch.Tensor | None = None, scale: float = 1.0, entropy: bool = False, **kwargs: Any
     ) -> Any:
         if targets is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -39,7 +40,7 @@ class LanguageLoss:
         if rows is not None:
             hidden = hidden[rows]
         project, leaves = head_of(self)  # type: ignore[arg-type]
-        return chunked_cross_entropy(hidden, targets, project, leaves, scale, self.espalier_chunk)
+        return chunked_cross_entropy(hidden, targets, project, leaves, scale, self.espalier_chunk, entropy)
 
 
 _made: dict[Any, Any] = {}
@@ -89,13 +90,13 @@ def head_of(model: PreTrainedModel) -> tuple[Any, list[torch.Tensor]]:
     return project, [tensor for tensor in own if tensor.requires_grad]
 
 
-def run_batch(model: nn.Module, batch: Batch, scale: float) -> torch.Tensor:
-    """``scale`` times the batch's summed loss."""
+def run_batch(model: nn.Module, batch: Batch, scale: float, entropy: bool = False) -> torch.Tensor:
+    """``scale`` times the batch's summed loss, or entropy of predictions."""
     if batch.attention_mask is not None:
         inputs: dict[str, Any] = {"attention_mask": batch.attention_mask}
     else:
         inputs = {"position_ids": batch.position_ids, "segment_lengths": batch.lengths}
-    return model(input_ids=batch.input_ids, targets=batch.targets, rows=batch.rows, scale=scale, **inputs)
+    return model(input_ids=batch.input_ids, targets=batch.targets, rows=batch.rows, scale=scale, entropy=entropy, **inputs)
 
 
 @torch.no_grad()
