@@ -71,12 +71,13 @@ class Problem(abc.ABC):
         paths: of the models, as they were given.
         base: the model that changes are changes of, or ``None``.
         blocks: how many each model has.
+        data_sets: how many there are.
     """
 
     def __init__(
-        self, genes: Sequence[Gene], budget: int, seed: int, paths: Sequence[str], base: str | None, blocks: Sequence[int]
+        self, genes: Sequence[Gene], budget: int, seed: int, paths: Sequence[str], base: str | None, blocks: Sequence[int], data_sets: int
     ) -> None:
-        self.genes, self.budget, self.seed = tuple(genes), budget, seed
+        self.genes, self.budget, self.seed, self.data_sets = tuple(genes), budget, seed, data_sets
         self.paths, self.base, self.blocks = tuple(paths), base, tuple(blocks)
 
     @property

@@ -101,12 +101,8 @@ class Space:
         self.content = _each(content, models)
         if isinstance(self.content.get("parameters"), list):
             self.content["parameters"] = list(_every(self.content["parameters"], blocks))
-        self._paths: list[tuple[Any, ...]] = []
-        genes: list[Gene] = []
-        for path, said in self._open(self.content, ()):
-            self._paths.append(path)
-            genes.append(_gene(".".join(map(str, path)), said))
-        self.genes = tuple(genes)
+        self._paths = {".".join(map(str, path)): (path, said) for path, said in self._open(self.content, ())}
+        self.genes = tuple(_gene(name, said) for name, (_, said) in self._paths.items())
 
     def _open(self, node: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
         if isinstance(node, dict) and set(node) == {"search"}:
@@ -119,9 +115,17 @@ class Space:
     def at(self, places: Sequence[float]) -> dict[str, Any]:
         """The recipe with every gene at its place, from 0 to 1."""
         made = copy.deepcopy(self.content)
-        for gene, path, place in zip(self.genes, self._paths, places, strict=True):
+        for gene, place in zip(self.genes, places, strict=True):
+            *path, last = self._paths[gene.name][0]
             where = made
-            for key in path[:-1]:
+            for key in path:
                 where = where[key]
-            where[path[-1]] = gene.at(place)
+            where[last] = gene.at(place)
         return made
+
+    def value(self, recipe: dict[str, Any], gene: Gene) -> Any:
+        """What a recipe of :meth:`at` has in the place of a gene."""
+        found: Any = recipe
+        for key in self._paths[gene.name][0]:
+            found = found[key]
+        return found

@@ -74,8 +74,8 @@ class MergeProblem(searching.Problem):
     ) -> None:  # fmt: skip
         at_least("micro_batch_size", micro_batch_size, 1)
         blocks = [1 + max((b for name in member.names if (b := block_of(name)) is not None), default=-1) for member in models.members]
-        super().__init__(space.genes, budget, seed, [i.path for i in recipe.models], models.base_name, blocks)
-        self._space, self._recipe, self._answers, self._relative = space, recipe, answers, relative
+        super().__init__(space.genes, budget, seed, [i.path for i in recipe.models], models.base_name, blocks, len(data))
+        self.space, self._recipe, self._answers, self._relative = space, recipe, answers, relative
         self._data, self._sequence_length, self._micro_batch_size = tuple(data), sequence_length, micro_batch_size
         self._device, self._display, self._stack, self._progress = device, display, stack, progress
         self._opened = {self._models_key(recipe): models}
@@ -93,7 +93,7 @@ class MergeProblem(searching.Problem):
     # what searchers ask
 
     def at(self, places: Sequence[float]) -> searching.Recipe:
-        return self._space.at(places)
+        return self.space.at(places)
 
     def recipe(self, method: str, weights: Sequence[float] | None = None, *, with_base: bool = False, **entries: Any) -> searching.Recipe:
         models: list[dict[str, Any]] = [{"path": path} for path in self.paths]
@@ -106,7 +106,8 @@ class MergeProblem(searching.Problem):
 
     def loss(self, recipe: searching.Recipe, about: str) -> float:
         number = len(self.trials) + 1
-        record = self._answers.to(["loss", recipe, self._data], lambda: {"trial": number, **self._tried(recipe, about)})
+        genes = {"genes": {gene.name: self.space.value(recipe, gene) for gene in self.genes}} if self.genes else {}
+        record = self._answers.to(["loss", recipe, self._data], lambda: {"trial": number, **genes, **self._tried(recipe, about)})
         losses = {name: math.inf if loss is None else float(loss) for name, loss in record["losses"].items()}
         self.trials.append(Trial(number, recipe, about, losses, self.objective(losses)))
         self._progress(number, self.best.loss)

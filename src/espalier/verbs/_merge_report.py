@@ -37,7 +37,7 @@ def write_report(
         lines += ["", "The winner was chosen by the same data as are shown here; its loss on other text may be higher (`--select`)."]
     if problem.genes:
         lines += ["", "| what was open | the winner has |", "| --- | --- |"]
-        lines += [f"| `{gene.name}` | {_value(winner.recipe, gene.name)} |" for gene in problem.genes]
+        lines += [f"| `{gene.name}` | {_text(problem.space.value(winner.recipe, gene))} |" for gene in problem.genes]
     if problem.notes:
         lines += ["", *(f"- {note}" for note in problem.notes)]
     best = list(itertools.accumulate((trial.loss for trial in problem.trials), min))
@@ -52,10 +52,8 @@ def write_report(
     write_text(folder / "report.md", "\n".join(lines) + "\n")
 
 
-def _value(recipe: Any, name: str) -> Any:
-    for key in name.split("."):
-        recipe = recipe[int(key)] if isinstance(recipe, list) else recipe[key] if key in recipe else recipe[int(key)]
-    return f"{recipe:.6g}" if isinstance(recipe, float) else recipe
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _plot(file: Path, losses: Sequence[float], best: Sequence[float], single: float) -> bool:

@@ -71,6 +71,7 @@ def merge_search(
 
     from espalier import registry
     from espalier.checkpoint.atomic import write_text
+    from espalier.data.sources import open_source
     from espalier.display import Display
     from espalier.errors import EspalierError, at_least
     from espalier.exchange import merge_plan, merge_recipe
@@ -78,6 +79,7 @@ def merge_search(
     from espalier.exchange.merge_space import Space
     from espalier.train import session
     from espalier.verbs._merge_problem import MergeProblem
+    from espalier.verbs._merge_report import write_report
     from espalier.verbs.merge import merge
 
     display = Display(quiet)
@@ -110,6 +112,7 @@ def merge_search(
     arguments = {
         "content": content, "data": data, "select": select, "finalists": finalists, "strategy": strategy, "options": own, "budget": budget, "seed": seed,
         "relative": relative, "sequence_length": sequence_length, "micro_batch_size": micro_batch_size,
+        "files": [open_source(name).identity() for name in [*data, *select]] + [_files(path) for path in [opened.like.path, *(m.path for m in opened.members)]],
     }  # fmt: skip
     _open(target, arguments, resume)
     answers = Answers(target / "trials.jsonl")
@@ -136,8 +139,6 @@ def merge_search(
     if not no_model and not (target / "model").exists():
         merge([str(target / "recipe.yaml")], str(target / "model"), threads=threads, quiet=True)
     seconds = time.perf_counter() - began
-    from espalier.verbs._merge_report import write_report
-
     write_report(
         target, problem, winner, selected, alone, (problem.paths[single], chosen_single), strategy=strategy, options=own, data=data, select=select, budget=budget,
         display=display,
@@ -210,6 +211,12 @@ def _blocks(content: dict[str, Any], opened: Any) -> int:
         return sum(stop - start for part in content["stack"] for start, stop in list(part["blocks"].values())[:1])
     except (KeyError, TypeError, ValueError, AttributeError):  # no stack, or one that is open or wrong, which is said later
         return 1 + max((block for name in opened.like.names if (block := block_of(name)) is not None), default=0)
+
+
+def _files(folder: Path) -> str:
+    """Which weights are in a directory."""
+    found = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors*"))]
+    return f"{folder} {found}"
 
 
 def _open(target: Path, arguments: dict[str, Any], resume: bool) -> None:
