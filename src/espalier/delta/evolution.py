@@ -12,8 +12,14 @@ WORST = 1e9
 """Stands for the loss of candidates that cannot be merged: the strategy needs finite numbers."""
 
 
-def evolved(problem: Problem, start: list[float], sigma: float, population: int | None) -> Iterator[tuple[list[float], Callable[[float], None]]]:
+def evolved(problem: Problem, start: list[float], sigma: float, population: int | None, spent: int = 0) -> Iterator[tuple[list[float], Callable[[float], None]]]:
     """Places to try, and what takes their loss; ends when the strategy has converged or the budget is spent.
+
+    Args:
+        start: the mean, from 0 to 1.
+        sigma: the standard deviation at the start.
+        population: of a generation; default: the strategy's.
+        spent: candidates that were tried before.
 
     Raises:
         EspalierError: when the package is missing.
@@ -27,7 +33,7 @@ def evolved(problem: Problem, start: list[float], sigma: float, population: int 
     # in one dimension it has no covariance to adapt; a second that means nothing lets it run
     size = len(start)
     strategy = cma.CMAEvolutionStrategy([*start, *[0.5] * (size == 1)], sigma, options | ({"popsize": population} if population else {}))
-    tried = 0
+    tried = spent
     while tried < problem.budget and not strategy.stop():
         asked = strategy.ask()
         told: list[float] = []

@@ -90,12 +90,21 @@ class Problem(abc.ABC):
         """The recipe with every gene at its place, from 0 to 1."""
 
     @abc.abstractmethod
-    def recipe(self, method: str, weights: Sequence[float] | None = None, *, with_base: bool = False, **entries: Any) -> Recipe:
+    def recipe(self, method: str, weights: Sequence[float] | None = None, *, with_base: bool = False, own_base: bool = True, **entries: Any) -> Recipe:
         """A recipe of the same models by another method, with further entries.
 
         Args:
             weights: one of each model.
             with_base: whether the base is one more model, the last.
+            own_base: whether what the user's recipe names as its base is named.
+        """
+
+    @abc.abstractmethod
+    def stream_outputs(self) -> list[str]:
+        """Globs for the tensors that make what blocks add to the residual stream.
+
+        Raises:
+            EspalierError: where scaling these is not scaling the stream.
         """
 
     @abc.abstractmethod

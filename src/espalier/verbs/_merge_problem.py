@@ -26,6 +26,7 @@ from espalier.errors import EspalierError, at_least
 from espalier.evaluate.perplexity import score
 from espalier.exchange import merge_plan
 from espalier.exchange.answers import Answers
+from espalier.exchange.block_outputs import block_outputs
 from espalier.exchange.live_merge import Live, itself
 from espalier.exchange.merge_recipe import Recipe, block_of
 from espalier.exchange.merge_space import Space
@@ -87,6 +88,7 @@ class MergeProblem(searching.Problem):
         self._orders: dict[str, Order] = {}
         self._positions = dict.fromkeys(range(len(data)), 0)
         self._alone: dict[int | None, Mapping[str, float]] = {}
+        self._steps = 0
         self.trials: list[Trial] = []
         self.notes: list[str] = []
 
@@ -95,14 +97,22 @@ class MergeProblem(searching.Problem):
     def at(self, places: Sequence[float]) -> searching.Recipe:
         return self.space.at(places)
 
-    def recipe(self, method: str, weights: Sequence[float] | None = None, *, with_base: bool = False, **entries: Any) -> searching.Recipe:
+    def recipe(self, method: str, weights: Sequence[float] | None = None, *, with_base: bool = False, own_base: bool = True, **entries: Any) -> searching.Recipe:
         models: list[dict[str, Any]] = [{"path": path} for path in self.paths]
         if with_base and self.base is not None:
             models.append({"path": self.base})
         for model, weight in zip(models, weights or (), strict=bool(weights)):
             model["weight"] = weight
         kept = self._recipe.model_dump(include=set(FROM_RECIPE), exclude_defaults=True, mode="json")
+        if not own_base:
+            kept.pop("model", None)
         return {"method": method, "models": models, **kept, **entries}
+
+    def stream_outputs(self) -> list[str]:
+        live, items = self._become(self.recipe("passthrough", own_base=False) | {"models": [{"path": self.paths[0]}]})
+        self._form.close()  # what follows asks the model as it is
+        self._live = self._live_key = None
+        return block_outputs(live.model, [item.name for item in items])
 
     def loss(self, recipe: searching.Recipe, about: str) -> float:
         number = len(self.trials) + 1
@@ -110,7 +120,8 @@ class MergeProblem(searching.Problem):
         record = self._answers.to(["loss", recipe, self._data], lambda: {"trial": number, **genes, **self._tried(recipe, about)})
         losses = {name: math.inf if loss is None else float(loss) for name, loss in record["losses"].items()}
         self.trials.append(Trial(number, recipe, about, losses, self.objective(losses)))
-        self._progress(number, self.best.loss)
+        if not self._steps:
+            self._progress(number, self.best.loss)
         return self.trials[-1].loss
 
     def alone(self, model: int) -> float:
@@ -132,6 +143,8 @@ class MergeProblem(searching.Problem):
             return {"slopes": {name: numbers.tolist() for name, numbers in found.items()}}
 
         record = self._answers.to(question, find)
+        self._steps += 1
+        self._progress(self._steps, self.best.loss)
         return {name: torch.tensor(numbers, dtype=torch.float64) for name, numbers in record["slopes"].items()}
 
     def note(self, text: str) -> None:
