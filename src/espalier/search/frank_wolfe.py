@@ -11,11 +11,6 @@ from espalier.errors import EspalierError, at_least
 from espalier.registry import searcher
 
 
-def _towards(slopes: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """``<g, theta_i - theta_t>`` for every tensor and model, (tensors, models), theta_t being the models in these shares."""
-    return slopes - (shares * slopes).sum(-1, keepdim=True)
-
-
 def _inside(taken: torch.Tensor) -> torch.Tensor:
     """The same shares, positive and at most 1 in sum: (tensors, data sets)."""
     taken = taken.clamp_min(0)
@@ -44,6 +39,8 @@ def frank_wolfe(
     merged model is always ``linear``: shares of the models that are positive and sum to 1, for every tensor. Models that do not
     help are never taken. The soft variant takes the best model of each data set and learns their shares by Adam, ``soft_steps``
     gradients a round, kept positive and at most 1 in sum.
+
+    A tensor that no model would make better, such as one that the data do not use, stays as it is.
 
     The duality gap ``<g, theta_t - s_t>``, at least 0, bounds how far a convex loss is above its least. The budget is rounds; each is a
     candidate. The paper's code aligns g with the models themselves, by the cosine for each tensor; here it is the inner product
@@ -78,25 +75,25 @@ def frank_wolfe(
             shares.update(dict.fromkeys(slopes, start))
         return torch.stack([slopes[name] for name in shares])  # (tensors, models)
 
-    def oracle(slopes: torch.Tensor, held: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """For each tensor the model to go to, and the duality gap. Of equal ones the first."""
-        directions = _towards(slopes, held)
+    def ways_down(slopes: torch.Tensor, held: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """``s_t - theta_t`` in shares of the models, (tensors, models), zero where nothing is better; and the duality gap."""
+        directions = slopes - (held * slopes).sum(-1, keepdim=True)  # <g, theta_i - theta_t>
         if granularity == "task":
-            directions = directions.sum(0, keepdim=True).expand_as(directions)
-            return directions.argmin(-1), -float(directions[0].min())
-        return directions.argmin(-1), -float(directions.min(-1).values.sum())
+            directions = directions.sum(0, keepdim=True)
+        least = directions.min(-1)
+        ways = torch.nn.functional.one_hot(least.indices, count) - held
+        return torch.where(least.values[:, None] < 0, ways, 0.0), 0.0 - float(least.values.clamp_max(0).sum())
 
     problem.loss(recipe(), "the start")
     for round in range(problem.budget):
         eta = step_size * 2 / (round + 2)
         first = [gradient(number) for number in range(problem.data_sets)] if variant == "soft" else [gradient()]
         held = torch.stack(list(shares.values()))
-        chosen, gap = oracle(torch.stack(first).mean(0), held)
-        vertices = torch.nn.functional.one_hot(chosen, count).double()
+        way, gap = ways_down(torch.stack(first).mean(0), held)
         if variant == "hard":
-            moved = held + eta * (vertices - held)
+            moved = held + eta * way
         else:
-            ways = torch.stack([torch.nn.functional.one_hot(oracle(one, held)[0], count) - held for one in first], 1)  # (tensors, data, models)
+            ways = torch.stack([ways_down(one, held)[0] for one in first], 1)  # (tensors, data sets, models)
             taken = torch.full(ways.shape[:2], FIRST if round == 0 else 0.0, dtype=torch.float64)
             optimizer = torch.optim.Adam([taken], learning_rate)
             for _ in range(soft_steps):
@@ -107,6 +104,7 @@ def frank_wolfe(
                 optimizer.step()
                 taken.copy_(_inside(taken))
             moved = held + torch.einsum("ld,ldm->lm", taken, ways)
+        shares.update(zip(shares, moved, strict=True))
         problem.loss(recipe(), f"round {round + 1}, duality gap {gap:.4g}")
     used = torch.stack(list(shares.values())).mean(0)
     names = [*problem.paths, *([problem.base] if problem.base is not None else [])]

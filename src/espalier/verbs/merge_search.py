@@ -100,7 +100,9 @@ def merge_search(
     if of_method:
         if "method" not in content:
             raise EspalierError(f"{next(iter(of_method))} is no option of {strategy}, and there is no method of merging that it could be one of")
-        content["options"] = {**(content.get("options") or {}), **registry.options_of(content["method"], "merger", of_method)[1]}
+        given = registry.options_of(content["method"], "merger", of_method)[1]
+        given = {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in given.items()}
+        content["options"] = {**(content.get("options") or {}), **given}
     content.setdefault("method", "linear")  # the strategy takes its own
     opened = merge_plan.opened(_alike(content, where))
     space = Space(content, len(content["models"]), _blocks(content, opened))
@@ -110,7 +112,7 @@ def merge_search(
         raise EspalierError(f"{strategy} chooses by itself; {where} leaves {space.genes[0].name} open, which it would not look at")
     recipe = merge_recipe.Recipe.of(space.at([0.5] * len(space.genes)), where)
     arguments = {
-        "content": content, "data": data, "select": select, "finalists": finalists, "strategy": strategy, "options": own, "budget": budget, "seed": seed,
+        "strategy": strategy, "options": own, "budget": budget, "seed": seed, "data": data, "select": select, "finalists": finalists, "content": content,
         "relative": relative, "sequence_length": sequence_length, "micro_batch_size": micro_batch_size,
         "files": [open_source(name).identity() for name in [*data, *select]] + [_files(path) for path in [opened.like.path, *(m.path for m in opened.members)]],
     }  # fmt: skip
@@ -236,10 +238,11 @@ def _open(target: Path, arguments: dict[str, Any], resume: bool) -> None:
     if not resume:
         raise EspalierError(f"{target} holds a search; go on with it by --resume, or give another --out")
     before = read_json(file)
+    if not isinstance(before, dict):
+        raise EspalierError(f"{file} does not say which search this is; give another --out")
     for name, value in now.items():
-        if not isinstance(before, dict) or before.get(name) != value:
-            said = before.get(name) if isinstance(before, dict) else before
-            raise EspalierError(f"{target} holds a search with {name} {str(said)[:80]}, this one has {str(value)[:80]}; give another --out")
+        if before.get(name) != value:
+            raise EspalierError(f"{target} holds a search with {name} {str(before.get(name))[:80]}, this one has {str(value)[:80]}; give another --out")
 
 
 def _winner(problem: MergeProblem, select: list[str], finalists: int) -> tuple[Trial, dict[str, float]]:
