@@ -162,13 +162,13 @@ def test_cma_stops_at_the_budget_within_a_generation_and_goes_past_candidates_th
         def value(self, content: dict[str, Any]) -> float:
             return math.inf if weights_of(content, "embed")[0] > 1 else super().value(content)
 
-    problem = Holed({n: (0.2, 1.5, 0.7)[:genes] for n in NAMES}, 31, genes=WEIGHTS[:genes])
+    problem = Holed(dict.fromkeys(NAMES, (0.2, 1.5, 0.7)[:genes]), 31, genes=WEIGHTS[:genes])
     search(problem, "cma", population=8)
     assert len(problem.trials) == 31 and math.inf in problem.losses[:16] and min(problem.losses[16:]) < sorted(problem.losses[:8])[1]
 
 
 def test_cma_says_that_it_converged_before_the_budget() -> None:
-    problem = Bowl({n: (0.5,) for n in NAMES}, 5000, genes=WEIGHTS[:1])
+    problem = Bowl(dict.fromkeys(NAMES, (0.5,)), 5000, genes=WEIGHTS[:1])
     search(problem, "cma")
     assert len(problem.trials) < 5000 and "ended after" in problem.notes[0]
 
