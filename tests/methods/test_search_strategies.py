@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -305,7 +306,7 @@ def test_hard_frank_wolfe_takes_steps_of_two_over_t_plus_two() -> None:
     problem = Bowl(dict.fromkeys(NAMES, (0.5, 0.3, 0.2)), 4)
     search(problem, "frank_wolfe", granularity="task", step_size=0.5)
     shares = [torch.tensor(weights_of(recipe, "embed"), dtype=torch.float64) for recipe, _, _ in problem.trials]
-    for t, (before, after) in enumerate(zip(shares, shares[1:], strict=False)):
+    for t, (before, after) in enumerate(itertools.pairwise(shares)):
         eta = 0.5 * 2 / (t + 2)
         vertex = (after - (1 - eta) * before) / eta
         assert torch.allclose(vertex.sort().values, torch.tensor([0.0, 0, 0, 1], dtype=torch.float64), atol=1e-9)

@@ -11,7 +11,7 @@ from espalier.errors import EspalierError, at_least
 from espalier.registry import searcher
 
 
-@searcher("adamerging", ids=(), paper="arXiv:2310.02575", budget=500, genes=False)
+@searcher("adamerging", ids=(), paper="arXiv:2310.02575", budget=500, genes=False, counts="steps")
 def adamerging(
     problem: Problem,
     *,

@@ -21,7 +21,7 @@ FIRST = 0.3
 """What the soft variant's first round starts from; later rounds start from nothing."""
 
 
-@searcher("frank_wolfe", ids=(280,), paper="arXiv:2503.12649", budget=10, genes=False)
+@searcher("frank_wolfe", ids=(280,), paper="arXiv:2503.12649", budget=10, genes=False, counts="rounds")
 def frank_wolfe(
     problem: Problem,
     *,
@@ -36,8 +36,8 @@ def frank_wolfe(
 
     ``s_t = argmin_i <g, theta_i - theta_t>``, ``theta_t+1 = theta_t + eta_t (s_t - theta_t)``, ``eta_t = step_size 2 / (t + 2)``, g the
     gradient on the data. It starts at the base, which is one of the models, or at the mean of all without a base; so the
-    merged model is always ``linear``: shares of the models that are positive and sum to 1, for every tensor. Models that do not
-    help are never taken. The soft variant takes the best model of each data set and learns their shares by Adam, ``soft_steps``
+    merged model is always ``linear``: shares of the models that are positive and sum to 1, for every tensor. A model towards which
+    the loss does not fall is not taken. The soft variant takes the best model of each data set and learns their shares by Adam, ``soft_steps``
     gradients a round, kept positive and at most 1 in sum.
 
     A tensor that no model would make better, such as one that the data do not use, stays as it is.

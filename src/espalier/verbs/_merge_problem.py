@@ -64,14 +64,14 @@ class MergeProblem(searching.Problem):
         data: data sets whose loss counts.
         relative: whether a loss is divided by that of the best single model, for each data set.
         answers: what was asked before.
-        progress: called after each trial with how many there were, and the lowest loss.
+        progress: called with how many trials and gradients there were, and the lowest loss.
         stack: keeps the live model ready until it is closed.
     """
 
     def __init__(
         self, space: Space, recipe: Recipe, models: merge_plan.Opened, *, data: Sequence[str], relative: bool, budget: int, seed: int,
         answers: Answers, sequence_length: int | None, micro_batch_size: int, device: str | None, display: Display, stack: ExitStack,
-        progress: Callable[[int, float], Any],
+        progress: Callable[[int, int, float], Any],
     ) -> None:  # fmt: skip
         at_least("micro_batch_size", micro_batch_size, 1)
         blocks = [1 + max((b for name in member.names if (b := block_of(name)) is not None), default=-1) for member in models.members]
@@ -87,7 +87,7 @@ class MergeProblem(searching.Problem):
         self._stores: dict[tuple[str, str], TokenStore] = {}
         self._orders: dict[str, Order] = {}
         self._positions = dict.fromkeys(range(len(data)), 0)
-        self._alone: dict[int | None, Mapping[str, float]] = {}
+        self._alone: dict[tuple[int | None, tuple[str, ...]], Mapping[str, float]] = {}
         self._steps = 0
         self.trials: list[Trial] = []
         self.notes: list[str] = []
@@ -120,8 +120,7 @@ class MergeProblem(searching.Problem):
         record = self._answers.to(["loss", recipe, self._data], lambda: {"trial": number, **genes, **self._tried(recipe, about)})
         losses = {name: math.inf if loss is None else float(loss) for name, loss in record["losses"].items()}
         self.trials.append(Trial(number, recipe, about, losses, self.objective(losses)))
-        if not self._steps:
-            self._progress(number, self.best.loss)
+        self._progress(number, self._steps, self.best.loss)
         return self.trials[-1].loss
 
     def alone(self, model: int) -> float:
@@ -144,7 +143,7 @@ class MergeProblem(searching.Problem):
 
         record = self._answers.to(question, find)
         self._steps += 1
-        self._progress(self._steps, self.best.loss)
+        self._progress(len(self.trials), self._steps, self.best.loss)
         return {name: torch.tensor(numbers, dtype=torch.float64) for name, numbers in record["slopes"].items()}
 
     def note(self, text: str) -> None:
@@ -162,21 +161,21 @@ class MergeProblem(searching.Problem):
         """The mean of the losses on data sets; of their ratios to those of the best single model where they are relative."""
         if not self._relative:
             return sum(losses.values()) / len(losses)
-        least = {name: min(self.losses_alone(model)[name] for model in range(self.models)) for name in losses}
-        return sum(loss / least[name] for name, loss in losses.items()) / len(losses)
+        names = list(losses)
+        alone = [self.losses_alone(model, None if names == list(self._data) else names) for model in range(self.models)]
+        return sum(loss / min(found[name] for found in alone) for name, loss in losses.items()) / len(losses)
 
     def losses_alone(self, model: int | None, data: Sequence[str] | None = None) -> Mapping[str, float]:
         """What one of the models loses by itself on each data set; ``None`` is the base."""
-        if data is None and model in self._alone:
-            return self._alone[model]
+        names = self._data if data is None else tuple(data)
+        if (model, names) in self._alone:
+            return self._alone[model, names]
         path = self.base if model is None else self.paths[model]
         assert path is not None
         recipe: searching.Recipe = {"method": "passthrough", "models": [{"path": path}]}
         if (Path(path) / "delta.json").exists():
             recipe |= {"model": self.base, "any_base": self._recipe.any_base}
-        found = self.losses(recipe, f"alone: {path}", data)
-        if data is None:
-            self._alone[model] = found
+        self._alone[model, names] = found = self.losses(recipe, f"alone: {path}", names)
         return found
 
     def losses(self, recipe: searching.Recipe, about: str, data: Sequence[str] | None = None) -> Mapping[str, float]:

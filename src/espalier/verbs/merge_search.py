@@ -120,14 +120,18 @@ def merge_search(
     answers = Answers(target / "trials.jsonl")
     session.seed_everything(seed, threads)
     with ExitStack() as stack:
-        update = stack.enter_context(display.bar(strategy, budget, "candidates"))
+        counts = info.settings.get("counts", "candidates")
+        update = stack.enter_context(display.bar(strategy, budget, counts))
         problem = MergeProblem(
             space, recipe, opened, data=data, relative=relative, budget=budget, seed=seed, answers=answers, sequence_length=sequence_length,
             micro_batch_size=micro_batch_size, device=device, display=display, stack=stack,
-            progress=lambda done, best: update(done, best=f"{best:.4f}"),
+            progress=lambda trials, gradients, best: update(gradients if counts == "steps" else trials - (counts == "rounds"), best=f"{best:.4f}"),
         )  # fmt: skip
-        names: list[int | None] = [*range(problem.models), *([None] if opened.base_name is not None else [])]
-        alone = {str(opened.base_name) if n is None else problem.paths[n]: problem.losses_alone(n) for n in names}
+        alone = {}
+        for number in [*range(problem.models), *([None] if opened.base_name is not None else [])]:
+            name = str(opened.base_name) if number is None else problem.paths[number]
+            alone[name] = problem.losses_alone(number)
+            display.note(f"{name} alone: {', '.join(f'{file} {loss:.4f}' for file, loss in alone[name].items())}")
         search(problem, **own)
         if not problem.trials or not math.isfinite(problem.best.loss):
             raise EspalierError(f"{strategy} found no candidate that can be merged; see {answers.path}")
@@ -254,4 +258,4 @@ def _winner(problem: MergeProblem, select: list[str], finalists: int) -> tuple[T
     for trial in ordered:  # of equal recipes the first
         best.setdefault(str(trial.recipe), trial)
     scored = [(trial, dict(problem.losses(trial.recipe, f"selection: trial {trial.number}", select))) for trial in list(best.values())[:finalists]]
-    return min(scored, key=lambda pair: sum(pair[1].values()))
+    return min(scored, key=lambda pair: problem.objective(pair[1]))
