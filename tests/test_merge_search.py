@@ -147,12 +147,19 @@ def test_groups_and_lists_that_would_grow_without_bounds_are_refused() -> None:
     node: Any = {"search": [0, 1]}
     for _ in range(12):
         node = {"each": node}
-    with pytest.raises(EspalierError, match="too large"):
+    with pytest.raises(EspalierError, match="more than 1,000,000 entries"):
         Space({"weights": node}, 20, 1)
     for _ in range(40):
         node = [node]
     with pytest.raises(EspalierError, match="32 deep"):
         Space({"weights": node}, 1, 1)
+    laughs: Any = [0.5]
+    for _ in range(20):
+        laughs = [laughs] * 10
+    with pytest.raises(EspalierError, match="more than 1,000,000 entries"):
+        Space({"weights": laughs}, 1, 1)
+    with pytest.raises(EspalierError, match="no model has so many"):
+        Space({"parameters": [{"layers": {"every": 2}}]}, 1, 10**9)
 
 
 # the record

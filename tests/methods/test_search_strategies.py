@@ -116,7 +116,8 @@ def test_a_gene_takes_every_place_to_a_value_of_its_range() -> None:
     assert [Gene("a", 1.0, 3.0).at(p) for p in (0.0, 0.25, 1.0)] == [1.0, 1.5, 3.0]
     assert Gene("a", 0.01, 1.0, is_log=True).at(0.5) == pytest.approx(0.1)
     whole = Gene("a", 2, 4, is_integer=True)
-    assert [whole.at(p) for p in (0.0, 0.3, 0.5, 0.7, 1.0)] == [2, 2, 3, 4, 4] and [whole.at(p) for p in whole.places(99)] == [2, 3, 4]
+    assert [whole.at(p) for p in (0.0, 0.3, 0.5, 0.7, 1.0)] == [2, 2, 3, 4, 4] and [whole.at(p) for p in whole.places(3)] == [2, 3, 4]
+    assert [Gene("a", 1, 10**12, is_integer=True).at(p) for p in Gene("a", 1, 10**12, is_integer=True).places(2)] == [1, 10**12]
     choice = Gene("a", choices=("x", "y"))
     assert [choice.at(p) for p in (0.0, 0.49, 0.5, 1.0)] == ["x", "x", "y", "y"] and [choice.at(p) for p in choice.places(7)] == ["x", "y"]
     assert Gene("a").places(3) == [0.0, 0.5, 1.0] and Gene("a").places(1) == [0.5]

@@ -50,9 +50,9 @@ class Gene:
         return self.low + place * (self.high - self.low)
 
     def places(self, points: int) -> list[float]:
-        """The places of all its choices or integers, or of ``points`` equal distances."""
-        count = len(self.choices) or (int(self.high) - int(self.low) + 1 if self.is_integer else 0)
-        if count:
+        """The places of all its choices, or of ``points`` equal distances (of whole numbers, of all where there are no more)."""
+        whole = int(self.high) - int(self.low) + 1 if self.is_integer else 0
+        if count := len(self.choices) or (whole if whole <= points else 0):
             return [(number + 0.5) / count for number in range(count)]
         return [number / (points - 1) for number in range(points)] if points > 1 else [0.5]
 

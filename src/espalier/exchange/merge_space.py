@@ -16,8 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from espalier.delta.searching import Gene
 from espalier.errors import EspalierError
 
-_LARGEST = 4096
-"""Models times what stands once for each of them; recipes may come from others."""
+_LARGEST = 1_000_000
+"""Entries of a recipe that is written out; recipes may come from others."""
+_GROUPS = 10_000
+"""Groups of blocks that an entry of ``parameters`` may stand for."""
 
 
 class _Range(BaseModel):
@@ -59,17 +61,16 @@ def _gene(name: str, said: Any) -> Gene:
     return Gene(name, low, high, found.log, found.integer)
 
 
-def _each(node: Any, models: int, depth: int = 0) -> Any:
-    if depth > 32:
-        raise EspalierError("the recipe has lists within lists, 32 deep; that is no recipe")
+def _each(node: Any, models: int, left: list[int], depth: int = 0) -> Any:
+    """A copy with every ``{each: X}`` written out; ``left`` is how many entries it may still have."""
+    left[0] -= 1
+    if depth > 32 or left[0] < 0:
+        raise EspalierError(f"the recipe has more than {_LARGEST:,} entries, or lists within lists 32 deep; that is no recipe")
     if isinstance(node, dict) and set(node) == {"each"}:
-        inner = _each(node["each"], models, depth + 1)
-        if models * len(str(inner)) > _LARGEST * 64:
-            raise EspalierError(f"{{each: ...}} stands for {models} of something too large")
-        return [copy.deepcopy(inner) for _ in range(models)]
+        return [_each(node["each"], models, left, depth + 1) for _ in range(models)]
     if isinstance(node, dict):
-        return {key: _each(value, models, depth + 1) for key, value in node.items()}
-    return [_each(item, models, depth + 1) for item in node] if isinstance(node, list) else node
+        return {key: _each(value, models, left, depth + 1) for key, value in node.items()}
+    return [_each(item, models, left, depth + 1) for item in node] if isinstance(node, list) else node
 
 
 def _every(overrides: Sequence[Any], blocks: int) -> Iterator[Any]:
@@ -81,6 +82,8 @@ def _every(overrides: Sequence[Any], blocks: int) -> Iterator[Any]:
             step = _Every.model_validate(override["layers"]).every
         except ValidationError as error:
             raise EspalierError(f"parameters.{number}.layers is {override['layers']}; it must be [from, to] or {{every: blocks}}") from error
+        if blocks > step * _GROUPS:
+            raise EspalierError(f"parameters.{number}.layers is {{every: {step}}} and the model has {blocks:,} blocks; no model has so many")
         for start in range(0, blocks, step):
             yield copy.deepcopy(override) | {"layers": [start, min(start + step, blocks)]}
 
@@ -98,7 +101,7 @@ class Space:
     """
 
     def __init__(self, content: dict[str, Any], models: int, blocks: int) -> None:
-        self.content = _each(content, models)
+        self.content = _each(content, models, [_LARGEST])
         if isinstance(self.content.get("parameters"), list):
             self.content["parameters"] = list(_every(self.content["parameters"], blocks))
         self._paths = {".".join(map(str, path)): (path, said) for path, said in self._open(self.content, ())}

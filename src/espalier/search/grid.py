@@ -1,4 +1,4 @@
-"""Every combination of some values of each gene."""
+"""Every combination of some values of all genes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from espalier.registry import searcher
 
 @searcher("grid", ids=(), paper="", budget=1000, genes=True)
 def grid(problem: Problem, *, points: int = 5) -> None:
-    """Try every combination: all choices and whole numbers, and ``points`` values of every range at equal distances.
+    """Try every combination: all choices, and ``points`` values of every range at equal distances.
 
     Args:
-        points: values of each range, its ends among them; one is the middle
+        points: values of each range, its ends among them; one is the middle. A range of fewer whole numbers has them all
     """
     at_least("points", points, 1)
     axes = [gene.places(points) for gene in problem.genes]

@@ -20,17 +20,17 @@ def write_report(
 ) -> None:  # fmt: skip
     """Write ``report.md``, and ``best.png`` where matplotlib is installed."""
     columns = [*data, *select]
-    rows = [("**the winner**", [*(winner.losses[name] for name in data), *(selected.get(name) for name in select)])]
+    rows = [("**the winner**", [winner.loss, *(winner.losses[name] for name in data), *(selected.get(name) for name in select)])]
     for path, losses in alone.items():
         found = single[1] if path == single[0] else {}
-        rows.append((f"`{path}` alone", [*(losses[name] for name in data), *(found.get(name) for name in select)]))
+        rows.append((f"`{path}` alone", [problem.objective(losses), *(losses[name] for name in data), *(found.get(name) for name in select)]))
     lines = [
         "# A search for a merge", "",
         f"Strategy `{strategy}`{''.join(f', {k} {v}' for k, v in options.items())}: {len(problem.trials)} candidates tried of a budget of {budget}.",
         f"The winner is trial {winner.number} ({winner.about}), with {winner.loss:.6g}. `espalier merge recipe.yaml --out DIR` makes it again.", "",
-        "Loss in nats per token:", "",
-        f"| model | {' | '.join(f'{name} (selection)' if name in select else name for name in columns)} |",
-        f"| --- |{' --- |' * len(columns)}",
+        "What was minimized, and losses in nats per token:", "",
+        f"| model | minimized | {' | '.join(f'{name} (selection)' if name in select else name for name in columns)} |",
+        f"| --- |{' --- |' * (len(columns) + 1)}",
     ]  # fmt: skip
     lines += [f"| {name} | {' | '.join('' if value is None else f'{value:.4f}' for value in values)} |" for name, values in rows]
     if not select:
