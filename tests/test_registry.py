@@ -158,7 +158,7 @@ def test_two_methods_of_one_name_are_refused(plugins: None, tmp_path: Path) -> N
     ("content", "complaint"),
     [
         (None, r"does not exist; give a Python file"),
-        (b"def nothing(): ...\n", r"declares no method \(a class or function under @adapter or @optimizer or @compressor or @merger\)"),
+        (b"def nothing(): ...\n", r"declares no method \(a class or function under @adapter or @optimizer or @compressor or @merger or @searcher\)"),
         (b"# mentions @adapter( only\n", "declares no method"),
         (b'@adapter("x", ids=(), paper="")\nclass X(:\n', r"p\.py is not Python"),
         (b"@adapter(\xff\n", r"p\.py is not Python"),
