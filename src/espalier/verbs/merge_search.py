@@ -79,7 +79,7 @@ def merge_search(
     from espalier.exchange.merge_space import Space
     from espalier.train import session
     from espalier.verbs._merge_problem import MergeProblem
-    from espalier.verbs._merge_report import write_report
+    from espalier.verbs._search_report import write_report
     from espalier.verbs.merge import merge
 
     display = Display(quiet)
