@@ -25,9 +25,10 @@ TITLES = {
     "optim": "Methods of `optim/`: optimizers",
     "compress": "Methods of `compress/`: smaller deltas",
     "merge": "Methods of `merge/`: several models into one",
+    "search": "Methods of `search/`: how a merge is chosen by data",
 }
 """Kind -> title of its page; any other kind that has methods gets a plain one."""
-OPTION_OF = {"adapter": "--method", "optimizer": "--optimizer", "compressor": "--method", "merger": "--method"}
+OPTION_OF = {"adapter": "--method", "optimizer": "--optimizer", "compressor": "--method", "merger": "--method", "searcher": "--strategy"}
 """Role -> the option that chooses a method of it."""
 
 

@@ -25,6 +25,7 @@ _WHERE = {
     "info": "espalier.verbs.info",
     "merge": "espalier.verbs.merge",
     "merge_report": "espalier.verbs.merge_report",
+    "merge_search": "espalier.verbs.merge_search",
     "methods": "espalier.verbs.methods",
     "pretrain": "espalier.verbs.pretrain",
     "revert": "espalier.verbs.revert",

@@ -26,11 +26,11 @@ from typing import Any, TypeVar, get_type_hints
 from espalier.errors import EspalierError, suggestion
 
 ROOMS = (
-    "adapt", "branch", "select", "optim", "compress", "prune", "quantize", "share", "merge", "edit", "align", "grow", "laws",
+    "adapt", "branch", "select", "optim", "compress", "prune", "quantize", "share", "merge", "search", "edit", "align", "grow", "laws",
 )  # fmt: skip
 """The rooms of methods; a room's name is the kind of its methods."""
 
-DECORATORS = ("adapter", "optimizer", "compressor", "merger")
+DECORATORS = ("adapter", "optimizer", "compressor", "merger", "searcher")
 _PACKAGE = Path(__file__).parent
 _plugins: list[Path] = []
 T = TypeVar("T")
@@ -106,6 +106,7 @@ adapter = declaration("adapter")
 optimizer = declaration("optimizer")
 compressor = declaration("compressor")
 merger = declaration("merger")
+searcher = declaration("searcher")
 
 
 def _docstring_after(body: list[ast.stmt], position: int) -> str:

@@ -24,6 +24,7 @@ VERBS = {
     "convert": "a delta into another form or a PEFT adapter; a PEFT adapter into a delta",
     "merge": "several models or deltas into one",
     "merge report": "how models relate before they are merged: conflicts, overlap, subspaces, loss between them",
+    "merge search": "the merge of models that does best on data",
     "compress": "make a delta smaller",
     "calibrate": "statistics of what data do inside a model, block by block",
     "info": "what is in a model, a delta, a run or a data set",

@@ -60,6 +60,16 @@ def merged(result: dict[str, Any]) -> None:
     facts({key: value for key, value in result.items() if key != "updates"})
 
 
+def searched(result: dict[str, Any]) -> None:
+    """What won, and what each model loses alone."""
+    print(f"{result['recipe']}: {result['method']}, {result['trials']} candidates tried by {result['strategy']}")
+    rows = {"the winner": result["losses"], **{f"{path} alone": losses for path, losses in result["alone"].items()}}
+    for name, losses in rows.items():
+        print(f"{name}: {', '.join(f'{data} {loss:.4f}' for data, loss in losses.items())}")
+    if result["selected"]:
+        print(f"the winner on the selection data: {', '.join(f'{data} {loss:.4f}' for data, loss in result['selected'].items())}")
+
+
 def calibrated(result: dict[str, Any]) -> None:
     """Where the statistics are, and of what."""
     print(f"{result['out']}: {', '.join(result['statistics'])} over {result['tokens']:,} tokens")

@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -293,6 +293,10 @@ class Method:
         return cls(function, getattr(sys.modules[function.__module__], named) if named else None)
 
 
+Sink = Callable[[Item, torch.Tensor, int], None]
+"""Takes numbers of a tensor of the new model, in its dtype, from a place on (counted in numbers); called from many threads."""
+
+
 def write_merged(
     items: Sequence[Item], files: Mapping[str, str], method: Method, seed: int, out: Path, progress: Callable[[int], Any],
     device: torch.device | str = "cpu",
@@ -310,34 +314,56 @@ def write_merged(
         file: SafetensorsWriter(out / file, {i.name: (i.dtype, i.shape) for i in items if files[i.name] == file})
         for file in sorted(set(files.values()))
     }
+
+    def write(item: Item, numbers: torch.Tensor, start: int) -> None:
+        writers[files[item.name]].write_bytes(item.name, tensor_bytes(numbers), start * DTYPES[item.dtype][1])
+
+    merge_into(write, items, method, seed, progress, device=device)
+    for writer in writers.values():
+        writer.close()
+        writer.require_complete()
+    if len(writers) > 1 or SINGLE not in writers:
+        index = {"metadata": {"total_size": sum(i.nbytes for i in items)}, "weight_map": dict(files)}
+        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def merge_into(
+    sink: Sink, items: Sequence[Item], method: Method, seed: int, progress: Callable[[int], Any], wanted: Container[str] | None = None,
+    device: torch.device | str = "cpu",
+) -> None:  # fmt: skip
+    """Merge every tensor (of those called ``wanted``, if given) and give the numbers to ``sink``, in slices.
+
+    Args:
+        progress: called with the bytes merged so far.
+
+    Raises:
+        EspalierError: naming the tensor, where a model does not fit or a merged value is not finite.
+    """
     done = 0
 
     def work(item: Item) -> int:
-        writer = writers[files[item.name]]
-        size, target = DTYPES[item.dtype][1], torch_dtype(item.dtype)
         try:
             if not item.is_merged:
                 member, name = item.sources[0]
-                rows = member.rows(name)(0, math.prod(item.shape[:-1]))
-                writer.write_bytes(item.name, tensor_bytes(rows.to(target)))
+                sink(item, member.rows(name)(0, math.prod(item.shape[:-1])).to(torch_dtype(item.dtype)), 0)
                 return item.nbytes
             parameter = item.parameter(seed, survey, device)
             made = method.function(parameter, **item.options)
             if isinstance(made, torch.Tensor):
-                _write_rows(writer, item, made, 0)
+                _give(item, made, 0)
                 return item.nbytes
             for piece in parameter.pieces():
-                _write_rows(writer, item, made(piece).to(torch.float32), piece.start * size)
+                _give(item, made(piece).to(torch.float32), piece.start)
         except EspalierError as error:
             raise EspalierError(f"{item.name}: {error}") from error
         return item.nbytes
 
-    def _write_rows(writer: SafetensorsWriter, item: Item, rows: torch.Tensor, offset: int) -> None:
-        made = rows.to(torch_dtype(item.dtype))
+    def _give(item: Item, numbers: torch.Tensor, start: int) -> None:
+        made = numbers.to(torch_dtype(item.dtype))
         if not is_finite(made):
             value = float(made[~made.isfinite()][0])
             raise EspalierError(f"a merged value is {value} in {item.dtype}; are the models finite, and the weights right?")
-        writer.write_bytes(item.name, tensor_bytes(made), offset)
+        sink(item, made, start)
 
     survey = None
     with one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
@@ -360,11 +386,6 @@ def write_merged(
                 return pool.map(one, merged)
 
             survey = method.first_pass(Whole([item.parameter(seed, device=device) for item in merged], each), **merged[0].options)
-        for nbytes in pool.map(work, sorted(items, key=lambda item: -item.nbytes)):
+        chosen = [item for item in items if wanted is None or item.name in wanted]
+        for nbytes in pool.map(work, sorted(chosen, key=lambda item: -item.nbytes)):
             progress(done := done + nbytes)
-    for writer in writers.values():
-        writer.close()
-        writer.require_complete()
-    if len(writers) > 1 or SINGLE not in writers:
-        index = {"metadata": {"total_size": sum(i.nbytes for i in items)}, "weight_map": dict(files)}
-        (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -42,11 +42,24 @@ def _loss_and_gradient(
     return loss, probabilities.mul_((kept * scale)[:, None]).to(logits.dtype)
 
 
+def _entropy_and_gradient(logits: torch.Tensor, targets: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of the entropies of a chunk's predictions where there is a target, whatever it is; and its gradient times ``scale``.
+
+    H = -sum_j p_j log p_j; dH / dz_j = -p_j (log p_j + H).
+    """
+    kept = targets >= 0
+    logs = logits.float().log_softmax(-1)
+    probabilities = logs.exp()
+    entropies = -(probabilities * logs).sum(-1, keepdim=True)
+    total = torch.where(kept, entropies.squeeze(-1), 0.0).sum(dtype=torch.float64)
+    return total, (-probabilities * (logs + entropies) * (kept * scale)[:, None]).to(logits.dtype)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, project: Project, targets: torch.Tensor, scale: float, chunk: int, smoothing: float, confidence: torch.Tensor | None,
-        hidden: torch.Tensor, *leaves: torch.Tensor,
+        ctx: Any, project: Project, targets: torch.Tensor, scale: float, chunk: int, entropy: bool, smoothing: float,
+        confidence: torch.Tensor | None, hidden: torch.Tensor, *leaves: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         inputs = [t for t in (hidden, *leaves) if t.requires_grad]
         # summed in float32: a bf16 sum would lose more the more chunks there are
@@ -57,7 +70,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = hidden[start : start + chunk].detach().requires_grad_(hidden.requires_grad)
             with torch.set_grad_enabled(bool(inputs)):
                 logits = project(part)
-            loss, gradient = _loss_and_gradient(logits.detach(), targets[start : start + chunk], scale, smoothing, confidence)
+            some = targets[start : start + chunk]
+            if entropy:
+                loss, gradient = _entropy_and_gradient(logits.detach(), some, scale)
+            else:
+                loss, gradient = _loss_and_gradient(logits.detach(), some, scale, smoothing, confidence)
             total += loss
             if not inputs:
                 continue
@@ -81,14 +98,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         results = [next(saved) * gradient if need else None for need in (hidden, *leaves)]
         dtypes = ctx.dtypes
         results = [r if r is None else r.to(dtype) for r, dtype in zip(results, dtypes, strict=True)]
-        return (None, None, None, None, None, None, *results)
+        return (None, None, None, None, None, None, None, *results)
 
 
 def chunked_cross_entropy(
     hidden: torch.Tensor, targets: torch.Tensor, project: Project, leaves: Sequence[torch.Tensor], scale: float, chunk: int,
-    label_smoothing: float = 0.0, confidence: torch.Tensor | None = None,
+    entropy: bool = False, label_smoothing: float = 0.0, confidence: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """``scale`` times the sum of the cross-entropies of ``targets``.
+    """``scale`` times the sum of the cross-entropies of ``targets``, or of the entropies of the predictions there.
 
     Args:
         hidden: (n, features), the head's input.
@@ -97,10 +114,11 @@ def chunked_cross_entropy(
         leaves: tensors in ``project`` that may need gradients.
         scale: usually 1 / (target tokens of the whole step).
         chunk: tokens whose logits are held at a time, at least 1.
+        entropy: measures how unsure the predictions are; which tokens the targets are means nothing then.
         label_smoothing: share of every target that is spread over the whole vocabulary, in [0, 1] (arXiv:1512.00567).
         confidence: a 0-d float64 tensor to which the largest probability of every target is added.
 
     Returns:
         A 0-d float32 tensor; summed in float64.
     """
-    return _ChunkedCrossEntropy.apply(project, targets, scale, chunk, label_smoothing, confidence, hidden, *leaves)
+    return _ChunkedCrossEntropy.apply(project, targets, scale, chunk, entropy, label_smoothing, confidence, hidden, *leaves)

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 class LanguageLoss:
     """Mixin: ``model(targets=..., scale=..., ...)`` gives ``scale`` times the summed cross-entropy.
 
-    ``rows`` (n,) are the flat positions that are predicted, ``None`` for all; ``targets`` (n,) what is. ``label_smoothing``
-    and ``confidence`` are those of :func:`~espalier.memory.chunked_loss.chunked_cross_entropy`.
+    ``rows`` (n,) are the flat positions that are predicted, ``None`` for all; ``targets`` (n,) what is. ``entropy``,
+    ``label_smoothing`` and ``confidence`` are those of :func:`~espalier.memory.chunked_loss.chunked_cross_entropy`.
     """
 
     espalier_chunk: int
 
     def forward(
-        self, *args: Any, targets: torch.Tensor | None = None, rows: torch.Tensor | None = None, scale: float = 1.0,
+        self, *args: Any, targets: torch.Tensor | None = None, rows: torch.Tensor | None = None, scale: float = 1.0, entropy: bool = False,
         label_smoothing: float = 0.0, confidence: torch.Tensor | None = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
         if targets is None:
@@ -41,7 +41,7 @@ class LanguageLoss:
         if rows is not None:
             hidden = hidden[rows]
         project, leaves = head_of(self)  # type: ignore[arg-type]
-        return chunked_cross_entropy(hidden, targets, project, leaves, scale, self.espalier_chunk, label_smoothing, confidence)
+        return chunked_cross_entropy(hidden, targets, project, leaves, scale, self.espalier_chunk, entropy, label_smoothing, confidence)
 
 
 _made: dict[Any, Any] = {}
@@ -92,14 +92,14 @@ def head_of(model: PreTrainedModel) -> tuple[Any, list[torch.Tensor]]:
 
 
 def run_batch(
-    model: nn.Module, batch: Batch, scale: float, label_smoothing: float = 0.0, confidence: torch.Tensor | None = None
+    model: nn.Module, batch: Batch, scale: float, *, entropy: bool = False, label_smoothing: float = 0.0, confidence: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``scale`` times the batch's summed loss; see :class:`LanguageLoss`."""
     if batch.attention_mask is not None:
         inputs: dict[str, Any] = {"attention_mask": batch.attention_mask}
     else:
         inputs = {"position_ids": batch.position_ids, "segment_lengths": batch.lengths}
-    inputs |= {"label_smoothing": label_smoothing, "confidence": confidence}
+    inputs |= {"entropy": entropy, "label_smoothing": label_smoothing, "confidence": confidence}
     return model(input_ids=batch.input_ids, targets=batch.targets, rows=batch.rows, scale=scale, **inputs)
 
 

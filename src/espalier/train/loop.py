@@ -111,7 +111,7 @@ def accumulate(
     for batch in batches:
         if resident_between and resident_memory() > resident_between:
             release_free_memory()
-        part = run_batch(model, batch, 1.0 / total, label_smoothing)
+        part = run_batch(model, batch, 1.0 / total, label_smoothing=label_smoothing)
         part.backward()
         loss += float(part.detach())
         if not math.isfinite(loss):

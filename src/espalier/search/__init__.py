@@ -1,0 +1,1 @@
+"""Methods that choose a merge by data, one file each."""
