@@ -24,6 +24,7 @@ _WHERE = {
     "generate": "espalier.verbs.generate",
     "info": "espalier.verbs.info",
     "merge": "espalier.verbs.merge",
+    "merge_match": "espalier.verbs.merge_match",
     "methods": "espalier.verbs.methods",
     "pretrain": "espalier.verbs.pretrain",
     "revert": "espalier.verbs.revert",

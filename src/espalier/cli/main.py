@@ -23,6 +23,7 @@ VERBS = {
     "diff": "the delta between two checkpoints",
     "convert": "a delta into another form or a PEFT adapter; a PEFT adapter into a delta",
     "merge": "several models or deltas into one",
+    "merge match": "line up the units of two models trained apart, and merge them as far as a width allows",
     "compress": "make a delta smaller",
     "calibrate": "statistics of what data do inside a model, block by block",
     "info": "what is in a model, a delta, a run or a data set",

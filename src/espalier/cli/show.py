@@ -55,6 +55,11 @@ def refitted(result: dict[str, Any]) -> None:
     facts({key: value for key, value in result.items() if key not in ("tensors", "tried") and value != []})
 
 
+def matched(result: dict[str, Any]) -> None:
+    """Where what was matched is, and what matching did; losses along the line and fits of layers are for ``--json``."""
+    facts({key: value for key, value in result.items() if key not in ("losses", "fits")})
+
+
 def calibrated(result: dict[str, Any]) -> None:
     """Where the statistics are, and of what."""
     print(f"{result['out']}: {', '.join(result['statistics'])} over {result['tokens']:,} tokens")

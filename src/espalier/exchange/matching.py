@@ -13,15 +13,16 @@ The models are in memory, in float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from espalier.anatomy.parameters import parameters
-from espalier.anatomy.structure import Coupling, Member, logical_tensors, permute
+from espalier.anatomy.structure import Coupling, Member, anatomy, logical_tensors, permute
 from espalier.anatomy.symmetry import Experts, Heads, Symmetries, symmetries
+from espalier.calibrate.pair import Text, moments, residual_correlation
 from espalier.delta.forms import Permute, Replace, Update
 from espalier.delta.store import Layout
 from espalier.errors import EspalierError
@@ -155,10 +156,41 @@ class Correlations:
             torch.zeros(groups, groups, size, size), self.outputs[heads.block],
         )  # fmt: skip
 
-    def experts(self, experts: Experts) -> tuple[torch.Tensor, Callable[[int, int], torch.Tensor]]:
-        raise EspalierError(
-            "experts of two models read different tokens, so their activations cannot be compared; match by weights (--by weights)"
-        )
+
+def correlations(a: Any, b: Any, batches: Text, progress: Callable[[int], Any] = lambda done: None) -> Correlations:
+    """What the units of both models do on the same text, for matching by activations.
+
+    Args:
+        a, b: live models of one architecture.
+        batches: of :func:`espalier.calibrate.pair.text`.
+        progress: called with the number of modules that are done, of two for each block.
+
+    Raises:
+        EspalierError: for a model with experts.
+    """
+    found = anatomy(a)
+    widths: dict[str, int] = {}
+    owner: dict[str, tuple[str, int]] = {}
+    for block in found.blocks:
+        if block.feed_forward.experts:
+            raise EspalierError(
+                "experts of two models read different tokens, so their activations cannot be compared; match by weights (--by weights)"
+            )
+        attention, half = block.attention, block.feed_forward
+        for kind, part, width in (("o", attention.o, attention.heads * attention.head_dim), ("down", half.down, half.channels)):
+            path = part.weight.rpartition(".")[0]
+            widths[path], owner[path] = width, (kind, block.index)
+    outputs: dict[int, torch.Tensor] = {}
+    channels: dict[int, torch.Tensor] = {}
+    for group in moments(a, b, widths, batches, progress=progress):
+        for path, sums in group.items():
+            kind, index = owner[path]
+            if kind == "down":
+                channels[index] = sums.correlation()
+                continue
+            heads, size = found.blocks[index].attention.heads, found.blocks[index].attention.head_dim
+            outputs[index] = sums.correlation().reshape(heads, size, heads, size).transpose(1, 2)
+    return Correlations(residual_correlation(a, b, found.hidden_size, batches), outputs, channels)
 
 
 Evidence = WeightEvidence | Correlations
@@ -233,7 +265,7 @@ def _match_heads(evidence: Evidence, heads: Heads) -> tuple[list[Move], float, f
     return moves, best - now, abs(now) + float(similarity.diagonal().abs().sum())
 
 
-def _match_experts(evidence: Evidence, experts: Experts) -> tuple[list[Move], float, float]:
+def _match_experts(evidence: WeightEvidence, experts: Experts) -> tuple[list[Move], float, float]:
     similarity, channels = evidence.experts(experts)
     similarity = similarity.double()
     now = float(similarity.diagonal().sum())
@@ -319,8 +351,8 @@ class Match:
     reordered: Reordered
     objectives: list[float]
     sweeps: int
-    moved: dict[str, tuple[int, int]] = field(default_factory=dict)
-    similarity: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    moved: dict[str, tuple[int, int]]
+    similarity: dict[tuple[str, int], torch.Tensor]
 
 
 def require_alike(a: Any, b: Any, names: tuple[str, str]) -> None:
@@ -371,8 +403,10 @@ def match(
     for heads in found.attentions:
         steps.append(lambda heads=heads: _match_heads(source, heads))  # type: ignore[misc]
     for experts in found.experts:
-        steps.append(lambda experts=experts: _match_experts(source, experts))  # type: ignore[misc]
+        assert isinstance(source, WeightEvidence)  # there are no correlations of a model with experts
+        steps.append(lambda experts=experts, source=source: _match_experts(source, experts))  # type: ignore[misc]
     objectives = [objective(first, reordered.tensors, on_both_sides(found.residual)) if evidence is None else 0.0]
+    similarity: dict[tuple[str, int], torch.Tensor] = {}
     generator = torch.Generator().manual_seed(seed)
     done = sweep = 0
     gained = True
@@ -382,7 +416,10 @@ def match(
         for index in torch.randperm(len(steps), generator=generator).tolist():
             moves, gain, scale = steps[index]()
             progress(done := done + 1)
-            if gain <= _NOISE * scale:
+            is_gain = gain > _NOISE * scale
+            if evidence is not None:
+                similarity.update(_correlations(evidence, found, moves if is_gain else [(c, list(range(c.units))) for c, _ in moves]))
+            if not is_gain:
                 continue
             for coupling, order in moves:
                 reordered.apply(coupling, order)
@@ -390,11 +427,28 @@ def match(
             gained = True
         if not source.depends_on_others:
             break
-    result = Match(reordered, objectives, sweep)
-    result.moved = _moved(found, reordered)
     if evidence is None:
-        result.similarity = _cosines(found, first, reordered.tensors)
-    return result
+        similarity = _cosines(found, first, reordered.tensors)
+    return Match(reordered, objectives, sweep, _moved(found, reordered), similarity)
+
+
+def _correlations(evidence: Correlations, found: Symmetries, moves: Sequence[Move]) -> dict[tuple[str, int], torch.Tensor]:
+    """The correlation of each pair of channels, or of groups (the mean over their heads and value dimensions)."""
+    coupling, order = moves[0]
+    if coupling.block is None:
+        return {}
+    key = coupling.kind, coupling.block
+    if coupling.kind == "channels":
+        return {key: evidence.units(coupling)[range(coupling.units), order]}
+    heads = next(h for h in found.attentions if h.groups == coupling)
+    outputs, per = evidence.heads(heads).outputs, heads.count // coupling.units
+    inside = {(c.kind, c.number): o for c, o in moves[1:]}
+    pairs = []
+    for group, other in enumerate(order):
+        within = inside.get(("heads", group), list(range(per)))
+        lined = outputs[range(group * per, (group + 1) * per), [other * per + head for head in within]]  # (per, size, size)
+        pairs.append(lined[:, range(heads.head_dim), inside["values", group]].mean())
+    return {key: torch.stack(pairs)}
 
 
 def _moved(found: Symmetries, reordered: Reordered) -> dict[str, tuple[int, int]]:
