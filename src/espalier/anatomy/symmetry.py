@@ -16,7 +16,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from espalier.anatomy.parameters import parameters
-from espalier.anatomy.structure import Anatomy, Attention, Block, Coupling, FeedForward, Member, Part, anatomy, couplings
+from espalier.anatomy.structure import (
+    Anatomy,
+    Attention,
+    Block,
+    Coupling,
+    FeedForward,
+    Member,
+    Part,
+    anatomy,
+    couplings,
+)
 from espalier.errors import EspalierError
 
 if TYPE_CHECKING:
@@ -229,7 +239,9 @@ def symmetries(model: nn.Module) -> Symmetries:
     def of(kind: str, block: int) -> tuple[Coupling, ...]:
         return tuple(c for c in every if c.kind == kind and c.block == block)
 
-    attentions, channels, experts = [], [], []
+    attentions: list[Heads] = []
+    channels: list[Coupling] = []
+    experts: list[Experts] = []
     for block in found.blocks:
         (groups,) = of("groups", block.index)
         attentions.append(_attention(block.attention, groups, of("heads", block.index)))

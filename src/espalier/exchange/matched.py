@@ -17,8 +17,8 @@ from espalier.delta import store
 from espalier.errors import EspalierError
 from espalier.exchange import composition, pleas
 from espalier.exchange import recipe as recipes
-from espalier.exchange.materialize import write_model
 from espalier.exchange.matching import Match, delta_of
+from espalier.exchange.materialize import write_model
 
 
 def permutation(model: Any, found: Match, directory: ModelDirectory, names: tuple[str, str], options: Mapping[str, Any]) -> store.Delta:

@@ -367,9 +367,9 @@ def require_alike(a: Any, b: Any, names: tuple[str, str]) -> None:
         if one != other or shapes[0][name][1] != shapes[1][name][1]:
             raise EspalierError(f"{names[0]} and {names[1]} are not of one architecture: {name} is {one} in the first, and {other} in the second")
     for key in ("model_type", "num_attention_heads", "num_key_value_heads", "hidden_act", "rope_parameters"):
-        one, other = (getattr(model.config.get_text_config(), key, None) for model in (a, b))
-        if one != other:
-            raise EspalierError(f"{key} is {one!r} in {names[0]}, and {other!r} in {names[1]}; their units mean different things")
+        mine, theirs = (getattr(model.config.get_text_config(), key, None) for model in (a, b))
+        if mine != theirs:
+            raise EspalierError(f"{key} is {mine!r} in {names[0]}, and {theirs!r} in {names[1]}; their units mean different things")
 
 
 def objective(a: Tensors, b: Tensors, without: Container[str] = ()) -> float:

@@ -269,7 +269,7 @@ def fit(
     """
     rows, columns = where
     n, last = moments.width, 2 * moments.width
-    start = blocks(*(w.double() for w in weights), where)  # (out, in)
+    start = blocks(weights[0].double(), weights[1].double(), where)  # (out, in)
     made = columns.sources.shape[1]
     read = torch.zeros(last + 1, made + 1, dtype=torch.float64)  # (z_A, z_B, 1) -> (X, 1)
     wanted = torch.zeros(len(start), last + 1, dtype=torch.float64)  # (z_A, z_B, 1) -> Y
@@ -281,7 +281,8 @@ def fit(
         if biases is not None:
             wanted[:, last] += _taken(biases[model].double(), (rows,), model) * counts
     read[last, made] = 1.0
-    solution = torch.cat([start, blocks(*(b.double() for b in biases), (rows,))[:, None] if biases else start.new_zeros(len(start), 1)], 1)
+    constant = blocks(biases[0].double(), biases[1].double(), (rows,)) if biases is not None else start.new_zeros(len(start))
+    solution = torch.cat([start, constant[:, None]], dim=1)
     missing = wanted - solution @ read.T
     total = float(((wanted @ moments.sums) * wanted).sum())
     before = float(((missing @ moments.sums) * missing).sum())
