@@ -221,7 +221,7 @@ def test_activations_of_experts_are_refused() -> None:
 def fully_merged(width: float, data: Any = None, family: str = "llama", widen: Any = "all") -> tuple[Any, Any, Any, Any]:
     one, other = tiny(family), tiny(family, seed=1)
     found = matching.match(one, other)
-    return one, other, *matched.merged(one, other, found, width, widen, data, 1e-6)[0::2]
+    return one, other, *matched.merged(one, other, found, pleas.widths(one, width, widen), data, 1e-6)
 
 
 def test_blocks_are_the_papers_with_outputs_as_rows_and_inputs_as_columns() -> None:
@@ -282,7 +282,8 @@ def test_a_model_merged_with_itself_is_itself_however_its_copy_was_permuted(fami
     for width in (1.0, 1.5, 2.0):
         other = copy.deepcopy(model)
         shuffle(other)
-        made, _, _ = matched.merged(model, other, matching.match(model, other), width, "all", batches() if data else None, 1e-6)
+        found = matching.match(model, other)
+        made, _ = matched.merged(model, other, found, pleas.widths(model, width), batches() if data else None, 1e-6)
         assert float((logits(made) - before).abs().max()) < 2e-5
         if width == 1.0:
             for one, another in zip(model.parameters(), made.parameters(), strict=True):
@@ -304,15 +305,34 @@ def test_at_twice_the_width_each_half_block_is_the_mean_of_both_models_on_its_in
 
 def test_widths_are_taken_from_the_units_that_are_kept_and_rounded_to_what_the_config_can_say() -> None:
     assert pleas.separate(torch.tensor([0.5, 0.1, 0.1, 0.1, 0.9]), 2) == ([0, 3, 4], [1, 2])  # of equals exactly two
-    _, sizes = pleas.widths(tiny("llama"), 1.5)  # 6 heads do not divide a hidden size of 32
+    sizes = pleas.widths(tiny("llama"), 1.5)  # 6 heads do not divide a hidden size of 32
     assert sizes == {"channels": (48, 72), "groups": (2, 2)}
-    assert pleas.widths(tiny("qwen3"), 1.5)[1] == {"channels": (48, 72), "groups": (2, 3)}
-    assert pleas.widths(tiny("gpt2"), 2.0)[1] == {"channels": (48, 96), "groups": (4, 4)}  # which has no head_dim
-    assert pleas.widths(tiny("olmo2"), 2.0)[1] == {"channels": (48, 96), "groups": (2, 2)}  # which norms all heads together
-    assert pleas.widths(tiny("llama"), 2.0, "heads")[1] == {"channels": (48, 48), "groups": (2, 4)}
+    assert pleas.widths(tiny("qwen3"), 1.5) == {"channels": (48, 72), "groups": (2, 3)}
+    assert pleas.widths(tiny("gpt2"), 2.0) == {"channels": (48, 96), "groups": (4, 4)}  # which has no head_dim
+    assert pleas.widths(tiny("olmo2"), 2.0) == {"channels": (48, 96), "groups": (2, 2)}  # which norms all heads together
+    assert pleas.widths(tiny("llama"), 2.0, "heads") == {"channels": (48, 48), "groups": (2, 4)}
     _, _, made, _ = fully_merged(1.5, None, "qwen3")
     found = anatomy(made).blocks[1]
     assert (found.feed_forward.channels, found.attention.heads, found.attention.key_value_heads) == (72, 6, 3)
+
+
+def test_a_budget_goes_to_what_is_least_alike_and_is_kept() -> None:
+    model = tiny("qwen3")
+    alike, apart = torch.full((48,), 0.9), torch.linspace(0, 0.9, 48)
+    groups = {("groups", block): torch.full((2,), 0.5) for block in range(2)}
+    for flops in (1.0, 1.1, 1.3, 1.7, 2.0):
+        for channels in (alike, apart):
+            sizes = pleas.budgeted(model, flops, "all", groups | {("channels", block): channels for block in range(2)})
+            assert pleas.flops_of(model, sizes) <= flops + 1e-9
+            made = type(model)(pleas.config_of(model, sizes))
+            counted = [sum(p.numel() for n, p in m.named_parameters() if p.ndim == 2 and "embed" not in n) for m in (model, made)]
+            assert counted[1] / counted[0] == pytest.approx(pleas.flops_of(model, sizes))
+    to_heads = pleas.budgeted(model, 1.35, "all", groups | {("channels", block): alike for block in range(2)})
+    to_channels = pleas.budgeted(model, 1.35, "all", groups | {("channels", block): -apart for block in range(2)})
+    assert to_heads["groups"] == (2, 3)
+    assert to_channels["groups"] == (2, 2)
+    with pytest.raises(EspalierError, match="flops is 3; it must be from 1"):
+        pleas.budgeted(model, 3, "all", {})
 
 
 def test_what_cannot_be_partly_merged_is_refused() -> None:
@@ -403,7 +423,8 @@ def test_matching_with_the_own_permutation_reports_no_barrier_and_no_distance(pa
 
 @pytest.mark.parametrize("by", ["weights", "activations"])
 def test_a_partial_merge_is_an_ordinary_checkpoint(pair: Path, tmp_path: Path, by: Any) -> None:
-    result = run(pair, tmp_path / "wide", width=2.0, by=by, data=str(pair / "text.txt"), points=3, report=False)
+    options: Any = {"width": 2.0} if by == "weights" else {"flops": 2.0}
+    result = run(pair, tmp_path / "wide", **options, by=by, data=str(pair / "text.txt"), points=3, report=False)
     assert result["wrote"] == "merged model"
     assert result["widths"] == {"channels": (48, 96), "groups": (2, 4)}
     assert all(fit["after"] <= fit["before"] + 1e-9 for fit in result["fits"].values())
@@ -424,8 +445,9 @@ def test_the_command_line_has_it(pair: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_options_that_do_not_go_together_are_refused(pair: Path, tmp_path: Path) -> None:
-    with pytest.raises(EspalierError, match="Give one of them"):
-        run(pair, tmp_path / "x", width=1.0, to="model")
+    for options in ({"width": 1.0, "to": "model"}, {"width": 1.0, "flops": 1.5}):
+        with pytest.raises(EspalierError, match="give one of them"):
+            run(pair, tmp_path / "x", **options)
     with pytest.raises(EspalierError, match="--by activations needs text"):
         run(pair, tmp_path / "x", by="activations")
     with pytest.raises(EspalierError, match="points is 2"):

@@ -59,27 +59,26 @@ def write_permuted(folder: Path, out: Path, delta: store.Delta, directory: Model
 
 @torch.no_grad()
 def merged(
-    a: Any, b: Any, found: Match, width: float, widen: pleas.Widen, batches: Text | None, ridge: float,
+    a: Any, b: Any, found: Match, sizes: pleas.Sizes, batches: Text | None, ridge: float,
     progress: Callable[[int], Any] = lambda done: None,
-) -> tuple[Any, dict[str, tuple[int, int]], dict[str, pleas.Fit]]:  # fmt: skip
+) -> tuple[Any, dict[str, pleas.Fit]]:  # fmt: skip
     """The partial merge of A and the permuted B, in float32.
 
     Args:
         a, b: live models; B as :func:`~espalier.exchange.matching.match` left it.
         found: what that found.
-        width, widen: see :func:`espalier.exchange.pleas.widths`.
+        sizes: of :func:`espalier.exchange.pleas.widths` or :func:`~espalier.exchange.pleas.budgeted`.
         batches: what linear layers are fitted on; without it the blocks are merged as they are.
         ridge: of the least squares.
         progress: called with the number of inputs that are done.
 
     Returns:
-        The model; by kind the units before and after; the errors of each fitted layer.
+        The model, and the errors of each fitted layer.
 
     Raises:
-        EspalierError: when the width cannot be had.
+        EspalierError: when the config cannot say these sizes, or a layer cannot be fitted.
     """
-    config, sizes = pleas.widths(a, width, widen)
-    made = type(a)(config).float().eval()
+    made = type(a)(pleas.config_of(a, sizes)).float().eval()
     where = pleas.axes(a, made, found.similarity)
     one, other, target = (logical_tensors(model) for model in (a, b, made))
     for name, tensor in target.items():
@@ -103,10 +102,10 @@ def merged(
                     if layer.bias and bias is not None:
                         target[layer.bias].copy_(bias)
                     fits[layer.weight] = fit
-    return made, sizes, fits
+    return made, fits
 
 
-def write_merged(folder: Path, out: Path, model: Any, directory: ModelDirectory, dtype: torch.dtype, names: tuple[str, str], width: float) -> None:
+def write_merged(folder: Path, out: Path, model: Any, directory: ModelDirectory, dtype: torch.dtype, names: tuple[str, str]) -> None:
     """Write the partial merge as an ordinary checkpoint in ``dtype``, with A's tokenizer and other files."""
     model = model.to(dtype)
     nbytes = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -116,5 +115,5 @@ def write_merged(folder: Path, out: Path, model: Any, directory: ModelDirectory,
         if not (folder / name).exists():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(content, folder / name)
-    how = f"Written by `espalier merge match {names[0]} {names[1]} --width {width}` (PLeaS, arXiv:2407.02447)."
+    how = f"Written by `espalier merge match {names[0]} {names[1]}` (PLeaS, arXiv:2407.02447)."
     (folder / "README.md").write_text(_card(f"{names[0]} and {names[1]}, partly merged", names[0], how), encoding="utf-8")

@@ -110,11 +110,23 @@ def _is_possible(model: Any, config: Any, channels: int, groups: int) -> bool:
     )
 
 
-def widths(model: Any, width: float, widen: Widen = "all") -> tuple[Any, dict[str, tuple[int, int]]]:
-    """The config of the merged model, and by kind (channels, groups) the units before and after.
+Sizes = dict[str, tuple[int, int]]
+"""By kind (channels, groups), the units of each block before and after."""
 
-    ``width`` times the units of each kind that is widened, rounded to the nearest number that the family's config can say,
-    of two the smaller.
+
+def _sayable(model: Any, found: Anatomy, kinds: Sequence[str]) -> list[int]:
+    """The numbers of key-value groups that a merged model may have, those of one model first."""
+    groups, channels = found.blocks[0].attention.key_value_heads, found.blocks[0].feed_forward.channels
+    # a norm over all heads would norm both models' heads together
+    if "groups" not in kinds or any(block.attention.q_norm for block in found.blocks):
+        return [groups]
+    return [n for n in range(groups, 2 * groups + 1) if _is_possible(model, _with(model.config, found, channels, n), channels, n)]
+
+
+def widths(model: Any, width: float, widen: Widen = "all") -> Sizes:
+    """The units of a merged model that is ``width`` times as wide in every kind that is widened.
+
+    Rounded to the nearest number that the family's config can say, of two the smaller.
 
     Raises:
         EspalierError: when the width is not from 1 to 2, or the model is of a kind that has no partial merge.
@@ -124,16 +136,76 @@ def widths(model: Any, width: float, widen: Widen = "all") -> tuple[Any, dict[st
     found = anatomy(model)
     kinds = _kinds(found, widen)
     channels, groups = found.blocks[0].feed_forward.channels, found.blocks[0].attention.key_value_heads
-    fixed = [block.attention.q_norm for block in found.blocks if block.attention.q_norm]
-    wanted = round(channels * width) if "channels" in kinds else channels
-    sayable = [groups]
-    if "groups" in kinds and not fixed:  # a norm over all heads would norm both models' heads together
-        sayable = [n for n in range(groups, 2 * groups + 1) if _is_possible(model, _with(model.config, found, channels, n), channels, n)]
-    taken = min(sayable, key=lambda n: (abs(n - groups * width), n)) if "groups" in kinds else groups
-    config = _with(model.config, found, wanted, taken)
-    if not _is_possible(model, config, wanted, taken):
-        raise EspalierError(f"the config of this {found.family} model cannot say {wanted} channels and {taken} key-value heads; try --widen or another --width")
-    return config, {"channels": (channels, wanted), "groups": (groups, taken)}
+    taken = min(_sayable(model, found, kinds), key=lambda n: (abs(n - groups * width), n)) if "groups" in kinds else groups
+    return {"channels": (channels, round(channels * width) if "channels" in kinds else channels), "groups": (groups, taken)}
+
+
+def _costs(model: Any) -> tuple[int, dict[str, int]]:
+    """Multiplications for a token in all matrices of a model, and in what one unit more of each kind adds to all blocks."""
+    targets = {target.name: target for target in parameters(model)}
+    total = sum(t.size for t in targets.values() if t.is_matrix and (t.block is not None or "head" in t.roles))
+    units = {"channels": 0, "groups": 0}
+    for coupling in couplings(anatomy(model)):
+        if coupling.kind in units:
+            for member in coupling.members:
+                target = targets[member.name]
+                units[coupling.kind] += member.width * target.shape[1 - member.axis] if target.is_matrix else 0
+    return total, units
+
+
+def budgeted(model: Any, flops: float, widen: Widen, similarity: Mapping[tuple[str, int], torch.Tensor]) -> Sizes:
+    """The units of the merged model that keeps apart what is least alike, within ``flops`` times one model's multiplications.
+
+    Of all numbers of groups that the config can say, each with as many channels as then fit, the one for which the sum of
+    ``(1 - similarity) * cost`` over the pairs that are kept apart is largest: the linear objective of the paper's budget
+    (section 3.2), with dissimilarity for the gain that it measures. Two kinds of units have few enough choices to try all.
+
+    Args:
+        similarity: of the matched pairs of channels and of groups, by (kind, block).
+
+    Raises:
+        EspalierError: when the budget is not from 1 to 2, or the model is of a kind that has no partial merge.
+    """
+    if not 1 <= flops <= 2:
+        raise EspalierError(f"flops is {flops}; it must be from 1 (as many as one model takes) to 2")
+    found = anatomy(model)
+    kinds = _kinds(found, widen)
+    channels, groups = found.blocks[0].feed_forward.channels, found.blocks[0].attention.key_value_heads
+    total, unit = _costs(model)
+    blocks_of = len(found.blocks)
+
+    def gain(kind: str, count: int) -> float:
+        apart = [1 - s.sort().values[:count] for (of, _), s in similarity.items() if of == kind]
+        return float(sum(part.sum() for part in apart)) * unit[kind] / blocks_of
+
+    best = (-1.0, channels, groups)
+    for more in (n - groups for n in _sayable(model, found, kinds)):
+        left = (flops - 1) * total - more * unit["groups"]
+        if left < 0:
+            continue
+        extra = min(int(left / unit["channels"] + 1e-9), channels) if "channels" in kinds else 0
+        best = max(best, (gain("groups", more) + gain("channels", extra), channels + extra, groups + more))
+    return {"channels": (channels, best[1]), "groups": (groups, best[2])}
+
+
+def flops_of(model: Any, sizes: Sizes) -> float:
+    """The multiplications of a merged model, as a multiple of those of one model."""
+    total, unit = _costs(model)
+    return 1 + sum((after - before) * unit[kind] for kind, (before, after) in sizes.items()) / total
+
+
+def config_of(model: Any, sizes: Sizes) -> Any:
+    """The config of the merged model.
+
+    Raises:
+        EspalierError: when the family's config cannot say it.
+    """
+    found = anatomy(model)
+    channels, groups = sizes["channels"][1], sizes["groups"][1]
+    config = _with(model.config, found, channels, groups)
+    if not _is_possible(model, config, channels, groups):
+        raise EspalierError(f"the config of this {found.family} model cannot say {channels} channels and {groups} key-value heads")
+    return config
 
 
 def axes(model: Any, merged: Any, similarity: Mapping[tuple[str, int], torch.Tensor]) -> Axes:

@@ -13,6 +13,7 @@ def merge_match(
     by: Literal["weights", "activations"] = "weights",
     to: Literal["delta", "model"] | None = None,
     width: float | None = None,
+    flops: float | None = None,
     widen: Literal["all", "channels", "heads"] = "all",
     data: str | None = None,
     eval_data: str | None = None,
@@ -36,8 +37,9 @@ def merge_match(
         by: what must be alike: weights, or activations on --data
         to: write the delta that permutes B, or the permuted B; default: delta
         width: merge A and the permuted B (PLeaS), 1.0 into the width that they have, 2.0 keeping all channels and heads of both
-        widen: what --width is for: all, only channels of feed-forwards, or only attention heads
-        data: text for activations, for the least squares of --width, and for the barrier
+        flops: merge within so many times the multiplications of one model, from 1.0 to 2.0; keeps apart what is least alike
+        widen: what --width and --flops are for: all, only channels of feed-forwards, or only attention heads
+        data: text for activations, for the least squares of a merge, and for the barrier
         eval_data: other text for the barrier; default: that of --data
         tokens: how many of each; 0: all
         sequence_length: longest sequence, in tokens; default: 512, or all positions of a model with fewer
@@ -53,8 +55,8 @@ def merge_match(
     Returns:
         `out`, `wrote`, `objective` (start and end), `sweeps`, `moved` (units by kind, and of how many); with `report` the
         `distance` before, after and its relative `reduction`, and `alignment` before and after, of all singular vectors and of
-        the top ones; with data `losses` along the line and `barrier`, before and after; with a width `widths` (units before
-        and after by kind), `fits` (relative squared error of every fitted layer before and after) and, with data, the
+        the top ones; with data `losses` along the line and `barrier`, before and after; for a merge `widths` (units before
+        and after by kind), `flops` (of one model's), `fits` (relative squared error of every fitted layer before and after) and, with data, the
         `merged_loss`.
 
     Raises:
@@ -78,8 +80,9 @@ def merge_match(
     refuse_existing(target)
     for name, value, least in (("tokens", tokens, 0), ("sweeps", sweeps, 1), ("points", points, 3), ("ridge", ridge, 0), ("gamma", gamma, 0)):
         at_least(name, value, least)
-    if width is not None and to is not None:
-        raise EspalierError(f"--width {width} merges the two models; --to {to} writes the permutation alone. Give one of them")
+    merges = width is not None or flops is not None
+    if (width is not None) + (flops is not None) + (to is not None) > 1:
+        raise EspalierError("--width and --flops merge the two models, --to writes the permutation alone; give one of them")
     if by == "activations" and data is None:
         raise EspalierError("--by activations needs text to see them on: --data")
     session.seed_everything(seed, threads)
@@ -88,12 +91,12 @@ def merge_match(
     require_one_vocabulary(names)
     first, second = (load_model(directory.path, "fp32", "cpu") for directory in directories)
     matching.require_alike(first, second, names)
-    if width is not None:
-        pleas.widths(first, width, widen)
+    if merges:  # refuses what cannot be merged before anything is measured
+        pleas.widths(first, width or 1.0, widen)
     texts = read_text(names[0], first.config, data, eval_data, tokens, sequence_length, seed)
     fitted_on, measured_on = texts or (None, None)
 
-    result: dict[str, Any] = {"out": str(target), "wrote": "merged model" if width is not None else to or "delta"}
+    result: dict[str, Any] = {"out": str(target), "wrote": "merged model" if merges else to or "delta"}
     losses = {"before": along(first, second, measured_on, points)} if measured_on else {}
     tensors = logical_tensors(first), logical_tensors(second)
     if report:
@@ -129,7 +132,7 @@ def merge_match(
             rows = [(when, *(f"{value:.4f}" for value in values), f"{result['barrier'][when]:.4f}") for when, values in losses.items()]
             display.table("loss along the line from A to B", ("matching", *(f"{i / (points - 1):.2f}" for i in range(points)), "barrier"), rows)
     with atomic_directory(target) as temporary:
-        if width is None:
+        if not merges:
             options = {"by": by, "seed": seed, "sweeps": sweeps}
             delta = matched.permutation(second, found, directories[1], names, options)
             if to == "model":
@@ -137,11 +140,12 @@ def merge_match(
             else:
                 matched.write_delta(temporary, delta, names)
         else:
+            sizes = pleas.widths(first, width, widen) if width is not None else pleas.budgeted(first, flops or 1.0, widen, found.similarity)
             with display.bar("fitting layers", 4 * first.config.num_hidden_layers + 1, "inputs") as update:
-                merged, sizes, fits = matched.merged(first, second, found, width, widen, fitted_on, ridge, update)
-            result["widths"] = sizes
+                merged, fits = matched.merged(first, second, found, sizes, fitted_on, ridge, update)
+            result["widths"], result["flops"] = sizes, pleas.flops_of(first, sizes)
             result["fits"] = {name: {"before": fit.before, "after": fit.after} for name, fit in fits.items()}
-            matched.write_merged(temporary, target, merged, directories[0], torch_dtype(None, directories[0]), names, width)
+            matched.write_merged(temporary, target, merged, directories[0], torch_dtype(None, directories[0]), names)
             if measured_on:
                 result["merged_loss"] = loss(merged.float(), measured_on)
             display.note("; ".join(f"{kind}: {old} became {new}" for kind, (old, new) in sizes.items()))
