@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+_BARRIER = 0.01
+"""Share of A's loss from which on a barrier is worth a warning."""
+
 
 def merge_match(
     a: str,
@@ -131,6 +134,11 @@ def merge_match(
         if not quiet:
             rows = [(when, *(f"{value:.4f}" for value in values), f"{result['barrier'][when]:.4f}") for when, values in losses.items()]
             display.table("loss along the line from A to B", ("matching", *(f"{i / (points - 1):.2f}" for i in range(points)), "barrier"), rows)
+        if result["barrier"]["after"] > _BARRIER * losses["after"][0]:
+            display.warn(
+                f"even matched, an average of the two loses up to {result['barrier']['after']:.3f} nats a token against what lies between them; "
+                "a merge with --width or --flops and --data loses less"
+            )
     with atomic_directory(target) as temporary:
         if not merges:
             options = {"by": by, "seed": seed, "sweeps": sweeps}
