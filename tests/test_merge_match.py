@@ -399,14 +399,16 @@ def test_the_delta_makes_the_permuted_model_bit_for_bit_and_only_permutes(pair: 
 
 def test_a_delta_of_experts_that_moved_applies_to_what_matching_made(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 1)):
-        tiny("qwen3_moe", seed=seed).save_pretrained(tmp_path / name)
+        tiny("qwen3_moe", seed=seed).to(torch.bfloat16).save_pretrained(tmp_path / name)
     run(tmp_path, tmp_path / "delta")
+    forms = {entry["form"] for entry in json.loads((tmp_path / "delta" / "delta.json").read_text())["parameters"].values()}
+    assert forms == {"permute", "replace"}
     run(tmp_path, tmp_path / "model", to="model")
     espalier.apply(str(tmp_path / "b"), [str(tmp_path / "delta")], str(tmp_path / "applied"), quiet=True)
     applied, written = (ModelDirectory(tmp_path / name) for name in ("applied", "model"))
     assert applied.fingerprint() == written.fingerprint()
     with torch.no_grad():
-        one, other = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)(tokens()).logits for name in ("b", "model"))
+        one, other = (load_model(tmp_path / name, "fp32", "cpu")(tokens()).logits for name in ("b", "model"))
     assert float((one - other).abs().max()) < 1e-5
 
 
@@ -442,6 +444,20 @@ def test_the_command_line_has_it(pair: Path, tmp_path: Path, capsys: pytest.Capt
     command.main(arguments, standalone_mode=False)
     result = json.loads(capsys.readouterr().out)
     assert set(result["moved"]) == {"residual", "groups", "channels"}
+
+
+def test_merging_models_that_were_trained_apart_warns_and_tunes_of_one_base_do_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    big = {"hidden_size": 64, "intermediate_size": 96}
+    base = tiny("llama", **big)
+    tuned = copy.deepcopy(base)
+    for parameter in tuned.parameters():
+        parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    for name, model in {"base": base, "tuned": tuned, "other": tiny("llama", seed=1, **big)}.items():
+        model.save_pretrained(tmp_path / name)
+    espalier.merge([str(tmp_path / "base"), str(tmp_path / "tuned")], str(tmp_path / "one"), method="linear")
+    assert "trained apart" not in capsys.readouterr().err
+    espalier.merge([str(tmp_path / "base"), str(tmp_path / "other")], str(tmp_path / "two"), method="linear")
+    assert "were trained apart" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_options_that_do_not_go_together_are_refused(pair: Path, tmp_path: Path) -> None:

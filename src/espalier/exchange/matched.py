@@ -14,6 +14,7 @@ from espalier.calibrate.pair import Text, moments
 from espalier.checkpoint.atomic import require_free_space
 from espalier.checkpoint.directory import ModelDirectory
 from espalier.delta import store
+from espalier.delta.forms import Replace
 from espalier.errors import EspalierError
 from espalier.exchange import composition, pleas
 from espalier.exchange import recipe as recipes
@@ -27,6 +28,8 @@ def permutation(model: Any, found: Match, directory: ModelDirectory, names: tupl
     stored = {directory.info(name).dtype for name in directory}
     if "F64" in stored and any(update.form == "replace" for update in updates.values()):
         raise EspalierError(f"{directory.path} has tensors of float64 and experts that move; store it in float32 first")
+    if stored == {"BF16"}:  # the numbers that are stored whole take no more room than in the model
+        updates = {name: Replace(u.values.bfloat16()) if isinstance(u, Replace) else u for name, u in updates.items()}
     manifest = {
         "method": "match",
         "hyperparameters": dict(options),
