@@ -7,6 +7,8 @@ from typing import Any, Literal
 _BARRIER = 0.01
 """Share of A's loss from which on a barrier is worth a warning."""
 
+_KINDS = {"residual": "units of the residual stream", "groups": "key-value groups", "channels": "channels"}
+
 
 def merge_match(
     a: str,
@@ -112,9 +114,7 @@ def merge_match(
             evidence = matching.correlations(first, second, fitted_on, update)
     found = matching.match(first, second, evidence=evidence, seed=seed, sweeps=sweeps)
     result |= {"by": by, "objective": [found.objectives[0], found.objectives[-1]], "sweeps": found.sweeps, "moved": found.moved}
-    display.note(
-        "; ".join(f"{away} of {units} {kind} units moved" for kind, (away, units) in found.moved.items()) + f" ({found.sweeps} sweeps)"
-    )
+    display.note(f"moved: {', '.join(f'{away} of {units} {_KINDS[kind]}' for kind, (away, units) in found.moved.items())} ({found.sweeps} sweeps)")
     if not any(away for away, _ in found.moved.values()):
         display.note("nothing lines up better than it did: these may be changes of one model, which `espalier merge` merges as they are")
     if report:
@@ -156,6 +156,6 @@ def merge_match(
             matched.write_merged(temporary, target, merged, directories[0], torch_dtype(None, directories[0]), names)
             if measured_on:
                 result["merged_loss"] = loss(merged.float(), measured_on)
-            display.note("; ".join(f"{kind}: {old} became {new}" for kind, (old, new) in sizes.items()))
+            display.note(f"in each block {', '.join(f'{old} {_KINDS[kind]} became {new}' for kind, (old, new) in sizes.items())}")
     display.note(f"the {result['wrote']} is in {target}")
     return result
