@@ -26,6 +26,7 @@ _WHERE = {
     "merge": "espalier.verbs.merge",
     "merge_report": "espalier.verbs.merge_report",
     "merge_search": "espalier.verbs.merge_search",
+    "merge_match": "espalier.verbs.merge_match",
     "methods": "espalier.verbs.methods",
     "pretrain": "espalier.verbs.pretrain",
     "revert": "espalier.verbs.revert",

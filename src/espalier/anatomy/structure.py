@@ -220,13 +220,13 @@ class Member:
 
     Args:
         name: of the parameter.
-        axis: of the logical tensor, or of its slice for ``expert``: 0 for rows and biases, 1 for columns.
+        axis: of the logical tensor, or of its slice for ``expert``: for a matrix 0 for rows (and biases), 1 for columns.
         start, stride, width: see above.
         expert: index of the expert whose slice is meant, or ``None``.
     """
 
     name: str
-    axis: Literal[0, 1]
+    axis: int
     start: int
     stride: int
     width: int
@@ -245,15 +245,16 @@ class Coupling:
 
     Args:
         kind: ``channels`` of a feed-forward (of one expert, or of the shared one), ``groups`` (key-value heads,
-            each with its query heads) or ``heads`` (the query heads of one key-value group).
-        block: index of the block.
+            each with its query heads), ``heads`` (the query heads of one key-value group), or of those of
+            :mod:`espalier.anatomy.symmetry`: ``residual``, ``values`` (of one key-value group) or ``experts``.
+        block: index of the block; ``None`` for the residual stream, which is in all.
         units: how many.
         members: what belongs to them.
-        number: the expert for ``channels`` of one, the group for ``heads``, otherwise ``None``.
+        number: the expert for ``channels`` of one, the group for ``heads`` and ``values``, otherwise ``None``.
     """
 
-    kind: Literal["channels", "groups", "heads"]
-    block: int
+    kind: Literal["channels", "groups", "heads", "residual", "values", "experts"]
+    block: int | None
     units: int
     members: tuple[Member, ...]
     number: int | None = None

@@ -25,6 +25,7 @@ VERBS = {
     "merge": "several models or deltas into one",
     "merge report": "how models relate before they are merged: conflicts, overlap, subspaces, loss between them",
     "merge search": "the merge of models that does best on data",
+    "merge match": "line up the units of two models trained apart, and merge them as far as a width allows",
     "compress": "make a delta smaller",
     "calibrate": "statistics of what data do inside a model, block by block",
     "info": "what is in a model, a delta, a run or a data set",

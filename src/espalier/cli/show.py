@@ -70,6 +70,11 @@ def searched(result: dict[str, Any]) -> None:
         print(f"the winner on the selection data: {', '.join(f'{data} {loss:.4f}' for data, loss in result['selected'].items())}")
 
 
+def matched(result: dict[str, Any]) -> None:
+    """Where what was matched is, and what matching did; losses along the line and fits of layers are for ``--json``."""
+    facts({key: value for key, value in result.items() if key not in ("losses", "fits")})
+
+
 def calibrated(result: dict[str, Any]) -> None:
     """Where the statistics are, and of what."""
     print(f"{result['out']}: {', '.join(result['statistics'])} over {result['tokens']:,} tokens")

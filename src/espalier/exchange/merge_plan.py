@@ -35,6 +35,8 @@ _MATTERS = (
     "num_experts_per_tok", "rope_theta", "rope_type", "factor",
 )  # fmt: skip
 """What tensors of one shape may disagree in, and mean something else by."""
+_APART = 0.1
+"""Below this cosine of a matrix two models count as trained apart; of 4096 numbers, chance makes about 1/64."""
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
@@ -281,6 +283,36 @@ def _aligned(
             raise EspalierError(f"it is {member.shape(tensor)} in {member.path}, and {own} in {models.like.path}")
         sources.append((Aligned(member, tensor, where, shape, others), tensor))
     return shape, sources, (Aligned(*reference, shape, others), slot.base) if base else None
+
+
+def trained_apart(items: Sequence[Item]) -> tuple[Path, Path, float] | None:
+    """Two models of a merge that have no coordinates in common, and the cosine of a matrix of theirs; ``None`` without such.
+
+    Tunes of one base keep most of its direction, whatever they learnt; models from different seeds are orthogonal, up to
+    chance (arXiv:2402.04051 is about what then helps). Looked at is the smallest matrix of the blocks that has enough
+    numbers to tell the two apart, of every model against the base, or else the first.
+    """
+    fitting = [
+        item for item in items
+        if item.is_merged and len(item.shape) == 2 and math.prod(item.shape) >= 4096 and block_of(item.name) is not None
+        and all(tensor == item.name for _, tensor in item.sources)
+    ]  # fmt: skip
+    if not fitting:
+        return None
+    item = min(fitting, key=lambda item: math.prod(item.shape))
+    (first, name), *others = [*([item.base] if item.base else []), *item.sources]
+    for member, tensor in others:
+        if member is first:
+            continue
+        sums = torch.zeros(3, dtype=torch.float64)
+        one, other = first.rows(name), member.rows(tensor)
+        for row in range(0, item.shape[0], 256):
+            a, b = (rows(row, min(row + 256, item.shape[0])).double() for rows in (one, other))
+            sums += torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()])
+        cosine = float(sums[0] / (sums[1] * sums[2]).sqrt())
+        if abs(cosine) < _APART:
+            return first.path, member.path, cosine
+    return None
 
 
 def write_beside(folder: Path, recipe: Recipe, models: Opened, made: Sequence[Item], alignment: vocabulary.Alignment | None) -> None:

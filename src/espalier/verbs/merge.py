@@ -118,6 +118,11 @@ def merge(
     if recipe.to == "delta" and opened.base is None:
         raise EspalierError("a delta needs the model that it is a change of: --model BASE")
     items, alignment = merge_plan.items(recipe, opened)
+    if recipe.stack is None and (apart := merge_plan.trained_apart(items)) is not None:
+        display.warn(
+            f"{apart[0]} and {apart[1]} were trained apart (the cosine of their weights is {apart[2]:.3f}); what is merged coordinate by "
+            "coordinate will be of no use. Line them up first: espalier merge match"
+        )
     like = opened.like.directory
     if shard_bytes is None and recipe.stack is not None and len(like.files()) > 1:
         shard_bytes = max((like.path / file).stat().st_size for file in like.files())
