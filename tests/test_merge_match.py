@@ -21,8 +21,9 @@ from espalier.calibrate.pair import Moments, moments
 from espalier.checkpoint.directory import ModelDirectory, resolve_model
 from espalier.cli.main import espalier as command
 from espalier.errors import EspalierError
-from espalier.evaluate.barrier import along, barrier, loss
+from espalier.evaluate.along_line import along, loss
 from espalier.exchange import alignment, matched, matching, pleas
+from espalier.exchange.merge_line import barrier
 from espalier.verbs._matching import read_text
 
 every_family = pytest.mark.parametrize("family", FAMILIES)

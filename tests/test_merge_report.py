@@ -21,6 +21,7 @@ from espalier.checkpoint.directory import ModelDirectory, resolve_model
 from espalier.checkpoint.safetensors_file import write_safetensors
 from espalier.errors import EspalierError
 from espalier.exchange import merge_line, merge_plan, merge_plots, merge_statistics
+from espalier.exchange.live_merge import Live
 from espalier.exchange.merge_recipe import Recipe
 from espalier.exchange.merge_report import INDEPENDENT, ONE_BASE, names_of
 from espalier.verbs.diff import diff
@@ -303,18 +304,19 @@ def test_a_live_model_becomes_what_is_on_disk_in_any_layout(family: str, tmp_pat
         made.append(model)
     recipe = Recipe.of({"method": "linear", "models": [{"path": str(tmp_path / str(seed))} for seed in (0, 1)]}, "it")
     opened = merge_plan.opened(recipe)
-    live = merge_line.LiveModel(tiny(family), merge_plan.items(recipe, opened)[0])
+    items, _ = merge_plan.items(recipe, opened)
+    live = Live(tiny(family), items)
     for share in (0.0, 1.0, 0.25):
-        live.become(0, 1, share)
+        merge_line.become(live, items, 0, 1, share)
         for (name, found), first, second in zip(live.model.named_parameters(), made[0].parameters(), made[1].parameters(), strict=True):
-            assert torch.equal(found, torch.lerp(first, second, share)), name
+            assert torch.equal(found, (1 - share) * first + share * second), name
 
 
 def test_a_live_model_of_other_shapes_is_refused(models: Path) -> None:
     recipe = Recipe.of({"method": "linear", "models": [{"path": str(models / name)} for name in "ab"]}, "it")
     items, _ = merge_plan.items(recipe, merge_plan.opened(recipe))
-    with pytest.raises(EspalierError, match=r"model.embed_tokens.weight is .* use --vocabulary base"):
-        merge_line.LiveModel(tiny("llama"), items)
+    with pytest.raises(EspalierError, match=r"it is .* in the files, and .* in LlamaForCausalLM"):
+        Live(tiny("llama"), items)
 
 
 # the judgement

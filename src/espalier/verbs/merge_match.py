@@ -76,8 +76,9 @@ def merge_match(
     from espalier.checkpoint.directory import ModelDirectory, resolve_model
     from espalier.display import Display
     from espalier.errors import EspalierError, at_least
-    from espalier.evaluate.barrier import along, barrier, loss
+    from espalier.evaluate.along_line import along, loss
     from espalier.exchange import alignment, matched, matching, pleas
+    from espalier.exchange.merge_line import barrier
     from espalier.train import session
     from espalier.verbs._matching import read_text, require_one_vocabulary
 

@@ -60,6 +60,7 @@ def merge_report(
     from espalier.errors import EspalierError, at_least
     from espalier.exchange import merge_line, merge_plan, merge_plots, merge_recipe, merge_statistics
     from espalier.exchange import merge_report as reports
+    from espalier.exchange.live_merge import Live
     from espalier.verbs._validation import losses_of
 
     display = Display(quiet)
@@ -93,10 +94,10 @@ def merge_report(
         report = reports.assembled(models, opened.base_name, items, found, density, rank)
         if load is not None:
             live, losses = load()
-            model_between = merge_line.LiveModel(live, items)
+            between = Live(live, items)
             pairs = merge_line.every_pair(len(models), opened.base is not None)
             with display.bar("measuring", merge_line.measured_points(pairs, points), "points") as update:
-                reports.add_lines(report, merge_line.along(model_between, pairs, points, losses, update))
+                reports.add_lines(report, merge_line.along(between, items, pairs, points, losses, update))
         reports.judged(report)
     if out is not None:
         with atomic_directory(Path(out)) as folder:

@@ -1,7 +1,4 @@
-"""The loss along the straight line between two models, and the barrier on it.
-
-``barrier = max_t [L((1 - t) A + t B) - (1 - t) L(A) - t L(B)]``: linear mode connectivity, as in arXiv:2402.04051.
-"""
+"""The loss along the straight line between two live models."""
 
 from __future__ import annotations
 
@@ -37,9 +34,3 @@ def along(a: Any, b: Any, batches: Text, points: int) -> list[float]:
             mixed.copy_(torch.lerp(one, other, share))
         losses.append(loss(between, batches))
     return losses
-
-
-def barrier(losses: list[float]) -> float:
-    """The most that losses along a line exceed what lies straight between its ends; never below 0, which it is at the ends."""
-    last = len(losses) - 1
-    return max(value - (1 - place / last) * losses[0] - place / last * losses[-1] for place, value in enumerate(losses))
