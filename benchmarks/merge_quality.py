@@ -57,6 +57,15 @@ GRIDS: dict[str, list[dict[str, Any]]] = {
     "opcm": [{"alpha": a, "scale": s} for a in (0.3, 0.5) for s in (1.0, 1.4, 2.0)],
 }
 """Settings that each method may try; scale multiplies the merged change."""
+OPEN = {"search": [0, 1.2]}
+SEARCHES: dict[str, dict[str, Any]] = {
+    "greedy_soup": {},
+    "cma of task_arithmetic": {"budget": 40},
+    "adamerging": {"budget": 40, "learning_rate": 0.02, "sequences": 4},
+    "frank_wolfe": {"budget": 10},
+}
+"""Searches that choose by data, with what they may spend; they are measured where as many tasks are merged as :data:`SEARCHED`."""
+SEARCHED = (2, 4, 6)
 CLAIMS = {
     "ties": "better than task arithmetic (TIES, table 1)",
     "dare (ties)": "no worse than TIES (DARE, section 4)",
@@ -219,6 +228,23 @@ def merged(out: Path, tasks: tuple[str, ...], name: str, setting: dict[str, Any]
     return folder
 
 
+def searched(out: Path, tasks: tuple[str, ...], name: str, options: dict[str, Any], text: Path, threads: int) -> Path:
+    """The model that a search on the valid split ends in."""
+    import espalier
+
+    folder = out / "searched"
+    shutil.rmtree(folder, ignore_errors=True)
+    strategy, _, method = name.partition(" of ")
+    recipe: dict[str, Any] = {"model": "seedling", "dtype": "fp32", "method": method or "linear"}
+    recipe["models"] = [{"path": str(out / "tuned" / task), **({"weight": OPEN} if method else {})} for task in tasks]
+    (out / "recipe.yaml").write_text(json.dumps(recipe))
+    espalier.merge_search(
+        [str(out / "recipe.yaml")], str(folder), [str(text / task / "valid") for task in tasks], strategy=strategy, threads=threads, quiet=True,
+        **options,
+    )  # fmt: skip
+    return folder / "model"
+
+
 def main() -> None:
     """Measure everything, print the table, draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -257,6 +283,10 @@ def main() -> None:
         key = f"{split} {','.join(tasks)} {name} {json.dumps(setting, sort_keys=True)}"
         return recovery(ledger.get(key, lambda: judge.losses(merged(a.out, tasks, name, setting), split, tasks)), split)
 
+    def best_of_search(tasks: tuple[str, ...], name: str, options: dict[str, Any]) -> dict[str, float]:
+        key = f"test {','.join(tasks)} {name} {json.dumps(options, sort_keys=True)}"
+        return recovery(ledger.get(key, lambda: judge.losses(searched(a.out, tasks, name, options, text, a.threads), "test", tasks)), "test")
+
     rows: list[dict[str, Any]] = []
     counts = [int(n) for n in a.tasks.split(",")]
     for count in counts:
@@ -271,6 +301,15 @@ def main() -> None:
                 "by task": found, "setting": best, "tried": len(tried), "seconds": round(time.perf_counter() - began, 1),
             })  # fmt: skip
             print(count, name, f"{rows[-1]['recovery']:.3f}", best, file=sys.stderr, flush=True)
+        for name, options in SEARCHES.items() if count in SEARCHED else ():
+            began = time.perf_counter()
+            options = {**options, "budget": 3} if a.quick else options
+            found = best_of_search(tasks, name, options)
+            rows.append({
+                "tasks": count, "method": name, "recovery": statistics.mean(found.values()), "worst task": min(found.values()),
+                "by task": found, "setting": options, "tried": options.get("budget", 2 * count), "seconds": round(time.perf_counter() - began, 1),
+            })  # fmt: skip
+            print(count, name, f"{rows[-1]['recovery']:.3f}", file=sys.stderr, flush=True)
     orders = []
     tasks = TASKS[: max(counts)]
     setting = next(row["setting"] for row in rows if row["method"] == "opcm" and row["tasks"] == len(tasks))
@@ -283,9 +322,9 @@ def main() -> None:
 def report(a: argparse.Namespace, reference: dict[str, Any], rows: list[dict[str, Any]], orders: list[dict[str, Any]], counts: list[int]) -> None:
     """Print and publish."""
     by = {(row["method"], row["tasks"]): row["recovery"] for row in rows}
-    names = sorted({row["method"] for row in rows}, key=lambda name: -by[name, max(counts)])
+    names = sorted({row["method"] for row in rows if row["tasks"] == max(counts)}, key=lambda name: -by[name, max(counts)])
     print(table(["method", *[f"{n} tasks" for n in counts], "worst of all", "setting", "claim"], [
-        [name, *[f"{by[name, n]:.3f}" for n in counts],
+        [name, *[f"{by[name, n]:.3f}" if (name, n) in by else "" for n in counts],
          f"{next(r['worst task'] for r in rows if (r['method'], r['tasks']) == (name, max(counts))):.3f}",
          json.dumps(next(r["setting"] for r in rows if (r["method"], r["tasks"]) == (name, max(counts)))), CLAIMS.get(name, "")]
         for name in names
@@ -310,8 +349,8 @@ def plot(by: dict[tuple[str, int], float], names: list[str], counts: list[int], 
     figure, axes = plt.subplots(figsize=(9, 5.5), constrained_layout=True)
     colors = plt.get_cmap("tab20").colors
     for number, name in enumerate(names):
-        values = [by[name, n] for n in counts]
-        axes.plot(counts, values, marker="o^sDvPX*"[number % 8], color=colors[number % 20], label=name, linewidth=1.4, markersize=5)
+        there = [n for n in counts if (name, n) in by]
+        axes.plot(there, [by[name, n] for n in there], marker="o^sDvPX*"[number % 8], color=colors[number % 20], label=name, linewidth=1.4, markersize=5)
     axes.set_xticks(counts)
     axes.set_xlabel("models merged")
     axes.set_ylabel("recovered share of what fine-tuning gained (mean over tasks)")
