@@ -82,8 +82,9 @@ def save(folder: Path, tensors: Tensors) -> Model:
 
 
 def merge_on_disk(
-    name: str, base: Model | None, models: Sequence[Model], out: Path, *, scale: float = 1.0, seed: int = 0, weights: Sequence[float] | None = None, **options: Any
-) -> dict[str, torch.Tensor]:
+    name: str, base: Model | None, models: Sequence[Model], out: Path, *, scale: float = 1.0, seed: int = 0, weights: Sequence[float] | None = None,
+    device: str = "cpu", **options: Any,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """What the engine writes, read again."""
     out.mkdir(parents=True)
     like = models[0].directory
@@ -91,7 +92,7 @@ def merge_on_disk(
     items = [
         Item(n, like.info(n).dtype, like.info(n).shape, [(m, n) for m in models], (base, n) if base else None, shares, scale, options) for n in like
     ]
-    write_merged(items, dict.fromkeys(like, "model.safetensors"), method_of(name), seed, out, lambda done: None)
+    write_merged(items, dict.fromkeys(like, "model.safetensors"), method_of(name), seed, out, lambda done: None, device)
     return read_safetensors(out / "model.safetensors")
 
 

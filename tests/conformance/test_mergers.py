@@ -205,6 +205,13 @@ def test_the_same_seed_gives_the_same_bytes_whatever_the_threads(method: str, wo
 
 
 @every_method
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_what_the_cpu_gives(method: str, world: World) -> None:
+    for name, tensor in world.merge(method, device="cuda").items():
+        torch.testing.assert_close(tensor, world.merge(method)[name], rtol=1e-5, atol=1e-6)
+
+
+@every_method
 def test_bf16_models_give_what_float32_ones_give_rounded_once(method: str, tmp_path: Path) -> None:
     world = World(tmp_path / "bf16", torch.bfloat16)
     wide = World.__new__(World)
