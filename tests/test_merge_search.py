@@ -421,7 +421,7 @@ def test_scales_are_refused_where_blocks_norm_what_they_add(family: str) -> None
     ({"strategy": "gready_soup"}, "did you mean 'greedy_soup'"),
     ({"scale": {"search": [0, 1]}, "budget": 0}, "budget is 0"),
     ({"scale": {"search": [0, 1]}, "finalists": 0}, "finalists is 0"),
-    ({"scale": {"search": [0, 1]}, "to": "delta"}, "a search makes models"),
+    ({"scale": {"search": [0, 1]}, "to": "delta"}, "a search makes models"), ({"scale": {"search": [0, 1]}, "space": "factors"}, "a search makes models"),
     ({"scale": {"search": [0, 1]}, "parameters": [{"names": "nothing.*"}]}, "no tensor of the new model fits"),
     ({"scale": {"search": [0, 1]}, "density": 0.5}, "density is no option of task_arithmetic"),
     ({"models": []}, "models: it must be a list"),

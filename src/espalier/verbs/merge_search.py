@@ -186,8 +186,8 @@ def _content(models: list[str], method: str | None, model: str | None, any_base:
             content = mergekit_recipe.translated(content, where)
         if not isinstance(content.get("models"), list) or not content["models"]:
             raise EspalierError(f"{where}: models: it must be a list of models (it is {str(content.get('models'))[:80]})")
-        if content.get("to", "model") != "model":
-            raise EspalierError(f"{where}: to: a search makes models; merge its recipe.yaml with --to {content['to']}")
+        if content.get("to", "model") != "model" or content.get("space"):
+            raise EspalierError(f"{where}: a search makes models; leave to and space out, and merge its recipe.yaml with --to delta")
     else:
         content = {"models": [{"path": path} for path in models]}
         if genes:
