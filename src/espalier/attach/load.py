@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from espalier.attach.attachment import attach_updates, attachments
+from espalier.attach.device import pick_device
 from espalier.checkpoint.directory import ModelDirectory, resolve_model
 from espalier.delta import store
 from espalier.errors import EspalierError
@@ -95,20 +96,6 @@ def empty_model(path: Path) -> PreTrainedModel:
             return transformers.AutoModelForCausalLM.from_config(config)
     except MALFORMED as error:
         raise EspalierError(f"transformers cannot make a causal language model of {path}: {_one_line(error)}") from error
-
-
-def pick_device(device: str | None) -> torch.device:
-    """The device of that name; by default a CUDA device where there is one.
-
-    Raises:
-        EspalierError: when this machine has no such device.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise EspalierError(f"--device is {device!r}: {str(error).splitlines()[0]}") from error
 
 
 def load_tokenizer(model: str | Path) -> Any:

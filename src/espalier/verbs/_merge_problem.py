@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from espalier import registry
-from espalier.attach.load import load_config, load_model, load_tokenizer, pick_device
+from espalier.attach.device import pick_device
+from espalier.attach.load import load_config, load_model, load_tokenizer
 from espalier.data.batches import Order, Window, divide, make_batch
 from espalier.data.encode import Encoder
 from espalier.data.sources import open_source

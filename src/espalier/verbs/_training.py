@@ -13,7 +13,8 @@ import torch
 
 from espalier import registry
 from espalier.attach.attachment import attach, attachments, release_base, settle, trainable_parameters
-from espalier.attach.load import DTYPES, MALFORMED, load_model, load_tokenizer, pick_device, torch_dtype
+from espalier.attach.device import pick_device
+from espalier.attach.load import DTYPES, MALFORMED, load_model, load_tokenizer, torch_dtype
 from espalier.checkpoint.atomic import write_text
 from espalier.checkpoint.directory import ModelDirectory, read_json, resolve_model
 from espalier.checkpoint.safetensors_file import dtype_name

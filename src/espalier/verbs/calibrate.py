@@ -50,7 +50,8 @@ def calibrate(
     """
     from pathlib import Path
 
-    from espalier.attach.load import load_config, load_tokenizer, pick_device, torch_dtype
+    from espalier.attach.device import pick_device
+    from espalier.attach.load import load_config, load_tokenizer, torch_dtype
     from espalier.calibrate.make import make
     from espalier.calibrate.statistics import parse_want
     from espalier.calibrate.store import Request, deliver, load, refuse_other

@@ -62,7 +62,7 @@ def merge(
     import torch
 
     from espalier import registry
-    from espalier.attach.load import pick_device
+    from espalier.attach.device import pick_device
     from espalier.checkpoint.atomic import atomic_directory, refuse_existing, require_free_space
     from espalier.display import Display
     from espalier.errors import EspalierError, at_least
