@@ -189,10 +189,10 @@ def test_permuting_a_matrix_leaves_its_singular_values_and_turns_its_vectors() -
     before = alignment.spectra(other, logical_tensors(other))
     found = matching.match(one, other)
     after = alignment.spectra(other, logical_tensors(other))
-    for name, (_, values, _) in before.items():
-        torch.testing.assert_close(values, after[name][1], rtol=1e-5, atol=1e-5)
-        u, s, v = alignment.permuted(before[name], name, found.reordered)
-        torch.testing.assert_close(u * s @ v.T, logical_tensors(other)[name], rtol=1e-4, atol=1e-5)
+    for name, directions in before.items():
+        torch.testing.assert_close(directions.S, after[name].S, rtol=1e-5, atol=1e-5)
+        turned = alignment.permuted(directions, name, found.reordered)
+        torch.testing.assert_close(turned.U * turned.S @ turned.V.T, logical_tensors(other)[name], rtol=1e-4, atol=1e-5)
 
 
 def test_alignment_is_one_for_a_matrix_and_itself_and_small_for_others() -> None:

@@ -164,7 +164,7 @@ def test_singular_subspaces_are_those_of_the_whole_decomposition(report: dict[st
         cosines = torch.linalg.svdvals(Vh[:4] @ Yh[:4].T)
         assert found["angles"]["right"] == pytest.approx(cosines.clamp_max(1).acos().rad2deg().tolist(), abs=1e-4)
         p, q = int((0.3 * S[0] < S).sum()), int((0.3 * T[0] < T).sum())
-        R = ((U.T @ X) * (Vh @ Yh.T))[:p, :q].sum() / min(p, q)
+        R = ((U.T @ X) * (Vh @ Yh.T))[:p, :q].sum() / max(p, q)
         assert found["alignment"] == pytest.approx(float(R), abs=1e-6)
 
 

@@ -66,6 +66,31 @@ class Conflict:
         return asdict(self)
 
 
+@dataclass
+class Directions:
+    """The leading singular directions of one matrix: U (rows, k), S (k,) descending, V (columns, k), in float64."""
+
+    U: torch.Tensor
+    S: torch.Tensor
+    V: torch.Tensor
+
+    def above(self, share: float, most: int | None = None) -> int:
+        """How many singular values are above a share of the largest, at most so many."""
+        count = int((share * self.S[0] < self.S).sum()) if len(self.S) else 0
+        return count if most is None else min(count, most)
+
+
+def aligned(a: Directions, b: Directions, share: float = 0.0) -> tuple[float, int]:
+    """The sum of (u_i . u_j)(v_i . v_j) over singular directions, and their number n: R of arXiv:2402.04051 is the quotient.
+
+    It is 1 for a matrix and itself, about 0 for unrelated ones. Taken are the directions whose singular value is above
+    ``share`` of the largest; where the two have different numbers of them, n is the larger.
+    """
+    p, q = a.above(share), b.above(share)
+    agree = (a.U[:, :p].mT @ b.U[:, :q]) * (a.V[:, :p].mT @ b.V[:, :q])
+    return float(agree.sum()), max(p, q)
+
+
 def norm(delta: Delta, weights: Weights | None = None) -> Measure:
     """Frobenius norms.
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from espalier.checkpoint.stream import one_thread_each
-from espalier.delta.compare import principal_angles
+from espalier.delta.compare import Directions, aligned, principal_angles
 from espalier.delta.merging import PIECE, Parameter, Piece
 from espalier.errors import EspalierError
 from espalier.exchange.merging import Item
@@ -144,20 +144,6 @@ def _mass_of_pairs(changes: torch.Tensor) -> torch.Tensor:
     return made
 
 
-@dataclass
-class Directions:
-    """The leading singular directions of one matrix: U (rows, k), S (k,) descending, V (columns, k), in float64."""
-
-    U: torch.Tensor
-    S: torch.Tensor
-    V: torch.Tensor
-
-    def above(self, share: float, most: int | None = None) -> int:
-        """How many singular values are above a share of the largest, at most so many."""
-        count = int((share * self.S[0] < self.S).sum()) if len(self.S) else 0
-        return count if most is None else min(count, most)
-
-
 def leading(parameter: Parameter, of: str, rank: int, squares: Sequence[float], first: int, last: int) -> list[Directions]:
     """The leading singular directions of every model's change (or of the models) in the rows from ``first`` to ``last``.
 
@@ -231,7 +217,7 @@ def _compare_directions(parameter: Parameter, of: str, rank: int, found: Found) 
 
 
 def _compared(a: Directions, b: Directions, p: int, q: int) -> dict[str, float]:
-    dominant_a, dominant_b = a.above(DOMINANT), b.above(DOMINANT)
+    alignment, among = aligned(a, b, DOMINANT)
     left, right = a.U.mT @ b.U, a.V.mT @ b.V
     return {
         "left": float(left[:p, :q].square().sum()),
@@ -239,6 +225,6 @@ def _compared(a: Directions, b: Directions, p: int, q: int) -> dict[str, float]:
         "directions": min(p, q),
         "left_chance": p * q / len(a.U),
         "right_chance": p * q / len(a.V),
-        "aligned": float((left * right)[:dominant_a, :dominant_b].sum()),
-        "aligned_of": min(dominant_a, dominant_b),
+        "aligned": alignment,
+        "aligned_of": among,
     }
