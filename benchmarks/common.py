@@ -19,7 +19,7 @@ def machine() -> dict[str, Any]:
     lines = info.read_text().splitlines() if info.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
     versions = {}
-    for name in ("torch", "transformers", "peft", "trl", "espalier"):
+    for name in ("torch", "transformers", "peft", "trl", "mergekit", "numba", "espalier"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
