@@ -16,7 +16,7 @@ from espalier.registry import MethodInfo
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class OverDepth(_Strict):
