@@ -10,6 +10,7 @@ import math
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 from typing import Any
 
@@ -444,6 +445,24 @@ def test_a_candidate_that_cannot_be_merged_loses_without_end(root: Path, tmp_pat
     records = trials(tmp_path / "s")
     assert [r["losses"][str(root / "val.txt")] is None for r in records] == [False, True, True, False] and "sum to 0" in records[1]["about"]
     assert math.isfinite(found["loss"])
+
+
+def test_candidates_that_cannot_be_merged_are_no_finalists(root: Path, tmp_path: Path) -> None:
+    content = recipe_of(root, method="linear", models=[{"path": p, "weight": {"search": {"choices": [1.0, -1.0]}}} for p in paths(root)])
+    found = run(root, tmp_path / "s", content, strategy="grid", select=[str(root / "select.txt")], no_model=True)
+    assert math.isfinite(found["loss"]) and math.isfinite(found["selected"][str(root / "select.txt")])
+
+
+@pytest.mark.parametrize(("more", "named"), [({"method": "ties"}, "--method"), ({"density": 0.3}, "--density")])
+def test_a_strategy_that_takes_its_own_method_refuses_another(more: dict[str, Any], named: str, root: Path, tmp_path: Path) -> None:
+    with pytest.raises(EspalierError, match=f"greedy_soup chooses the method .* leave out {named}"):
+        run(root, tmp_path / "s", paths(root), strategy="greedy_soup", **more)
+
+
+def test_a_model_whose_loss_is_no_number_is_named(root: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("espalier.verbs._merge_problem.score", lambda *_, **__: types.SimpleNamespace(loss=float("nan")))
+    with pytest.raises(EspalierError, match=r"alone: \S+a: the loss on \S+val.txt is nan"):
+        run(root, tmp_path / "s", paths(root), method="linear")
 
 
 def test_the_command_line_searches_weights_of_models_without_a_recipe(root: Path, tmp_path: Path) -> None:
