@@ -601,6 +601,7 @@ def bad(models: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     (tmp_path / "depth.yaml").write_text(yaml.safe_dump(recipe_of(models, "ties", options={"density": {"depth": "deep"}})))
     (tmp_path / "date.yaml").write_text(yaml.safe_dump(recipe_of(models, "ties", options={"density": datetime.date(2020, 1, 1)})))
     (tmp_path / "unknown.yaml").write_text(yaml.safe_dump(recipe_of(models, "ties", parameters=[{"names": "*", "options": {"desnity": 1}}])))
+    (tmp_path / "stack.yaml").write_text(yaml.safe_dump(recipe_of(models, "linear", stack=[])))
     weighed = [{"path": p, "weight": float("nan")} for p in paths(models)]
     (tmp_path / "weight.yaml").write_text(yaml.safe_dump({**recipe_of(models, "ties"), "models": weighed}))
     state = tensors(models / "a")
@@ -626,6 +627,7 @@ def bad(models: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "share": (["--method", "pcb", "--density", "2", "--model", base, a, b], "density is 2.0"),
         "weight": (["--method", "ties", "--weights", "nan,1", "--model", base, a, b], "--weights is nan"),
         "NaN option": (["--method", "della", "--density", "nan", "--model", base, a, b], "density is nan"),
+        "empty stack": ([str(tmp_path / "stack.yaml")], "stack: list should have at least 1 item"),
         "NaN in a recipe": ([str(tmp_path / "weight.yaml")], "models.0.weight"),
         "shape": (["--method", "linear", a, str(tmp_path / "wide")], "model.norm.weight: it is (7,)"),
         "NaN": (["--method", "linear", a, str(tmp_path / "nan")], "model.layers.1.mlp.up_proj.weight"),
@@ -645,7 +647,7 @@ def bad(models: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
 
 
 BAD = ["no method", "method", "model", "base", "weights", "weights with a recipe", "option", "value", "range", "clamp", "share", "weight",
-       "NaN option", "NaN in a recipe", "shape", "NaN", "integers", "YAML",
+       "NaN option", "NaN in a recipe", "empty stack", "shape", "NaN", "integers", "YAML",
        "empty", "missing", "entry", "override", "fits nothing", "mergekit", "list", "depth", "date", "unknown"]  # fmt: skip
 
 
