@@ -7,6 +7,7 @@ import fnmatch
 import inspect
 import json
 import math
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -485,3 +486,15 @@ def test_deltas_are_merged_like_models(root: Path, tmp_path: Path) -> None:
     assert found["alone"][str(tmp_path / "a")][str(root / "val.txt")] == pytest.approx(loss_of(root, root / "a"), abs=1e-6)
     assert found["loss"] == loss_of(root, found["model"])
     load_tokenizer(found["model"])
+
+
+def test_the_path_goes_through_deltas_of_a_base_that_has_moved(root: Path, tmp_path: Path) -> None:
+    from espalier.verbs.diff import diff
+
+    shutil.copytree(root / "base", tmp_path / "base")
+    for name in "ab":
+        diff(str(tmp_path / "base"), str(root / name), str(tmp_path / name), quiet=True)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    deltas = [str(tmp_path / name) for name in "ab"]
+    found = run(root, tmp_path / "s", deltas, strategy="evolve_path", model=str(tmp_path / "moved"), budget=1)
+    assert found["loss"] == pytest.approx(loss_of(root, root / "a"), abs=1e-6) and found["loss"] == loss_of(root, found["model"])

@@ -106,6 +106,8 @@ class MergeProblem(searching.Problem):
         kept = self._recipe.model_dump(include=set(FROM_RECIPE), exclude_defaults=True, mode="json")
         if not own_base:
             kept.pop("model", None)
+            if any((Path(path) / "delta.json").exists() for path in self.paths):
+                kept["model"] = self.base  # what deltas are changes of, wherever it is now
         return {"method": method, "models": models, **kept, **entries}
 
     def stream_outputs(self) -> list[str]:
