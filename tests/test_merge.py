@@ -601,6 +601,9 @@ def bad(models: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     (tmp_path / "depth.yaml").write_text(yaml.safe_dump(recipe_of(models, "ties", options={"density": {"depth": "deep"}})))
     (tmp_path / "date.yaml").write_text(yaml.safe_dump(recipe_of(models, "ties", options={"density": datetime.date(2020, 1, 1)})))
     (tmp_path / "unknown.yaml").write_text(yaml.safe_dump(recipe_of(models, "ties", parameters=[{"names": "*", "options": {"desnity": 1}}])))
+    (tmp_path / "stack.yaml").write_text(yaml.safe_dump(recipe_of(models, "linear", stack=[])))
+    weighed = [{"path": p, "weight": float("nan")} for p in paths(models)]
+    (tmp_path / "weight.yaml").write_text(yaml.safe_dump({**recipe_of(models, "ties"), "models": weighed}))
     state = tensors(models / "a")
     config = ModelDirectory(models / "a").config
     save(tmp_path / "wide", {**state, "model.norm.weight": torch.randn(7)}, config)
@@ -620,6 +623,12 @@ def bad(models: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "option": (["--method", "linear", "--density", "0.1", a, b], "density is no option of linear"),
         "value": (["--method", "ties", "--density", "much", "--model", base, a, b], "density"),
         "range": (["--method", "ties", "--density", "1.5", "--model", base, a, b], "from 0 to 1"),
+        "clamp": (["--method", "pcb", "--clamp", "0.9", "--model", base, a, b], "clamp 0.9"),
+        "share": (["--method", "pcb", "--density", "2", "--model", base, a, b], "density is 2.0"),
+        "weight": (["--method", "ties", "--weights", "nan,1", "--model", base, a, b], "--weights is nan"),
+        "NaN option": (["--method", "della", "--density", "nan", "--model", base, a, b], "density is nan"),
+        "empty stack": ([str(tmp_path / "stack.yaml")], "stack: list should have at least 1 item"),
+        "NaN in a recipe": ([str(tmp_path / "weight.yaml")], "models.0.weight"),
         "shape": (["--method", "linear", a, str(tmp_path / "wide")], "model.norm.weight: it is (7,)"),
         "NaN": (["--method", "linear", a, str(tmp_path / "nan")], "model.layers.1.mlp.up_proj.weight"),
         "integers": (["--method", "linear", a, str(tmp_path / "integers")], "model.norm.weight: it is I32"),
@@ -637,7 +646,8 @@ def bad(models: Path, tmp_path: Path) -> dict[str, tuple[list[str], str]]:
     }  # fmt: skip
 
 
-BAD = ["no method", "method", "model", "base", "weights", "weights with a recipe", "option", "value", "range", "shape", "NaN", "integers", "YAML",
+BAD = ["no method", "method", "model", "base", "weights", "weights with a recipe", "option", "value", "range", "clamp", "share", "weight",
+       "NaN option", "NaN in a recipe", "empty stack", "shape", "NaN", "integers", "YAML",
        "empty", "missing", "entry", "override", "fits nothing", "mergekit", "list", "depth", "date", "unknown"]  # fmt: skip
 
 
@@ -661,6 +671,17 @@ def test_bad_input_ends_with_code_2_one_line_and_no_output(case: str, models: Pa
     assert code == 2 and printed.startswith("error: ") and printed.count("\n") == 1, printed
     assert message in printed
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(("method", "options"), [("pcb", {}), ("sce", {"density": 0.5})])
+def test_numbers_whose_differences_overflow_are_refused_and_not_searched_for_ever(
+    method: str, options: dict[str, Any], models: Path, tmp_path: Path
+) -> None:
+    config, state = ModelDirectory(models / "a").config, tensors(models / "a")
+    for name, value in (("up", 3e38), ("down", -3e38)):
+        save(tmp_path / name, {n: torch.full_like(t, value) for n, t in state.items()}, config)
+    with pytest.raises(EspalierError, match="too large for arithmetic in float32"):
+        merge([str(tmp_path / "up"), str(models / "a")], str(tmp_path / "out"), method=method, model=str(tmp_path / "down"), quiet=True, **options)
 
 
 def test_an_output_that_is_there_is_left_alone(models: Path, tmp_path: Path) -> None:

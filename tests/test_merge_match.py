@@ -467,9 +467,22 @@ def test_options_that_do_not_go_together_are_refused(pair: Path, tmp_path: Path)
             run(pair, tmp_path / "x", **options)
     with pytest.raises(EspalierError, match="--by activations needs text"):
         run(pair, tmp_path / "x", by="activations")
+    with pytest.raises(EspalierError, match="flops is 0; it must be from 1"):
+        run(pair, tmp_path / "x", flops=0)
+    with pytest.raises(EspalierError, match="give its --width or --flops too"):
+        run(pair, tmp_path / "x", widen="heads")
     with pytest.raises(EspalierError, match="points is 2"):
         run(pair, tmp_path / "x", points=2)
     assert not (tmp_path / "x").exists()
+
+
+def test_models_whose_inner_products_overflow_are_refused() -> None:
+    a, b = tiny("llama"), tiny("llama")
+    with torch.no_grad():
+        for parameter in b.parameters():
+            parameter.fill_(3e38)
+    with pytest.raises(EspalierError, match="similarity of two units is not finite"):
+        matching.match(a, b)
 
 
 def test_models_of_another_vocabulary_are_refused(pair: Path, tmp_path: Path) -> None:

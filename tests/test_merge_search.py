@@ -7,9 +7,11 @@ import fnmatch
 import inspect
 import json
 import math
+import shutil
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 from typing import Any
 
@@ -446,6 +448,24 @@ def test_a_candidate_that_cannot_be_merged_loses_without_end(root: Path, tmp_pat
     assert math.isfinite(found["loss"])
 
 
+def test_candidates_that_cannot_be_merged_are_no_finalists(root: Path, tmp_path: Path) -> None:
+    content = recipe_of(root, method="linear", models=[{"path": p, "weight": {"search": {"choices": [1.0, -1.0]}}} for p in paths(root)])
+    found = run(root, tmp_path / "s", content, strategy="grid", select=[str(root / "select.txt")], no_model=True)
+    assert math.isfinite(found["loss"]) and math.isfinite(found["selected"][str(root / "select.txt")])
+
+
+@pytest.mark.parametrize(("more", "named"), [({"method": "ties"}, "--method"), ({"density": 0.3}, "--density")])
+def test_a_strategy_that_takes_its_own_method_refuses_another(more: dict[str, Any], named: str, root: Path, tmp_path: Path) -> None:
+    with pytest.raises(EspalierError, match=f"greedy_soup chooses the method .* leave out {named}"):
+        run(root, tmp_path / "s", paths(root), strategy="greedy_soup", **more)
+
+
+def test_a_model_whose_loss_is_no_number_is_named(root: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("espalier.verbs._merge_problem.score", lambda *_, **__: types.SimpleNamespace(loss=float("nan")))
+    with pytest.raises(EspalierError, match=r"alone: \S+a: the loss on \S+val.txt is nan"):
+        run(root, tmp_path / "s", paths(root), method="linear")
+
+
 def test_the_command_line_searches_weights_of_models_without_a_recipe(root: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "espalier", "merge", "search", *paths(root), "--method", "ties", "--density", "0.5", "--model", str(root / "base")]
     command += ["--data", str(root / "val.txt"), "--strategy", "random_search", "--budget", "2", "--out", str(tmp_path / "s"), "--json", "--sequence-length", "128", "--no-model"]
@@ -466,3 +486,15 @@ def test_deltas_are_merged_like_models(root: Path, tmp_path: Path) -> None:
     assert found["alone"][str(tmp_path / "a")][str(root / "val.txt")] == pytest.approx(loss_of(root, root / "a"), abs=1e-6)
     assert found["loss"] == loss_of(root, found["model"])
     load_tokenizer(found["model"])
+
+
+def test_the_path_goes_through_deltas_of_a_base_that_has_moved(root: Path, tmp_path: Path) -> None:
+    from espalier.verbs.diff import diff
+
+    shutil.copytree(root / "base", tmp_path / "base")
+    for name in "ab":
+        diff(str(tmp_path / "base"), str(root / name), str(tmp_path / name), quiet=True)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    deltas = [str(tmp_path / name) for name in "ab"]
+    found = run(root, tmp_path / "s", deltas, strategy="evolve_path", model=str(tmp_path / "moved"), budget=1)
+    assert found["loss"] == pytest.approx(loss_of(root, root / "a"), abs=1e-6) and found["loss"] == loss_of(root, found["model"])

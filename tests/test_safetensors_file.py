@@ -449,3 +449,11 @@ def test_a_directory_without_weights_and_a_path_that_is_none_are_refused(tmp_pat
         ModelDirectory(directory(tmp_path / "m"))
     with pytest.raises(EspalierError, match="not a directory"):
         ModelDirectory(tmp_path / "none")
+
+
+def test_pages_that_live_until_the_end_say_nothing(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "x.safetensors", {"a": torch.ones(5000)})
+    script = "import builtins, sys; from pathlib import Path; from espalier.checkpoint.safetensors_file import SafetensorsFile\n"
+    script += "builtins.kept = SafetensorsFile(Path(sys.argv[1])).pages('a')"
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "x.safetensors")], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

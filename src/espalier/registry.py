@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -264,9 +265,13 @@ def coerce(name: str, annotation: Any, value: Any) -> Any:
         listed = "str" in str(annotation) and texts is value  # paths may hold commas
         value = texts if listed else [item.strip() for text in texts for item in text.split(",") if item.strip()]
     try:
-        return TypeAdapter(annotation).validate_python(value)
+        made = TypeAdapter(annotation).validate_python(value)
     except ValidationError as error:
         raise EspalierError(f"{name} is {value!r}: {error.errors()[0]['msg'].lower()}") from error
+    for number in made if isinstance(made, list) else [made]:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise EspalierError(f"{name} is {number}; it must be a finite number")
+    return made
 
 
 def options_of(name: str, role: str, hyperparameters: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -275,7 +275,7 @@ class Pages:
 
     def __init__(self, everything: torch.Tensor, short: EspalierError) -> None:
         self._everything, self._short = everything, short
-        self._begin = everything.data_ptr()
+        self._begin, self._size = everything.data_ptr(), len(everything)
 
     def __call__(self, start: int, stop: int) -> torch.Tensor:
         first = (self._begin + start) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -284,8 +284,10 @@ class Pages:
         return self._everything[start:stop]
 
     def __del__(self) -> None:
+        if sys is None or sys.is_finalizing():  # then the process gives all pages back, and modules may be gone before
+            return
         first = -(-self._begin // mmap.PAGESIZE) * mmap.PAGESIZE
-        _advise(first, max(self._begin + len(self._everything) - first, 0), _DONTNEED)
+        _advise(first, max(self._begin + self._size - first, 0), _DONTNEED)
 
 
 _DONTNEED, _POPULATE_READ = 4, 22  # sys/mman.h of Linux

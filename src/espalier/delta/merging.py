@@ -8,6 +8,7 @@ models there are. Arithmetic is in float32; the result is rounded once, when it 
 from __future__ import annotations
 
 import abc
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from espalier.delta.selection import Chosen, thresholds
+from espalier.delta.selection import TOO_LARGE, Chosen, thresholds
 from espalier.errors import EspalierError
 from espalier.kernels.merging import Between, elect
 from espalier.kernels.philox import Stream
@@ -383,7 +384,11 @@ class Whole:
                     between.add(scores[model])
             return {where: (between.counts, between.numbers()) for where, between in made.items()}
 
-        while bounds:
+        for attempt in itertools.count():
+            if not bounds:
+                break
+            if attempt == 2:  # other bounds hold every number but those that are none
+                raise EspalierError(TOO_LARGE)
             counts = {where: [0, 0, 0] for where in bounds}
             inside: dict[tuple[int, int], list[torch.Tensor]] = {where: [] for where in bounds}
             for made in self.each(gathered):

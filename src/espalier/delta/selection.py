@@ -5,6 +5,7 @@ A threshold alone keeps another number wherever values are equal, as they often 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ import torch
 
 from espalier.errors import EspalierError
 from espalier.kernels.merging import Between
+
+TOO_LARGE = "the models' numbers are too large for arithmetic in float32; are they damaged?"
+"""Of scores that are no numbers though the models are finite."""
 
 _LOW = 16  # bits of a magnitude that the second pass looks at
 
@@ -161,7 +165,11 @@ def thresholds(
             bounds[vector] = _bounds(sample[vector].abs(), 1 - count / length)
         else:
             limits[vector] = torch.inf if count <= 0 else -1.0
-    while bounds:
+    for attempt in itertools.count():
+        if not bounds:
+            break
+        if attempt == 2:  # other bounds hold every number but those that are none
+            raise EspalierError(TOO_LARGE)
         found = {vector: Between(low, high, signed=False) for vector, (low, high) in bounds.items()}
         for part in slices():
             for vector, between in found.items():

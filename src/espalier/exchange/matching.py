@@ -38,10 +38,15 @@ def assign(similarity: torch.Tensor) -> tuple[list[int], float]:
 
     Args:
         similarity: (units, units).
+
+    Raises:
+        EspalierError: when a similarity is not finite.
     """
     from scipy.optimize import linear_sum_assignment
 
     table = similarity.double().cpu().numpy()
+    if not np.isfinite(table).all():
+        raise EspalierError("the similarity of two units is not finite; are the models' numbers finite, and not too large for float32?")
     _, columns = linear_sum_assignment(table, maximize=True)
     return columns.tolist(), float(table[np.arange(len(table)), columns].sum())
 

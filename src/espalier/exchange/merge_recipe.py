@@ -16,7 +16,7 @@ from espalier.registry import MethodInfo
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 class OverDepth(_Strict):
@@ -89,7 +89,7 @@ class Recipe(_Strict):
     options: dict[str, Any] = {}
     scale: Number = 1.0
     parameters: list[Override] = []
-    stack: list[Part] | None = None
+    stack: list[Part] | None = Field(default=None, min_length=1)
     vocabulary: Literal["base", "union"] | None = None
     to: Literal["model", "delta"] = "model"
     space: Literal["updates", "factors", "svd"] | None = None

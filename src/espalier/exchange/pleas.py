@@ -153,6 +153,16 @@ def _costs(model: Any) -> tuple[int, dict[str, int]]:
     return total, units
 
 
+def require_budget(flops: float) -> None:
+    """Refuse what no merge of two models could take.
+
+    Raises:
+        EspalierError: when the budget is not from 1 to 2.
+    """
+    if not 1 <= flops <= 2:
+        raise EspalierError(f"flops is {flops}; it must be from 1 (as many as one model takes) to 2")
+
+
 def budgeted(model: Any, flops: float, widen: Widen, similarity: Mapping[tuple[str, int], torch.Tensor]) -> Sizes:
     """The units of the merged model that keeps apart what is least alike, within ``flops`` times one model's multiplications.
 
@@ -166,8 +176,7 @@ def budgeted(model: Any, flops: float, widen: Widen, similarity: Mapping[tuple[s
     Raises:
         EspalierError: when the budget is not from 1 to 2, or the model is of a kind that has no partial merge.
     """
-    if not 1 <= flops <= 2:
-        raise EspalierError(f"flops is {flops}; it must be from 1 (as many as one model takes) to 2")
+    require_budget(flops)
     found = anatomy(model)
     kinds = _kinds(found, widen)
     channels, groups = found.blocks[0].feed_forward.channels, found.blocks[0].attention.key_value_heads

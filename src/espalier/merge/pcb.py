@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from espalier.delta.merging import Combine, Parameter, Piece, Whole
+from espalier.errors import EspalierError
 from espalier.kernels.merging import blend, compete
 from espalier.registry import merger
 
@@ -27,6 +28,8 @@ def balance(low: torch.Tensor, high: torch.Tensor, piece: Piece, inter: str) -> 
 
 def survey(whole: Whole, *, density: float = 0.1, clamp: float = 0.0001, inter: str = "pairs") -> dict[str, torch.Tensor]:
     """Limits of the clamp, and the threshold and largest of the scores, over the whole model: each (models, 1, 1)."""
+    if not 0 <= density <= 1 or not 0 <= clamp < 0.5:
+        raise EspalierError(f"density is {density} and clamp {clamp}; density must be from 0 to 1, and clamp at least 0 and below 0.5")
     low, high = whole.quantiles(lambda parameter, piece: piece.updates.abs_(), [clamp, 1 - clamp])
     scores = lambda parameter, piece: balance(low, high, piece, inter)[1]  # noqa: E731
     cut, top = whole.quantiles(scores, [1 - density, 1.0])

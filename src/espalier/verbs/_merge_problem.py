@@ -107,6 +107,8 @@ class MergeProblem(searching.Problem):
         kept = self._recipe.model_dump(include=set(FROM_RECIPE), exclude_defaults=True, mode="json")
         if not own_base:
             kept.pop("model", None)
+            if any((Path(path) / "delta.json").exists() for path in self.paths):
+                kept["model"] = self.base  # what deltas are changes of, wherever it is now
         return {"method": method, "models": models, **kept, **entries}
 
     def stream_outputs(self) -> list[str]:
@@ -139,6 +141,8 @@ class MergeProblem(searching.Problem):
             for number, position in zip(chosen, places, strict=True):
                 self._backward(live.model, self._data[number], position, sequences, 1 / len(chosen), entropy)
             found = live.slopes(items, density)
+            if not all(bool(numbers.isfinite().all()) for numbers in found.values()):
+                raise EspalierError(f"trial {len(self.trials)} led to a model whose gradient is not finite; is one of the models damaged?")
             live.model.zero_grad(set_to_none=True)
             return {"slopes": {name: numbers.tolist() for name, numbers in found.items()}}
 
@@ -182,7 +186,15 @@ class MergeProblem(searching.Problem):
     def losses(self, recipe: searching.Recipe, about: str, data: Sequence[str] | None = None) -> Mapping[str, float]:
         """What a recipe that is no trial loses on each data set (default: those of the search)."""
         names = self._data if data is None else tuple(data)
-        record = self._answers.to(["losses", recipe, names], lambda: {"about": about, "losses": self._measured(recipe, names)})
+
+        def find() -> dict[str, Any]:
+            found = self._measured(recipe, names)
+            for name, loss in found.items():
+                if not math.isfinite(loss):
+                    raise EspalierError(f"{about}: the loss on {name} is {loss}; is the model damaged?")
+            return {"about": about, "losses": found}
+
+        record = self._answers.to(["losses", recipe, names], find)
         return {name: float(loss) for name, loss in record["losses"].items()}
 
     # the live model

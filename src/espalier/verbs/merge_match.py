@@ -89,6 +89,8 @@ def merge_match(
     merges = width is not None or flops is not None
     if (width is not None) + (flops is not None) + (to is not None) > 1:
         raise EspalierError("--width and --flops merge the two models, --to writes the permutation alone; give one of them")
+    if widen != "all" and not merges:
+        raise EspalierError(f"--widen {widen} says what a merge makes wider; give its --width or --flops too")
     if by == "activations" and data is None:
         raise EspalierError("--by activations needs text to see them on: --data")
     session.seed_everything(seed, threads)
@@ -98,7 +100,9 @@ def merge_match(
     first, second = (load_model(directory.path, "fp32", "cpu") for directory in directories)
     matching.require_alike(first, second, names)
     if merges:  # refuses what cannot be merged before anything is measured
-        pleas.widths(first, width or 1.0, widen)
+        pleas.widths(first, 1.0 if width is None else width, widen)
+        if flops is not None:
+            pleas.require_budget(flops)
     texts = read_text(names[0], first.config, data, eval_data, tokens, sequence_length, seed)
     fitted_on, measured_on = texts or (None, None)
 
@@ -149,7 +153,11 @@ def merge_match(
             else:
                 matched.write_delta(temporary, delta, names)
         else:
-            sizes = pleas.widths(first, width, widen) if width is not None else pleas.budgeted(first, flops or 1.0, widen, found.similarity)
+            if width is not None:
+                sizes = pleas.widths(first, width, widen)
+            else:
+                assert flops is not None
+                sizes = pleas.budgeted(first, flops, widen, found.similarity)
             with display.bar("fitting layers", 4 * first.config.num_hidden_layers + 1, "inputs") as update:
                 merged, fits = matched.merged(first, second, found, sizes, fitted_on, ridge, update)
             result["widths"], result["flops"] = sizes, pleas.flops_of(first, sizes)

@@ -97,6 +97,9 @@ def merge_search(
     budget = info.settings["budget"] if budget is None else budget
     at_least("budget", budget, 1)
     where, content = _content(_listed(models), method, model, any_base, seed, info.settings["genes"])
+    if not info.settings["genes"] and (method is not None or of_method):
+        what = next(iter(of_method), "method")
+        raise EspalierError(f"{strategy} chooses the method of the merge and its options by itself; leave out --{what.replace('_', '-')}")
     if of_method:
         if "method" not in content:
             raise EspalierError(f"{next(iter(of_method))} is no option of {strategy}, and there is no method of merging that it could be one of")
@@ -251,7 +254,9 @@ def _open(target: Path, arguments: dict[str, Any], resume: bool) -> None:
 
 def _winner(problem: MergeProblem, select: list[str], finalists: int) -> tuple[Trial, dict[str, float]]:
     """The best trial, or of the best ones the best on other data; and its losses there."""
-    ordered = sorted(problem.trials, key=lambda trial: trial.loss)
+    import math
+
+    ordered = sorted((trial for trial in problem.trials if math.isfinite(trial.loss)), key=lambda trial: trial.loss)
     if not select:
         return ordered[0], {}
     best: dict[str, Trial] = {}
