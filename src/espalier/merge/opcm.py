@@ -21,7 +21,7 @@ def projected(change: torch.Tensor, there: torch.Tensor, alpha: float) -> torch.
     U, S, V = torch.linalg.svd(there, full_matrices=False)
     if not float(S[0]):
         return change
-    k = int((S.cumsum(0) / S.sum() > alpha).int().argmax())
+    k = int((S.cumsum(0) / S.sum() <= alpha).sum()) if alpha < 1 else len(S)
     C = U.mT @ change @ V.mT
     diagonal = torch.diag(C.diagonal().clone())
     removed = diagonal

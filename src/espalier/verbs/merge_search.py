@@ -116,7 +116,7 @@ def merge_search(
     recipe = merge_recipe.Recipe.of(space.at([0.5] * len(space.genes)), where)
     arguments = {
         "strategy": strategy, "options": own, "budget": budget, "seed": seed, "data": data, "select": select, "finalists": finalists, "content": content,
-        "relative": relative, "sequence_length": sequence_length, "micro_batch_size": micro_batch_size,
+        "relative": relative, "sequence_length": sequence_length, "micro_batch_size": micro_batch_size, "device": device,
         "files": [open_source(name).identity() for name in [*data, *select]] + [_files(path) for path in [opened.like.path, *(m.path for m in opened.members)]],
     }  # fmt: skip
     _open(target, arguments, resume)
