@@ -202,7 +202,7 @@ def test_the_loss_with_smoothed_labels_and_its_gradients_are_those_of_torch(coun
     hidden, weight, bias, targets = problem(count, 30, seed)
     leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
     expected = functional.cross_entropy(hidden @ weight.T + bias, targets, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing) * 0.5
-    found = chunked_cross_entropy(hidden, targets, lambda x: x @ weight.T + bias, [weight, bias], 0.5, chunk, smoothing)
+    found = chunked_cross_entropy(hidden, targets, lambda x: x @ weight.T + bias, [weight, bias], 0.5, chunk, label_smoothing=smoothing)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -212,7 +212,7 @@ def test_the_loss_with_smoothed_labels_and_its_gradients_are_those_of_torch(coun
 def test_confidence_is_the_sum_of_the_largest_probabilities_of_targets(smoothing: float) -> None:
     hidden, weight, bias, targets = problem(40, 30)
     confidence = torch.zeros((), dtype=torch.float64)
-    chunked_cross_entropy(hidden, targets, lambda x: x @ weight.T + bias, [], 1.0, 7, smoothing, confidence)
+    chunked_cross_entropy(hidden, targets, lambda x: x @ weight.T + bias, [], 1.0, 7, label_smoothing=smoothing, confidence=confidence)
     expected = (hidden @ weight.T + bias).softmax(-1).amax(-1)[targets != IGNORED].sum()
     assert float(confidence) == pytest.approx(float(expected), rel=1e-6)
 
@@ -236,7 +236,7 @@ def test_smoothed_labels_take_no_more_memory() -> None:
     made = []
     for smoothing in (0.0, 0.1):
         with _Largest(10 * 500) as counted:
-            chunked_cross_entropy(hidden.requires_grad_(), targets, lambda x: x @ weight.T + bias, [], 1.0, 10, smoothing)
+            chunked_cross_entropy(hidden.requires_grad_(), targets, lambda x: x @ weight.T + bias, [], 1.0, 10, label_smoothing=smoothing)
         made.append(counted.made)
     assert made[0] == made[1] > 0
 

@@ -102,7 +102,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunked_cross_entropy(
-    hidden: torch.Tensor, targets: torch.Tensor, project: Project, leaves: Sequence[torch.Tensor], scale: float, chunk: int,
+    hidden: torch.Tensor, targets: torch.Tensor, project: Project, leaves: Sequence[torch.Tensor], scale: float, chunk: int, *,
     entropy: bool = False, label_smoothing: float = 0.0, confidence: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """``scale`` times the sum of the cross-entropies of ``targets``, or of the entropies of the predictions there.

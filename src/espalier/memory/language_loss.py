@@ -41,7 +41,9 @@ class LanguageLoss:
         if rows is not None:
             hidden = hidden[rows]
         project, leaves = head_of(self)  # type: ignore[arg-type]
-        return chunked_cross_entropy(hidden, targets, project, leaves, scale, self.espalier_chunk, entropy, label_smoothing, confidence)
+        return chunked_cross_entropy(
+            hidden, targets, project, leaves, scale, self.espalier_chunk, entropy=entropy, label_smoothing=label_smoothing, confidence=confidence
+        )
 
 
 _made: dict[Any, Any] = {}
