@@ -23,8 +23,11 @@ from espalier.errors import EspalierError
 from espalier.kernels.merging import Between, elect
 from espalier.kernels.philox import Stream
 
-PIECE = 1 << 17
-"""Numbers of each model in a slice: those of a few models and what is made of them stay in the second-level cache."""
+PIECE = 1 << 19
+"""Numbers of each model in a slice, at most: enough that the interpreter does not count, few enough for the third-level cache."""
+
+ROOM = 1 << 23
+"""Numbers in memory for a slice of all models and what they changed, at most: 32 MiB for each thread."""
 
 
 SAMPLE = 1 << 15
@@ -193,7 +196,7 @@ class Parameter(abc.ABC):
 
     def pieces(self) -> Iterator[Piece]:
         """All of it in order, in slices of whole rows."""
-        step = max(PIECE // max(self.columns, 1), 1)
+        step = max(min(PIECE, ROOM // (2 * self.models + 1)) // max(self.columns, 1), 1)
         for start in range(0, self.rows, step):
             yield Piece(self, start, min(start + step, self.rows))
 

@@ -32,6 +32,7 @@ class Between:
     def __init__(self, low: float, high: float, signed: bool = True) -> None:
         self.low, self.high, self.signed, self.counts = low, high, signed, [0, 0, 0]
         self._parts: list[torch.Tensor] = []
+        self._room = torch.empty(0)
 
     def numbers(self) -> torch.Tensor:
         """All that has been gathered, in no order."""
@@ -40,9 +41,10 @@ class Between:
     def add(self, numbers: torch.Tensor) -> None:
         """Go through (n,) float32 numbers."""
         if numbers.is_cpu and (fast := _fast()):
-            room = torch.empty(len(numbers) + 1)
-            *counts, count = fast.between(numbers.numpy(), self.low, self.high, self.signed, room.numpy())
-            inside = room[:count].clone()
+            if len(self._room) <= len(numbers):
+                self._room = torch.empty(len(numbers) + 1)
+            *counts, count = fast.between(numbers.numpy(), self.low, self.high, self.signed, self._room.numpy())
+            inside = self._room[:count].clone()
         else:
             numbers = numbers if self.signed else numbers.abs()
             inside = numbers[(numbers > self.low) & (numbers < self.high)]

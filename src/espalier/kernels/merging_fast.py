@@ -305,7 +305,7 @@ def _compete(updates, low, high, width, exponential, clamped, scores):  # type: 
 
 def _blend(base, clamped, scores, cut, factors, weights, scale, out):  # type: ignore[no-untyped-def]
     """The base plus what PCB-Merging makes of clamped updates and their scores: see ``merging.blend``."""
-    zero = np.float32(0)
+    zero, tiny = np.float32(0), np.float32(1e-12)
     merged, divisor = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     for begin in range(0, len(base), TILE):
         ours, made = base[begin : begin + TILE], out[begin : begin + TILE]
@@ -317,11 +317,12 @@ def _blend(base, clamped, scores, cut, factors, weights, scale, out):  # type: i
             update, score = clamped[m, begin : begin + size], scores[m, begin : begin + size]
             least, factor, weight = cut[m], factors[m], weights[m]
             for i in range(size):
-                share = (max(score[i], least) - least) * factor
+                share = (score[i] - least) * factor if score[i] > least else zero
                 divisor[i] += share
                 merged[i] += update[i] * (share * weight)
         for i in range(size):
-            made[i] = ours[i] + merged[i] / max(divisor[i], np.float32(1e-12)) * scale
+            whole = divisor[i] if divisor[i] > tiny else tiny
+            made[i] = ours[i] + merged[i] / whole * scale
 
 
 _lock = threading.Lock()
