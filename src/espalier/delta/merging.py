@@ -263,11 +263,15 @@ class Parameter(abc.ABC):
         sample = torch.cat([scores(piece).flatten(1).clone() for piece in self.sampled()], -1)
         return thresholds(lambda: (scores(piece).flatten(1) for piece in self.pieces()), sample, counts, self.numel)
 
-    def ratio(self, over: Callable[[Piece], torch.Tensor], under: Callable[[Piece], torch.Tensor]) -> torch.Tensor:
-        """Sums of scores of each model, one over the other: (models, 1, 1); 1 where one of them is as good as zero."""
+    def ratio(self, kept: Callable[[Piece], torch.Tensor]) -> torch.Tensor:
+        """The sum of magnitudes of each model's updates, over that of what is ``kept`` of them: (models, 1, 1).
+
+        1 where one of them is as good as zero.
+        """
         sums = torch.zeros(2, self.models, dtype=torch.float64)
         for piece in self.pieces():
-            sums += torch.stack([over(piece), under(piece)]).flatten(2).sum(-1, dtype=torch.float64).cpu()
+            for place, make in enumerate((lambda piece: piece.updates, kept)):
+                sums[place] += torch.abs(make(piece), out=piece.spare).sum(-1).double().sum(-1).cpu()
         found = torch.where((sums > 1e-7).all(0), sums[0] / sums[1].clamp_min(1e-7), 1.0)
         return found.float().to(self.device)[:, None, None]
 

@@ -47,5 +47,5 @@ def dare(
 
     if rescale != "norm":
         return merged_changes(parameter, keep, elect, normalize)
-    ratio = parameter.ratio(lambda piece: piece.updates.abs(), lambda piece: keep(piece).abs())
+    ratio = parameter.ratio(keep)
     return merged_changes(parameter, lambda piece: keep(piece).mul_(ratio), elect, normalize)

@@ -53,5 +53,5 @@ def della(
 
     if rescale != "norm":
         return merged_changes(parameter, keep, elect, normalize)
-    ratio = parameter.ratio(lambda piece: piece.updates.abs(), lambda piece: keep(piece).abs())
+    ratio = parameter.ratio(keep)
     return merged_changes(parameter, lambda piece: keep(piece).mul_(ratio), elect, normalize)
