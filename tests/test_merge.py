@@ -798,3 +798,13 @@ def test_the_mean_of_deltas_needs_no_more_than_their_bases_name(models: Path, tm
     apply(str(models / "base"), [made("m")], made("applied"), quiet=True)
     merge(paths(models, "ab"), made("expected"), method="linear", quiet=True)
     assert all(torch.equal(t, tensors(tmp_path / "expected")[n]) for n, t in tensors(tmp_path / "applied").items())
+
+
+def test_the_bundled_model_is_no_folder_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "seedling").mkdir()
+    merge(["seedling", "seedling"], "merged", method="task_arithmetic", model="seedling", quiet=True)
+    content = yaml.safe_load((tmp_path / "merged" / "merge.yaml").read_text())
+    assert content["model"] == "seedling" and [i["path"] for i in content["models"]] == ["seedling", "seedling"]
+    merge(["merged/merge.yaml"], "again", quiet=True)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (tmp_path / "merged" / "model.safetensors").read_bytes()

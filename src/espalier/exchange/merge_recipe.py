@@ -228,7 +228,7 @@ def as_yaml(recipe: Recipe, info: MethodInfo) -> str:
     """The recipe as a file that makes the same model again, from wherever it is run: with every option, and full paths."""
 
     def full(path: str) -> str:
-        return str(Path(path).resolve()) if Path(path).exists() else path
+        return str(Path(path).resolve()) if path != "seedling" and Path(path).exists() else path
 
     content = recipe.model_dump(exclude_defaults=True, mode="json")
     content["options"] = {k: [full(v) if isinstance(v, str) else v for v in vs] if isinstance(vs, list) else vs for k, vs in _options(recipe, info).items()}
