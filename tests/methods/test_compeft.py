@@ -223,13 +223,13 @@ def test_alpha_is_chosen_among_the_papers_by_the_lowest_score() -> None:
 
 def test_a_density_out_of_range_is_refused() -> None:
     for density in (0.0, -1, 1.5, math.nan):
-        with pytest.raises(EspalierError, match=r"density is .*; it must be above 0 and at most 1"):
+        with pytest.raises(EspalierError, match=r"density is .*; it must be (above 0 and at most 1|a finite number)"):
             compeft(density=density)
 
 
 def test_an_alpha_that_is_no_scale_is_refused() -> None:
     for alpha in (-1.0, math.nan, math.inf):
-        with pytest.raises(EspalierError, match=r"alpha is (-1.0|nan|inf); it must be a finite number of at least 0"):
+        with pytest.raises(EspalierError, match=r"alpha is (-1.0|nan|inf); it must be a finite number"):
             compeft(alpha=alpha)
 
 

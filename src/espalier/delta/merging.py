@@ -191,9 +191,9 @@ class Parameter(abc.ABC):
             raise EspalierError(NEEDS_BASE)
         return self.one(model).sub_(self.one(None))
 
-    def pieces(self) -> Iterator[Piece]:
-        """All of it in order, in slices of whole rows."""
-        step = max(min(PIECE, ROOM // (2 * self.models + 1)) // max(self.columns, 1), 1)
+    def pieces(self, most: int = PIECE) -> Iterator[Piece]:
+        """All of it in order, in slices of whole rows; of about ``most`` numbers of each model, at most."""
+        step = max(min(most, ROOM // (2 * self.models + 1)) // max(self.columns, 1), 1)
         for start in range(0, self.rows, step):
             yield Piece(self, start, min(start + step, self.rows))
 

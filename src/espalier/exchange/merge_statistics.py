@@ -18,7 +18,7 @@ import torch
 
 from espalier.checkpoint.stream import one_thread_each
 from espalier.delta.compare import Directions, aligned, principal_angles
-from espalier.delta.merging import PIECE, Parameter, Piece
+from espalier.delta.merging import Parameter, Piece
 from espalier.errors import EspalierError
 from espalier.exchange.merging import Item
 from espalier.kernels.philox import Stream
@@ -40,6 +40,9 @@ Counts = dict[str, torch.Tensor]
 - ``aligned``, ``aligned_of`` (n, n): the sum of (u_i . u_j)(v_i . v_j) over dominant singular directions, and how many they are.
 - ``captured``, ``captured_of`` (n,): squared norm in the leading directions, and in all, of the matrices looked at.
 """
+
+SLICE = 1 << 17
+"""Numbers of each model in a slice, as much is made of each in float64."""
 
 DOMINANT = 0.3
 """Singular directions whose value is above this share of the largest are compared (arXiv:2402.04051, gamma)."""
@@ -110,7 +113,7 @@ def _entries(parameter: Parameter, density: float) -> Counts:
     if parameter.has_base:
         found |= square | sums | {"kept_squares": torch.zeros(n, dtype=torch.float64)}
         chosen = parameter.largest([parameter.count(density)] * n)
-    for piece in parameter.pieces():
+    for piece in parameter.pieces(SLICE):
         vectors = piece.models.flatten(1).double()
         for i, j in itertools.combinations(range(n), 2):
             found["apart"][i, j] += (vectors[i] - vectors[j]).square_().sum()
@@ -155,7 +158,7 @@ def leading(parameter: Parameter, of: str, rank: int, squares: Sequence[float], 
         squares: squared norm of each; where it is zero there are no directions.
     """
     rows, columns, n = last - first, parameter.columns, parameter.models
-    step = max(PIECE // columns, 1)
+    step = max(SLICE // columns, 1)
 
     def slices() -> Iterator[tuple[int, torch.Tensor]]:
         for start in range(first, last, step):
