@@ -20,7 +20,7 @@ import torch
 
 from espalier.delta.selection import TOO_LARGE, Chosen, thresholds
 from espalier.errors import EspalierError
-from espalier.kernels.merging import Between, difference, elect, is_finite
+from espalier.kernels.merging import Between, elect
 from espalier.kernels.philox import Stream
 
 PIECE = 1 << 19
@@ -84,9 +84,7 @@ class Piece:
         """What each model changed: (models, rows, columns)."""
         origin, made = self.origin, self._room[1 : 1 + self._parameter.models]
         for model, row in enumerate(made):
-            stored = self._parameter.stored(model, self._begin, self._stop)
-            if not difference(stored, origin, row):
-                self._parameter.refuse(model, stored)
+            self._read(model, row).sub_(origin)
         return made
 
     @property
@@ -96,6 +94,11 @@ class Piece:
 
     def _read(self, model: int | None, out: torch.Tensor) -> torch.Tensor:
         return self._parameter.read(model, self._begin, self._stop, out)
+
+
+def is_finite(numbers: torch.Tensor) -> bool:
+    """Whether all floating point numbers are finite; where their sum is, they are, and that is found out sooner."""
+    return math.isfinite(float(numbers.sum())) or bool(numbers.isfinite().all())
 
 
 _rooms = threading.local()

@@ -23,13 +23,12 @@ from espalier.checkpoint.directory import INDEX, SINGLE, ModelDirectory, read_js
 from espalier.checkpoint.relaid import Relaid
 from espalier.checkpoint.safetensors_file import DTYPES, SafetensorsWriter, tensor_bytes, torch_dtype
 from espalier.checkpoint.stream import one_thread_each
-from espalier.delta.merging import Combine, Parameter, Whole
+from espalier.delta.merging import Combine, Parameter, Whole, is_finite
 from espalier.delta.store import FILES, Delta
 from espalier.errors import EspalierError
 from espalier.exchange import materialize
 from espalier.exchange.composition import Output, outputs, seen_by
 from espalier.exchange.difference import source_of
-from espalier.kernels.merging import is_finite
 from espalier.registry import MethodInfo
 
 Rows = Callable[[int, int], torch.Tensor]

@@ -12,9 +12,6 @@ from typing import Any
 
 import torch
 
-_loaded: list[Any] = []
-"""The compiled loops, once they have been asked for."""
-
 
 @functools.cache
 def _fast() -> Any:
@@ -23,25 +20,7 @@ def _fast() -> Any:
     except ImportError:
         warnings.warn("numba is not installed, so merging runs without its compiled loops, some times slower; pip install 'espalier[fast]'")
         return None
-    _loaded.append(merging_fast)
     return merging_fast
-
-
-def is_finite(numbers: torch.Tensor) -> bool:
-    """Whether all floating point numbers are finite; where their sum is, they are, and that is found out sooner."""
-    return math.isfinite(float(numbers.sum())) or bool(numbers.isfinite().all())
-
-
-def difference(stored: torch.Tensor, base: torch.Tensor, out: torch.Tensor) -> bool:
-    """Put stored numbers, in any dtype, less the float32 ``base`` into ``out``; whether what is stored is finite.
-
-    In one go for bf16, where another loop has been compiled; only for this it would not be worth it.
-    """
-    if _loaded and stored.dtype == torch.bfloat16 and out.is_cpu:
-        return bool(_loaded[0].difference(stored.view(-1).view(torch.uint16).numpy(), base.view(-1).numpy(), out.view(-1).numpy()))
-    finite = is_finite(out.copy_(stored))
-    out.sub_(base)
-    return finite
 
 
 class Between:

@@ -15,22 +15,6 @@ TILE = 1024
 """Numbers that are worked on at a time: what is made of them stays in the first-level cache."""
 
 
-def _difference(stored, base, out):  # type: ignore[no-untyped-def]
-    """bf16 numbers, by their bits, less float32 numbers; whether the former are finite."""
-    wrong = np.int32(0)
-    bits = np.empty(TILE, np.int32)
-    numbers = bits.view(np.float32)
-    for begin in range(0, len(stored), TILE):
-        theirs, ours, made = stored[begin : begin + TILE], base[begin : begin + TILE], out[begin : begin + TILE]
-        for i in range(len(theirs)):
-            own = np.int32(theirs[i])
-            bits[i] = own << np.int32(16)
-            wrong |= np.int32((own & np.int32(0x7F80)) == np.int32(0x7F80))
-        for i in range(len(theirs)):
-            made[i] = numbers[i] - ours[i]
-    return wrong == 0
-
-
 LANES = 256
 """Numbers that are compared at once."""
 
@@ -363,7 +347,6 @@ def _compiled(loop, signature):  # type: ignore[no-untyped-def]
     return call
 
 
-difference = _compiled(_difference, "boolean(uint16[::1], float32[::1], float32[::1])")
 between = _compiled(_between, "UniTuple(int64, 4)(float32[::1], float32, float32, boolean, float32[::1])")
 elect = _compiled(
     _elect,
