@@ -3,7 +3,7 @@
     python benchmarks/merge_quality.py --out runs/merge_quality [--tasks 2,3,4,5,6] [--steps 300] [--threads 2] [--quick]
 
 The tasks, all made from the standard library of the running Python: the source of three packages that seedling has not
-seen (asyncio, email, xml), documentation (the docstrings alone), bytecode (listings of ``dis``) and trees (``ast.dump``).
+seen (asyncio, email, xml), documentation (docstrings as the entries of a manual in reStructuredText), bytecode (listings of ``dis``) and trees (``ast.dump``).
 Files are shared out by a hash of their name: about 70 % to train on, 15 % to choose hyperparameters by (valid), 15 % to
 measure on (test). Every fine-tune trains all parameters.
 
@@ -29,6 +29,7 @@ import re
 import shutil
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,9 +96,15 @@ def _listings(source: str) -> str:
     return re.sub(r" at 0x[0-9a-f]+, file \"module\", line \d+", "", out.getvalue())
 
 
-def _docstrings(tree: ast.Module) -> str:
-    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
-    found = [text for node in nodes if (text := ast.get_docstring(node)) and len(text) > 80]
+def _documentation(name: str, tree: ast.Module) -> str:
+    """The docstrings as the entries of a reference manual in reStructuredText."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+            what = {ast.Module: "module", ast.ClassDef: "class", ast.FunctionDef: "function"}[type(node)]
+            title = name.removesuffix(".py").replace("/", ".") if isinstance(node, ast.Module) else node.name
+            arguments = f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef) else ""
+            found.append(f".. {what}:: {title}{arguments}\n\n" + textwrap.indent(text, "   "))
     return "\n\n".join(found)
 
 
@@ -119,7 +126,7 @@ def documents(task: str) -> Iterator[tuple[str, str]]:
                 yield name, source
             continue
         tree = ast.parse(source)
-        text = {"bytecode": lambda s=source: _listings(s), "documentation": lambda t=tree: _docstrings(t), "trees": lambda t=tree: _trees(t)}[task]()
+        text = {"bytecode": lambda s=source: _listings(s), "documentation": lambda n=name, t=tree: _documentation(n, t), "trees": lambda t=tree: _trees(t)}[task]()
         if len(text) > 500:
             yield name, text[:12000]
 
