@@ -7,6 +7,7 @@ Standard output is left to results.
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -129,3 +130,12 @@ class Display:
 
 def _joined(fields: dict[str, Any]) -> str:
     return "  ".join(f"{name} {value}" for name, value in fields.items())
+
+
+def json_of(value: Any) -> Any:
+    """A result as JSON has it, in which numbers that are not finite are null."""
+    if isinstance(value, dict):
+        return {key: json_of(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_of(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import re
 import sys
 import types
@@ -20,6 +19,7 @@ from typing import Any, Literal, get_args, get_origin
 import click
 
 from espalier import registry
+from espalier.display import json_of
 from espalier.errors import EspalierError, suggestion
 
 Verb = Callable[..., Any]
@@ -109,15 +109,6 @@ def _read_config(path: str, allowed: set[str]) -> dict[str, Any]:
     return values
 
 
-def _plain(value: Any) -> Any:
-    """A result as JSON has it, in which numbers that are not finite are null."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def command(
     verb: Verb,
     show: Callable[[Any], None],
@@ -171,7 +162,7 @@ def command(
                 given[name] = registry.coerce(f"--{name.replace('_', '-')}", parameter.annotation, given[name])
         result = verb(**given)
         if as_json:
-            print(json.dumps(_plain(result), indent=1, allow_nan=False))
+            print(json.dumps(json_of(result), indent=1, allow_nan=False))
         else:
             show(result)
         sys.stdout.flush()

@@ -301,15 +301,6 @@ def _number(value: float | None) -> str:
     return f"{value:.3f}" if 0.001 <= abs(value) < 1000 or value == 0 else f"{value:.1e}"
 
 
-def as_json(value: Any) -> Any:
-    """What JSON can hold of a report: a loss that is no number is null."""
-    if isinstance(value, dict):
-        return {key: as_json(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [as_json(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def page(report: Mapping[str, Any], plots: Sequence[str]) -> str:
     """The report as Markdown, with links to the plots."""
     of = f"changes of {report['base']}" if report["base"] is not None else "the models themselves"

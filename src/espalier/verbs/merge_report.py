@@ -56,7 +56,7 @@ def merge_report(
     import torch
 
     from espalier.checkpoint.atomic import atomic_directory, refuse_existing
-    from espalier.display import Display
+    from espalier.display import Display, json_of
     from espalier.errors import EspalierError, at_least
     from espalier.exchange import merge_line, merge_plan, merge_plots, merge_recipe, merge_statistics
     from espalier.exchange import merge_report as reports
@@ -106,7 +106,7 @@ def merge_report(
                 plots = [f"plots/{name}" for name in merge_plots.write(report, folder / "plots")]
             else:
                 display.warn("no plots: they need matplotlib; pip install 'espalier[plot]'")
-            (folder / "report.json").write_text(json.dumps(reports.as_json(report), indent=1) + "\n", encoding="utf-8")
+            (folder / "report.json").write_text(json.dumps(json_of(report), indent=1) + "\n", encoding="utf-8")
             (folder / "report.md").write_text(reports.page(report, plots), encoding="utf-8")
         display.note(f"the report is in {out}")
     return report
