@@ -32,7 +32,7 @@ from espalier.delta.merging import Combination, Parameter
 from espalier.delta.store import Delta, Layout
 from espalier.errors import EspalierError, at_least
 from espalier.exchange import conversion
-from espalier.exchange.merge_recipe import Recipe, block_of, settings
+from espalier.exchange.merge_recipe import Recipe, block_of, checker, require_fitting, settings
 from espalier.exchange.merging import Method
 from espalier.memory.meter import available_memory
 
@@ -219,19 +219,12 @@ def _settings(recipe: Recipe, names: Mapping[str, None], blocks: int) -> Callabl
         EspalierError: for an entry of ``parameters`` that fits no parameter.
     """
     info = registry.find(recipe.method, "merger")
-    for number, override in enumerate(recipe.parameters):
-        if not any(override.fits(name, 0) for name in names):
-            about = override.model_dump(include={"names", "layers", "part"}, exclude_none=True)
-            raise EspalierError(f"parameters.{number}: no parameter of the deltas fits {about}")
-
-    @functools.cache
-    def checked(text: str) -> dict[str, Any]:
-        options: dict[str, Any] = registry.options_of(recipe.method, "merger", json.loads(text))[1]
-        return options
+    require_fitting(recipe, [(name, 0) for name in names], "parameter of the deltas")
+    checked = checker(recipe.method)
 
     def of(name: str) -> tuple[list[float], float, dict[str, Any]]:
         weights, scale, options = settings(recipe, info, name, 0, [(0, blocks)])
-        return weights, scale, checked(json.dumps({k: v for k, v in options.items() if v is not None}, sort_keys=True, default=str))
+        return weights, scale, checked(options)
 
     return of
 

@@ -5,7 +5,6 @@ What does not fit is refused here, before anything is written.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import re
@@ -24,7 +23,7 @@ from espalier.delta import store
 from espalier.errors import EspalierError
 from espalier.exchange import difference, vocabulary
 from espalier.exchange import recipe as recipes
-from espalier.exchange.merge_recipe import Recipe, block_of, in_block, settings
+from espalier.exchange.merge_recipe import Recipe, block_of, checker, in_block, require_fitting, settings
 from espalier.exchange.merging import Aligned, Changed, Item, Member, Model
 
 _DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -181,18 +180,15 @@ def items(recipe: Recipe, models: Opened) -> tuple[list[Item], vocabulary.Alignm
     alignment = vocabulary.align(recipe.vocabulary, models.like, models.members)
     slots, spans = _slots(recipe, models)
     info = registry.find(recipe.method, "merger")
-    for number, override in enumerate(recipe.parameters):
-        if not any(override.fits(slot.name, slot.part) for slot in slots):
-            about = override.model_dump(include={"names", "layers", "part"}, exclude_none=True)
-            raise EspalierError(f"parameters.{number}: no tensor of the new model fits {about}")
-    checked = functools.lru_cache(maxsize=None)(lambda text: registry.options_of(recipe.method, "merger", json.loads(text))[1])
+    require_fitting(recipe, [(slot.name, slot.part) for slot in slots], "tensor of the new model")
+    checked = checker(recipe.method)
     made = []
     for slot in slots:
         try:
             weights, scale, options = settings(recipe, info, slot.name, slot.part, spans)
             taking = [i for i, _ in slot.sources]
             options = {k: [v[i] for i in taking] if isinstance(v, list) and len(v) == len(models.members) else v for k, v in options.items()}
-            options = checked(json.dumps({k: v for k, v in options.items() if v is not None}, sort_keys=True, default=str))
+            options = checked(options)
             made.append(_item(recipe, models, alignment, slot, [weights[i] for i in taking], scale, options))
         except EspalierError as error:
             raise EspalierError(f"{slot.name}: {error}") from error

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from espalier import registry
 from espalier.anatomy.parameters import BLOCK
 from espalier.errors import EspalierError
 from espalier.registry import MethodInfo
@@ -218,6 +221,43 @@ def settings(recipe: Recipe, info: MethodInfo, name: str, part: int, spans: Sequ
         scale = scale if override.scale is None else _value(override.scale, inside)
         change_all(override.options, inside)
     return [float(weight) for weight in weights], float(scale), options
+
+
+def require_fitting(recipe: Recipe, tensors: Sequence[tuple[str, int]], what: str) -> None:
+    """Refuse an entry of ``parameters`` that is about nothing.
+
+    Args:
+        tensors: name and part of everything that is merged.
+        what: they are, for the message.
+
+    Raises:
+        EspalierError: naming the entry.
+    """
+    for number, override in enumerate(recipe.parameters):
+        if not any(override.fits(name, part) for name, part in tensors):
+            about = override.model_dump(include={"names", "layers", "part"}, exclude_none=True)
+            raise EspalierError(f"parameters.{number}: no {what} fits {about}")
+
+
+def checker(method: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """What checks a method's options; equal ones, as most tensors have, once."""
+
+    @functools.cache
+    def checked(text: str) -> dict[str, Any]:
+        options: dict[str, Any] = registry.options_of(method, "merger", json.loads(text))[1]
+        return options
+
+    return lambda options: checked(json.dumps({k: v for k, v in options.items() if v is not None}, sort_keys=True, default=str))
+
+
+def given_options(method: str, options: Mapping[str, Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """A method and the options that were given for it; a list of one value is that value, for all models.
+
+    Raises:
+        EspalierError: for an option that it does not have.
+    """
+    function, own = registry.options_of(method, "merger", dict(options))
+    return function, {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in own.items()}
 
 
 def _options(recipe: Recipe, info: MethodInfo) -> dict[str, Any]:

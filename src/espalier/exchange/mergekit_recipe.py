@@ -8,9 +8,11 @@ the tensor's name. Ours: of several overrides the last one says; so they are wri
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from espalier.errors import EspalierError, suggestion
+from espalier.exchange import merge_recipe
 
 _TOP = {
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer",
@@ -49,6 +51,16 @@ _NEEDS_WEIGHT = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"
 _SWITCHES = ("normalize", "rescale", "per")
 _OF_ONE_MODEL = ("weight", "density", "gamma", "epsilon", "scale")
 """What mergekit looks up for each model; it would pass over anything else that is said of one."""
+
+
+def read(where: str) -> dict[str, Any]:
+    """The entries of a recipe file; one of mergekit's is translated.
+
+    Raises:
+        EspalierError: when it cannot be read, or has no equivalent.
+    """
+    content = merge_recipe.read(Path(where))
+    return translated(content, where) if is_mergekit(content) else content
 
 
 def is_mergekit(content: Mapping[str, Any]) -> bool:

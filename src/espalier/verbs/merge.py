@@ -84,9 +84,7 @@ def merge(
         where = models[0]
         if weights is not None:
             raise EspalierError(f"{where} says the weights of its models; --weights is for models on the command line")
-        content = merge_recipe.read(Path(where))
-        if mergekit_recipe.is_mergekit(content):
-            content = mergekit_recipe.translated(content, where)
+        content = mergekit_recipe.read(where)
     else:
         if method is None:
             names = ", ".join(info.name for info in registry.methods() if info.role == "merger")
@@ -98,8 +96,8 @@ def merge(
     given |= {"vocabulary": vocabulary, "to": to, "shard_size": shard_size, "space": space, "rank": rank}
     content |= {key: str(value) if key == "model" else value for key, value in given.items() if value is not None}
     recipe = merge_recipe.Recipe.of(content, where)
-    function, own = registry.options_of(recipe.method, "merger", options)
-    recipe.options |= {key: value[0] if isinstance(value, list) and len(value) == 1 else value for key, value in own.items()}
+    function, own = merge_recipe.given_options(recipe.method, options)
+    recipe.options |= own
     info = registry.find(recipe.method, "merger")
     how = merging.Method.of(info, function)
     if recipe.space or recipe.rank is not None or (recipe.to == "delta" and merge_deltas.is_of_deltas(recipe)):

@@ -103,8 +103,7 @@ def merge_search(
     if of_method:
         if "method" not in content:
             raise EspalierError(f"{next(iter(of_method))} is no option of {strategy}, and there is no method of merging that it could be one of")
-        given = registry.options_of(content["method"], "merger", of_method)[1]
-        given = {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in given.items()}
+        given = merge_recipe.given_options(content["method"], of_method)[1]
         content["options"] = {**(content.get("options") or {}), **given}
     content.setdefault("method", "linear")  # the strategy takes its own
     opened = merge_plan.opened(_alike(content, where))
@@ -176,17 +175,14 @@ def _listed(given: list[str] | str) -> list[str]:
 
 def _content(models: list[str], method: str | None, model: str | None, any_base: bool, seed: int, genes: bool) -> tuple[str, dict[str, Any]]:
     """What the recipe says, or a recipe of the models on the command line, and where that is from."""
-    from pathlib import Path
 
     from espalier.errors import EspalierError
-    from espalier.exchange import merge_recipe, mergekit_recipe
+    from espalier.exchange import mergekit_recipe
 
     where = "the command line"
     if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
         where = models[0]
-        content = merge_recipe.read(Path(where))
-        if mergekit_recipe.is_mergekit(content):
-            content = mergekit_recipe.translated(content, where)
+        content = mergekit_recipe.read(where)
         if not isinstance(content.get("models"), list) or not content["models"]:
             raise EspalierError(f"{where}: models: it must be a list of models (it is {str(content.get('models'))[:80]})")
         if content.get("to", "model") != "model" or content.get("space"):
