@@ -72,12 +72,23 @@ def merge(name: str, base: torch.Tensor | None, models: Sequence[torch.Tensor], 
     return merge_all(name, {"w": base} if base is not None else None, [{"w": model} for model in models], **keywords)["w"]
 
 
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint."""
+    directory = ModelDirectory(folder)
+    return {name: directory.read(name) for name in directory}
+
+
+def checkpoint(folder: Path, content: Tensors, config: Mapping[str, Any] | None = None) -> Path:
+    """A checkpoint of these tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / "model.safetensors", dict(content))
+    (folder / "config.json").write_text(json.dumps(config or {"model_type": "llama"}))
+    return folder
+
+
 def save(folder: Path, tensors: Tensors) -> Model:
     """A directory with these tensors, as a member of a merge."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"model_type": "none"}))
-    write_safetensors(folder / "model.safetensors", dict(tensors))
-    directory = ModelDirectory(folder)
+    directory = ModelDirectory(checkpoint(folder, tensors, {"model_type": "none"}))
     return Model(directory, directory)
 
 

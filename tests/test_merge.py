@@ -15,10 +15,11 @@ import pytest
 import torch
 import yaml
 from families import tiny, tokens
+from mergers import checkpoint as save
+from mergers import tensors
 
 from espalier import registry
 from espalier.checkpoint.directory import ModelDirectory
-from espalier.checkpoint.safetensors_file import write_safetensors
 from espalier.delta import store
 from espalier.errors import EspalierError
 from espalier.exchange import merge_plan
@@ -32,19 +33,6 @@ METHODS = [info.name for info in MERGERS if "statistics" not in [h.name for h in
 ONE, TWO = ("passthrough", "nearswap", "wise_ft"), ("slerp",)
 NEEDED = {"metrics_weighted": {"metrics": [1.0, 2.0, 3.0]}}
 Tensors = dict[str, torch.Tensor]
-
-
-def tensors(folder: Path) -> Tensors:
-    directory = ModelDirectory(folder)
-    return {name: directory.read(name) for name in directory}
-
-
-def save(folder: Path, content: Tensors, config: dict[str, Any] | None = None) -> Path:
-    """A checkpoint of these tensors."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / "model.safetensors", content)
-    (folder / "config.json").write_text(json.dumps(config or {"model_type": "llama"}))
-    return folder
 
 
 def same(one: Path, other: Path) -> bool:

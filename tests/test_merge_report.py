@@ -14,11 +14,11 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES, config, tiny
-from mergers import Held
+from mergers import Held, tensors
+from mergers import checkpoint as save
 
 from espalier.anatomy.parameters import parameters, role_of
 from espalier.checkpoint.directory import ModelDirectory, resolve_model
-from espalier.checkpoint.safetensors_file import write_safetensors
 from espalier.errors import EspalierError
 from espalier.exchange import merge_line, merge_plan, merge_plots, merge_statistics
 from espalier.exchange.live_merge import Live
@@ -31,18 +31,6 @@ from espalier.verbs.merge_report import merge_report
 
 Tensors = dict[str, torch.Tensor]
 TEXT = "def double(x):\n    return 2 * x\n" * 12
-
-
-def tensors(folder: Path) -> Tensors:
-    directory = ModelDirectory(folder)
-    return {name: directory.read(name) for name in directory}
-
-
-def save(folder: Path, content: Tensors, settings: dict[str, Any] | None = None) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / "model.safetensors", content)
-    (folder / "config.json").write_text(json.dumps(settings or {"model_type": "llama"}))
-    return folder
 
 
 @pytest.fixture(scope="module")
