@@ -38,30 +38,32 @@ from typing import Any
 from common import RESULTS, machine, table, write_result
 
 TASKS = ("asyncio", "bytecode", "email", "documentation", "xml", "trees")
-EFFORT = 6
-SCALES = (0.3, 0.5, 0.7, 1.0, 1.4, 2.0)
+EFFORT = 8
+SCALES = (0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 3.0)
+SMALL = (0.2, 0.4, 0.7, 1.0)
+LARGE = (0.4, 0.7, 1.0, 1.4)
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "linear": [{}],
-    "task_arithmetic": [{"scale": s} for s in (0.2, 0.3, 0.4, 0.6, 0.8, 1.0)],
-    "ties": [{"density": d, "scale": s} for d in (0.2, 0.5) for s in (0.7, 1.0, 1.4)],
-    "dare": [{"density": d, "scale": s} for d in (0.5, 0.8) for s in (0.3, 0.5, 0.8)],
-    "dare (ties)": [{"density": d, "scale": s, "elect": "mass"} for d in (0.5, 0.8) for s in (0.5, 0.8, 1.2)],
-    "della (ties)": [{"density": d, "scale": s, "elect": "mass"} for d in (0.5, 0.8) for s in (0.5, 0.8, 1.2)],
-    "breadcrumbs": [{"density": d, "scale": s} for d in (0.5, 0.9) for s in (0.3, 0.5, 0.8)],
-    "pcb": [{"density": d, "scale": s} for d in (0.1, 0.3) for s in (1.0, 1.4, 2.0)],
+    "task_arithmetic": [{"scale": s} for s in (0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)],
+    "ties": [{"density": d, "scale": s} for d in (0.2, 0.5) for s in LARGE],
+    "dare": [{"density": d, "scale": s} for d in (0.5, 0.8) for s in SMALL],
+    "dare (ties)": [{"density": d, "scale": s, "elect": "mass"} for d in (0.5, 0.8) for s in LARGE],
+    "della (ties)": [{"density": d, "scale": s, "elect": "mass"} for d in (0.5, 0.8) for s in LARGE],
+    "breadcrumbs": [{"density": d, "scale": s} for d in (0.5, 0.9) for s in SMALL],
+    "pcb": [{"density": d, "scale": s} for d in (0.1, 0.3) for s in SMALL],
     "model_stock": [{"scale": s} for s in SCALES],
-    "sce": [{"density": d, "scale": s} for d in (0.2, 1.0) for s in (0.7, 1.0, 1.4)],
+    "sce": [{"density": d, "scale": s} for d in (0.2, 1.0) for s in LARGE],
     "karcher": [{}],
     "multislerp": [{}],
-    "fisher": [{"floor": f, "normalize": n} for f in (1e-10, 1e-8, 1e-6) for n in (False, True)],
-    "regmean": [{"alpha": a} for a in (0.1, 0.5, 0.9, 0.95, 0.99, 1.0)],
-    "opcm": [{"alpha": a, "scale": s} for a in (0.3, 0.5) for s in (1.0, 1.4, 2.0)],
+    "fisher": [{"floor": f, "normalize": n} for f in (1e-12, 1e-10, 1e-8, 1e-6) for n in (False, True)],
+    "regmean": [{"alpha": a} for a in (0.1, 0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 1.0)],
+    "opcm": [{"alpha": a, "scale": s} for a in (0.3, 0.5) for s in LARGE],
 }
 """Settings that each method may try; scale multiplies the merged change."""
 OPEN = {"search": [0, 1.2]}
 SEARCHES: dict[str, dict[str, Any]] = {
-    "greedy_soup": {},
-    "cma of task_arithmetic": {"budget": 40},
+    "greedy_soup": {"relative": True},
+    "cma of task_arithmetic": {"budget": 40, "relative": True},
     "adamerging": {"budget": 40, "learning_rate": 0.02, "sequences": 4},
     "frank_wolfe": {"budget": 10},
 }
