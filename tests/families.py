@@ -6,11 +6,16 @@ nearly uniform and biases are zero, and a test that mixes up two heads would pas
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
+
+from espalier.anatomy.parameters import parameters
+from espalier.calibrate.statistics import STATISTICS
 
 VOCABULARY = 96
 HIDDEN = 32
@@ -100,3 +105,21 @@ def tiny(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
 def tokens(rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
     """Random token ids without special ones, (rows, length)."""
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def statistics_of(model: torch.nn.Module, seed: int = 7) -> Callable[[str, str], torch.Tensor]:
+    """Statistics, as ``attach`` takes them, of random inputs whose features differ in size."""
+    targets = {target.name: target for target in parameters(model)}
+
+    def statistic(name: str, which: str) -> torch.Tensor:
+        target = targets[name]
+        generator = torch.Generator().manual_seed(seed)
+        made = []
+        for _ in range(math.prod(target.lead)):
+            rows = torch.randn(64, target.inputs, generator=generator) * torch.linspace(2, 0.1, target.inputs)
+            sums = STATISTICS[which]((target.inputs,), 32, torch.device("cpu"))
+            sums.add(rows.double())
+            made.append(sums.result())
+        return torch.stack(made).reshape(*target.lead, *made[0].shape)
+
+    return statistic

@@ -21,7 +21,7 @@ FLOORS = (
     ("bundled", "anatomy"),
     ("data", "delta"),
     ("attach", "memory"),
-    ("calibrate",),
+    ("calibrate", "budget"),
     registry.ROOMS,
     ("train", "evaluate", "exchange"),
     ("plan",),

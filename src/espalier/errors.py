@@ -26,6 +26,16 @@ def at_least(name: str, value: float, least: float) -> None:
         raise EspalierError(f"{name} is {value!r}; it must be at least {least}")
 
 
+def within(name: str, value: float, least: float, most: float) -> None:
+    """Refuse ``value`` outside ``[least, most]``, naming the option.
+
+    Raises:
+        EspalierError: when it is not between them.
+    """
+    if not least <= value <= most:
+        raise EspalierError(f"{name} is {value!r}; it must be from {least} to {most}")
+
+
 def one_of(name: str, value: object, allowed: tuple[object, ...] | list[object]) -> None:
     """Refuse ``value`` that is not among ``allowed``, listing them.
 

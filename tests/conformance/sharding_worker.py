@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def run(method: str, family: str, targets: str, folder: Path, rank: int) -> dict[str, float]:
     """Two steps in both ways; the largest differences of the losses and of the saved tensors."""
-    from families import tiny
+    from families import statistics_of, tiny
 
     from espalier.attach.attachment import attach, trainable_parameters
     from espalier.checkpoint.safetensors_file import read_safetensors
@@ -43,7 +43,7 @@ def run(method: str, family: str, targets: str, folder: Path, rank: int) -> dict
     distributed.barrier()
     results = []
     for model, mine in ((whole, x), (sharded, x[rank * 2 : rank * 2 + 2])):
-        attach(model, method, targets=targets, seed=3)
+        attach(model, method, targets=targets, seed=3, statistics=statistics_of(model))
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
             for p in trainable_parameters(model).values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from espalier.anatomy.target import Target
 from espalier.attach.method import Adapter, Tensors
 from espalier.delta.forms import LowRank
-from espalier.errors import at_least
+from espalier.errors import EspalierError, at_least
 from espalier.kernels.philox import Stream
 from espalier.registry import adapter
 
@@ -31,9 +32,13 @@ class LoRA(Adapter):
     """the update is multiplied by alpha / rank"""
     scaling: Literal["standard", "rank-stabilized"] = "standard"
     """alpha / rank, or alpha / sqrt(rank)"""
+    ratio: float = 1.0
+    """learning rate of B over that of A (LoRA+, arXiv:2402.12354, takes 16)"""
 
     def check(self) -> None:
         at_least("rank", self.rank, 1)
+        if not 0 < self.ratio < math.inf:
+            raise EspalierError(f"ratio is {self.ratio!r}; it must be more than 0 and finite")
 
     def start(self, target: Target, weight: torch.Tensor, stream: Stream) -> Tensors:
         return {
@@ -46,6 +51,9 @@ class LoRA(Adapter):
 
     def update(self, part: Any, context: Any) -> LowRank:
         return LowRank(part.B, part.A, part.gain)
+
+    def optimizer_options(self) -> Mapping[str, Mapping[str, float]]:
+        return {} if self.ratio == 1 else {"B": {"rate": self.ratio}}
 
     def count(self, target: Target) -> int:
         return math.prod(target.lead) * self.rank * (target.outputs + target.inputs)

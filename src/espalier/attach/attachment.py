@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,9 @@ from espalier.delta.forms import Update
 from espalier.delta.gather import by_parameter
 from espalier.errors import EspalierError
 from espalier.kernels.philox import Stream
+
+Statistics = Callable[[str, str], torch.Tensor]
+"""From the name or site of a parameter, and that of a statistic, to its value."""
 
 
 @dataclass
@@ -116,6 +120,7 @@ def attach(
     seed: int = 0,
     dropout: float = 0.0,
     dtype: torch.dtype = torch.float32,
+    statistics: Statistics | None = None,
     streams: Callable[[int, str], Stream] = Stream,
     **hyperparameters: Any,
 ) -> nn.Module:
@@ -129,7 +134,10 @@ def attach(
         seed: of the starting values.
         dropout: probability of dropping entries of the updates' inputs in training, in [0, 1).
         dtype: of the trained tensors; products follow the dtype of the activations.
+        statistics: of the data, for methods that start from them: gives a statistic by (name or site of a parameter, name
+            of the statistic), as an open calibration's ``read`` does.
         streams: makes the source of random numbers from (seed, name of the parameter or, for shared tensors, of the method).
+            With another than ours only shapes matter, and nothing is surveyed.
         **hyperparameters: the method's.
 
     Returns:
@@ -163,13 +171,18 @@ def attach(
             for key, t in tensors.items()
         }
 
+    findings: Mapping[str, Any] = {}
+    if streams is Stream:
+        if statistics is None and (wanted := made.wanted()) is not None:
+            raise EspalierError(f"{made.name} starts from statistics of the data ({wanted.statistics}); pass statistics=")
+        findings = made.survey(chosen, functools.partial(_logical, model), statistics)
     device = next(model.parameters()).device
     shared = made.start_shared(chosen, streams(seed, made.name))
     pool = Pool(made, chosen, ready(shared, device)) if shared else None
     slots: dict[str, Slot] = {}
     for target in chosen:
         weight = _logical(model, target)
-        tensors = made.start(target, weight, streams(seed, target.name))
+        tensors = made.start_from(findings.get(target.name), target, weight, streams(seed, target.name))
         slots[target.name] = Slot(made, target, ready(tensors, weight.device), pool, dropout, weight)
     settings = {"targets": patterns, "seed": seed, "dropout": dropout}
     attachment = Attachment(name, made, slots, pool, settings)

@@ -3,13 +3,16 @@
 A method is a dataclass of hyperparameters with two functions, like a gradient transformation: ``start``
 makes the tensors of one parameter, ``update`` says which form they make in this forward pass. A method
 whose parameters share factors also has ``start_shared`` and ``prepare``, which is called once per forward
-of the whole model, outside recomputed regions. Everything else (layers, saving, merging, sharding,
-recomputation, compilation) comes with the form.
+of the whole model, outside recomputed regions. One that decides something over all parameters before they
+start (ranks, from the data's statistics) has ``survey``; one that changes in the course of a run has a few
+of the functions of :class:`Course <espalier.attach.course.Course>`. Everything else (layers, saving,
+merging, sharding, recomputation, compilation) comes with the form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +25,26 @@ Tensors = dict[str, torch.Tensor]
 """Name -> tensor; an ``nn.Parameter`` is trained, any other tensor is kept beside it unchanged."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The statistics of the data that a method starts from (see ``calibrate``)."""
+
+    statistics: str
+    rank: int = 32
+    """how many singular vectors"""
+    tokens: int = 16384
+    """how many tokens are looked at"""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where a run is: ``step`` of its ``steps`` (from 0) is under way, at this learning rate."""
+
+    step: int
+    steps: int
+    learning_rate: float = 0.0
+
+
 class Adapter:
     """Base of every method that updates parameters; fields of the subclass are its hyperparameters."""
 
@@ -30,6 +53,10 @@ class Adapter:
     """Peak learning rate that ``tune`` takes when none is given."""
     takes: ClassVar[str] = "matrices"
     """What :meth:`accepts` accepts, in words."""
+    size: ClassVar[str] = "rank"
+    """The hyperparameter that sets how many numbers train; "" where none does."""
+    surveys_ranks: ClassVar[bool] = False
+    """Whether :meth:`survey` may give parameters other ranks than each other: :meth:`count` is then that of the average."""
     targets: ClassVar[str] = "linear"
     """Targets that ``attach`` takes when none are given."""
 
@@ -53,6 +80,25 @@ class Adapter:
             stream: random numbers named after the parameter.
         """
         raise NotImplementedError
+
+    def wanted(self) -> Wanted | None:
+        """The statistics that :meth:`survey` needs."""
+        return None
+
+    def survey(
+        self, targets: Sequence[Target], weight: Callable[[Target], torch.Tensor], statistic: Callable[[str, str], torch.Tensor] | None
+    ) -> Mapping[str, Any]:
+        """What is decided over all parameters before any starts: a finding for each parameter's name.
+
+        Args:
+            weight: gives the base weight of a parameter, in its logical shape.
+            statistic: gives a statistic by (name or site of a parameter, name of the statistic); ``None`` unless :meth:`wanted`.
+        """
+        return {}
+
+    def start_from(self, finding: Any, target: Target, weight: torch.Tensor, stream: Stream) -> Tensors:
+        """:meth:`start`, given what :meth:`survey` found; a tensor called ``gain`` takes the place of :meth:`gain`."""
+        return self.start(target, weight, stream)
 
     def gain(self, target: Target) -> float:
         """What the update is multiplied by, such as alpha / rank."""
@@ -83,3 +129,37 @@ class Adapter:
     def count(self, target: Target) -> int:
         """Trained numbers for one parameter (its part of the shared ones included): the planner's formula."""
         raise NotImplementedError
+
+    # in the course of a run; ``parts`` are those of all parameters
+
+    kept: ClassVar[tuple[str, ...]] = ()
+    """Names of tensors of a part that are not trained and change in a run; checkpoints hold them."""
+
+    def optimizer_options(self) -> Mapping[str, Mapping[str, float]]:
+        """Tensor name -> options of the optimizer for it; ``rate`` is a factor on the learning rate."""
+        return {}
+
+    def penalty(self, parts: Sequence[Any]) -> torch.Tensor | None:
+        """What is added to each step's loss, 0-d."""
+        return None
+
+    def frozen(self, part: Any, moment: Moment) -> Mapping[str, torch.Tensor | bool]:
+        """Tensor name -> which of its entries do not move in this step: a mask that broadcasts, or ``True``.
+
+        What is frozen keeps its bits, whatever momentum and decay the optimizer has; a tensor that is frozen whole
+        gets no gradient. Depends on the moment alone.
+        """
+        return {}
+
+    def before_step(self, parts: Sequence[Any], moment: Moment) -> Any:
+        """Called when gradients are there (clipped) and the optimizer has not moved anything."""
+
+    def after_step(self, parts: Sequence[Any], moment: Moment, before: Any) -> None:
+        """Called after the optimizer, with the gradients still there, and with what :meth:`before_step` returned."""
+
+    def finish(self, parts: Sequence[Any]) -> None:
+        """Called after the last step.
+
+        Raises:
+            EspalierError: when what the method promised (a budget) was not reached.
+        """

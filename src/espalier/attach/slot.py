@@ -30,6 +30,20 @@ def versions(tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, int], ...] | N
         return None
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor, gathered where it is sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def put(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a tensor, which may be sharded, a value that is the same on every process."""
+    if hasattr(tensor, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
+    tensor.copy_(value)
+
+
 class Whole:
     """A view of a slot or pool whose sharded tensors are gathered when they are read."""
 
@@ -38,7 +52,7 @@ class Whole:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
-        return value.full_tensor() if hasattr(value, "full_tensor") else value
+        return whole(value) if isinstance(value, torch.Tensor) else value
 
 
 class Pool(nn.Module):
@@ -79,9 +93,10 @@ class Slot(nn.Module):
         self, method: Adapter, target: Target, tensors: Tensors, pool: Pool | None, dropout: float, weight: torch.Tensor
     ) -> None:
         super().__init__()
+        gain = tensors.pop("gain", None)
         register(self, tensors)
         self.base_dtype = weight.dtype
-        self.register_buffer("gain", torch.tensor(method.gain(target), device=weight.device))
+        self.register_buffer("gain", torch.tensor(method.gain(target), device=weight.device) if gain is None else gain)
         self.method = method
         self.target = target
         self.dropout = dropout

@@ -8,21 +8,8 @@ import torch
 
 from espalier.anatomy.parameters import BLOCK
 from espalier.errors import EspalierError
+from espalier.memory.joined_optimizer import Joined
 from espalier.registry import make, optimizer
-
-
-class _Both(torch.optim.Optimizer):
-    """Several optimizers over separate parameters as one: their groups side by side, their state in one dictionary."""
-
-    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
-        self.parts = parts
-        super().__init__([group for part in parts for group in part.param_groups], {})
-        for part in parts:
-            part.state = self.state
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for part in self.parts:
-            part.step()
 
 
 @optimizer("muon", ids=(), paper="arXiv:2502.16982")
@@ -61,7 +48,7 @@ class Muon:
         if matrices:
             options: Any = {"momentum": self.momentum, "weight_decay": self.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
             parts.append(torch.optim.Muon(matrices.values(), lr=learning_rate, **options))
-        return _Both(parts)
+        return Joined(parts)
 
     def state_bytes(self, trained: int) -> int:
         """Bytes of state for ``trained`` float32 numbers, at most."""

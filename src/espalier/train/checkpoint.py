@@ -12,6 +12,7 @@ import json
 import platform
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,13 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) 
     return tensors
 
 
-def save(folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, state: State) -> Path:
-    """Write the checkpoint of a step, then remove all but the last two."""
-    names = {id(parameter): name for name, parameter in parameters.items()}
+def save(folder: Path, tensors: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, state: State) -> Path:
+    """Write the checkpoint of a step (trained tensors, and others that change in the run), then remove all but the last two."""
+    names = {id(tensor): name for name, tensor in tensors.items()}
     target = folder / f"step-{state.step:08d}"
     sweep_temporaries(target)
     with atomic_directory(target) as temporary:
-        write_safetensors(temporary / "trained.safetensors", {n: p.detach() for n, p in parameters.items()})
+        write_safetensors(temporary / "trained.safetensors", {n: t.detach() for n, t in tensors.items()})
         write_safetensors(temporary / "optimizer.safetensors", _optimizer_tensors(optimizer, names))
         random = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
@@ -137,7 +138,7 @@ def _damage(file: Path, digest: str | None) -> str | None:
 
 
 def load(
-    path: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+    path: Path, tensors: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
 ) -> tuple[State, dict[str, Any]]:
     """Put a checkpoint's tensors and random state in place.
 
@@ -149,23 +150,23 @@ def load(
     """
     content = check(path)
     trained = read_safetensors(path / "trained.safetensors")
-    if trained.keys() != parameters.keys():
-        odd = sorted(trained.keys() ^ parameters.keys())
+    if trained.keys() != tensors.keys():
+        odd = sorted(trained.keys() ^ tensors.keys())
         raise EspalierError(f"checkpoint {path} is of another run: its parameters differ, first in {odd[0]}")
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            if trained[name].shape != parameter.shape or trained[name].dtype != parameter.dtype:
+        for name, tensor in tensors.items():
+            if trained[name].shape != tensor.shape or trained[name].dtype != tensor.dtype:
                 raise EspalierError(
                     f"checkpoint {path} is of another run: {name} is {trained[name].dtype} {tuple(trained[name].shape)} "
-                    f"there, {parameter.dtype} {tuple(parameter.shape)} here"
+                    f"there, {tensor.dtype} {tuple(tensor.shape)} here"
                 )
-            parameter.copy_(trained[name])
+            tensor.copy_(trained[name])
     saved = read_safetensors(path / "optimizer.safetensors")
     optimizer.state.clear()
-    for name, tensor in saved.items():
+    for name, value in saved.items():
         parameter_name, _, key = name.rpartition("/")
-        parameter = parameters[parameter_name]
-        optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)
+        parameter = tensors[parameter_name]
+        optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
     random = read_safetensors(path / "random.safetensors")
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and torch.cuda.is_available():

@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
+from espalier.attach.course import Course
 from espalier.checkpoint.atomic import write_text
 from espalier.data.batches import Batch, Cursor, Order, divide, make_batch, next_step
 from espalier.errors import NotFiniteError
@@ -161,6 +162,7 @@ def train(
     optimizer: torch.optim.Optimizer,
     order: Order,
     settings: Settings,
+    course: Course,
     run: Run,
     hooks: Hooks,
 ) -> None:
@@ -182,7 +184,8 @@ def train(
                 settings.schedule, step, settings.steps, settings.warmup, settings.floor, settings.decay
             )
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("rate", 1.0)
+            course.begin(step, rate)
             begin = dataclasses.replace(state.cursor)
             windows = next_step(order, state.cursor, settings.batch_tokens)
             parts = divide(windows, settings.micro_tokens, settings.padded)
@@ -191,9 +194,13 @@ def train(
                 for part in parts
             ]
             loss, targets = accumulate(model, batches, settings.resident_between, settings.label_smoothing)
+            if isinstance(penalty := course.penalty(), torch.Tensor) and math.isfinite(loss):
+                penalty.backward()
             norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), settings.clip or math.inf))
             _refuse_not_finite(step + 1, begin, batches, loss, norm, parameters)
+            course.before_step()
             optimizer.step()
+            course.after_step()
             optimizer.zero_grad(set_to_none=True)
             last = step + 1 == settings.steps
             kept = last or (settings.checkpoint_every > 0 and (step + 1) % settings.checkpoint_every == 0)
@@ -208,11 +215,12 @@ def train(
             _write(metrics, dict(record.__dict__))
             hooks.on_step(record)
             if kept and settings.checkpoint_every:
-                hooks.on_checkpoint(checkpoint.save(run.checkpoints, parameters, optimizer, state))
+                hooks.on_checkpoint(checkpoint.save(run.checkpoints, {**parameters, **course.kept()}, optimizer, state))
             if hooks.on_evaluate and settings.evaluate_every and state.step % settings.evaluate_every == 0 and not last:
                 result = hooks.on_evaluate(state.step)
                 _write(metrics, {"step": state.step, "peak_memory": peak_memory(), **result})
                 model.train()
+    course.finish()
 
 
 def _write(metrics: IO[str], record: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import yaml
 from torch import nn
 
 from espalier.attach.attachment import Attachment
+from espalier.attach.course import Course
 from espalier.checkpoint.atomic import require_free_space, write_text
 from espalier.checkpoint.directory import read_json
 from espalier.data.batches import Order
@@ -237,7 +238,7 @@ def show_masks(store: TokenStore, tokenizer: Any, display: Display, tokens: int 
 
 
 def dry_run(
-    out: Path, run: Run, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer,
+    out: Path, run: Run, tensors: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer,
     save: Callable[[Path], Any], state_bytes: int,
 ) -> None:  # fmt: skip
     """Before the first step: save what will be saved, read it back, and ask the disk for the whole run.
@@ -245,7 +246,7 @@ def dry_run(
     Raises:
         EspalierError: when the disk lacks space for the end of the run, or saving does not work.
     """
-    trained = sum(p.numel() * p.element_size() for p in parameters.values())
+    trained = sum(t.numel() * t.element_size() for t in tensors.values())
     needed = (checkpoint.KEPT + 1) * (trained + state_bytes) + 2 * trained + (16 << 20)
     require_free_space(out, needed, f"this run (checkpoints of {format_bytes(trained + state_bytes)} and its result)")
     if checkpoint.steps(run.checkpoints):
@@ -255,12 +256,12 @@ def dry_run(
     save(trial)
     delta_store.load(trial)
     shutil.rmtree(trial)
-    path = checkpoint.save(run.checkpoints, dict(parameters), optimizer, run.state)
+    path = checkpoint.save(run.checkpoints, tensors, optimizer, run.state)
     checkpoint.check(path)
 
 
 def resume_from_last(
-    run: Run, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, display: Display
+    run: Run, tensors: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, display: Display
 ) -> None:
     """Continue from the newest checkpoint, if there is one.
 
@@ -270,7 +271,7 @@ def resume_from_last(
     checkpoint.sweep(run.checkpoints)
     if not (found := checkpoint.steps(run.checkpoints)):
         return
-    run.state, differences = checkpoint.load(found[-1], parameters, optimizer)
+    run.state, differences = checkpoint.load(found[-1], tensors, optimizer)
     for key, (then, now) in differences.items():
         display.warn(f"{key} was {then} and is {now}: the result will not be bit-identical to an uninterrupted run's")
     run.forget_after(run.state.step)
@@ -280,7 +281,7 @@ def resume_from_last(
 
 def run_loop(
     model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, order: Order,
-    settings: Settings, run: Run, display: Display, on_evaluate: Callable[[int], dict[str, Any]] | None,
+    settings: Settings, course: Course, run: Run, display: Display, on_evaluate: Callable[[int], dict[str, Any]] | None,
 ) -> list[Step]:  # fmt: skip
     """The loop with a progress bar; returns the steps done now."""
     done: list[Step] = []
@@ -297,5 +298,5 @@ def run_loop(
             )
 
         update(run.state.step)
-        train(model, parameters, optimizer, order, settings, run, Hooks(on_step=on_step, on_evaluate=on_evaluate))
+        train(model, parameters, optimizer, order, settings, course, run, Hooks(on_step=on_step, on_evaluate=on_evaluate))
     return done

@@ -12,9 +12,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from espalier import registry
-from espalier.attach.attachment import attach, attachments, release_base, settle, trainable_parameters
+from espalier.attach.attachment import (
+    Statistics,
+    attach,
+    attachments,
+    release_base,
+    settle,
+    trainable_parameters,
+)
+from espalier.attach.course import Course
 from espalier.attach.device import pick_device
 from espalier.attach.load import DTYPES, MALFORMED, load_model, load_tokenizer, torch_dtype
+from espalier.calibrate.make import make as make_calibration
+from espalier.calibrate.statistics import parse_want
+from espalier.calibrate.store import Request
 from espalier.checkpoint.atomic import write_text
 from espalier.checkpoint.directory import ModelDirectory, read_json, resolve_model
 from espalier.checkpoint.safetensors_file import dtype_name
@@ -26,6 +37,7 @@ from espalier.display import Display
 from espalier.errors import EspalierError, at_least
 from espalier.evaluate.perplexity import score
 from espalier.exchange import save as saving
+from espalier.memory.joined_optimizer import build
 from espalier.memory.meter import format_bytes, parse_bytes, peak_memory, resident_memory
 from espalier.memory.training_form import training_form
 from espalier.plan import memory as planning
@@ -220,11 +232,31 @@ class Job:
         resolved = {**self.given, **{k: v for k, v in a.items() if k in self.given}, **self.hyperparameters}
         record = session.Record(self.verb, self.given, resolved, self._facts())
         self.run, self.record = session.open_run(self.out, record, a["resume"])
-        attach(self.model, self.method, targets=a["targets"], seed=a["seed"], dropout=a["dropout"])
+        attach(
+            self.model, self.method, targets=a["targets"], seed=a["seed"], dropout=a["dropout"], statistics=self._statistics(),
+        )  # fmt: skip
         (self.attachment,) = attachments(self.model).values()
         release_base(self.model)
         session.show_targets(self.attachment, self.model, self.display)
         session.show_masks(self.store, self.tokenizer, self.display)
+
+    def _statistics(self) -> Statistics | None:
+        """The statistics of the training data that the method starts from, taken from the cache where they were made before."""
+        a, wanted = self.a, self.method.wanted()
+        if wanted is None:
+            return None
+        if self.directory is None:
+            raise EspalierError(f"{self.method.name} starts from statistics of the data in a trained model; give --model")
+        request = Request(
+            model=self.directory.fingerprint(), data=self.store.digest, want=tuple(parse_want(wanted.statistics)),
+            targets=tuple(part.strip() for part in a["targets"].split(",") if part.strip()), tokens=wanted.tokens,
+            sequence_length=a["sequence_length"], seed=a["seed"], dtype=str(self.dtype).removeprefix("torch."), rank=wanted.rank,
+        )  # fmt: skip
+        found, _ = make_calibration(
+            self.directory, self.store, request, dtype=self.dtype, device=self.device,
+            bar=lambda total: self.display.bar("looking at the data", total, "sequences"), note=self.display.note,
+        )  # fmt: skip
+        return found.read
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -261,11 +293,13 @@ class Job:
             resident_between=planning.resident_between(self.budget, self.plan) if self.budget else 0,
         )  # fmt: skip
         parameters = trainable_parameters(self.model)
-        optimizer = self.optimizer_method.build(parameters, a["learning_rate"])
+        course = Course(self.model, a["steps"])
+        optimizer = build(self.optimizer_method.build, parameters, a["learning_rate"], course.optimizer_options())
+        tensors = {**parameters, **course.kept()}
         state = self.optimizer_method.state_bytes(self.attachment.trainable())
         torch.manual_seed(a["seed"])  # whatever planning and loading drew: the first checkpoint holds the random state
-        session.dry_run(self.out, self.run, parameters, optimizer, self._write_delta, state)
-        session.resume_from_last(self.run, parameters, optimizer, self.display)
+        session.dry_run(self.out, self.run, tensors, optimizer, self._write_delta, state)
+        session.resume_from_last(self.run, tensors, optimizer, self.display)
 
         def on_evaluate(step: int) -> dict[str, Any]:
             when = f"after step {step}"
@@ -274,7 +308,7 @@ class Job:
         form = training_form(self.model, chunk=a["logits_chunk"], recompute=bool(a["recompute"]), padded=self.padded)
         with form:
             on = on_evaluate if self.eval_stores and a["eval_every"] else None
-            self.steps = session.run_loop(self.model, parameters, optimizer, self.order, settings, self.run, self.display, on)
+            self.steps = session.run_loop(self.model, parameters, optimizer, self.order, settings, course, self.run, self.display, on)
         self.model.eval()
         del optimizer
 

@@ -53,6 +53,12 @@ class LowRank(Update):
     def low_rank(self) -> LowRank | None:
         return self
 
+    def without(self, idle: torch.Tensor) -> LowRank:
+        """The same update without the rank-one terms that ``idle`` (..., rank) marks for every expert; one stays at least."""
+        used = (~idle).reshape(-1, self.rank).any(0)
+        used[0] |= ~used.any()
+        return LowRank(self.B[..., used], self.A[..., used, :], self.gain, self.shape)
+
     def materialize(self, weight: torch.Tensor) -> torch.Tensor:
         wide = working_dtype(weight)
         return ((self.B.to(wide) * self.gain) @ self.A.to(wide)).reshape(self.shape)

@@ -1,0 +1,108 @@
+"""What the methods on a model do while it trains: penalties, schedules of ranks and freezing, budgets.
+
+The loop of ``tune`` drives a course; in one's own loop it goes like this::
+
+    course = Course(model, steps)
+    for step in range(steps):
+        course.begin(step, learning_rate)
+        loss = model(...).loss + course.penalty()
+        loss.backward()
+        course.before_step()
+        optimizer.step()
+        course.after_step()
+        optimizer.zero_grad()
+    course.finish()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from espalier.attach.attachment import Attachment, attachments, trainable_parameters
+from espalier.attach.method import Moment
+from espalier.attach.slot import put, whole
+
+
+class Course:
+    """The course of a run of ``steps`` steps on a model that carries trained deltas."""
+
+    def __init__(self, model: nn.Module, steps: int) -> None:
+        self.steps = steps
+        self._moment = Moment(0, steps)
+        self._attached = list(attachments(model).values())
+        self._names = {id(p): name for name, p in trainable_parameters(model).items()}
+        self._still: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._before: dict[str, Any] = {}
+        self._modules = {id(m): name for name, m in model.named_modules()}
+
+    def _with_parts(self) -> Iterator[tuple[Attachment, list[Any]]]:
+        return ((attached, list(attached.slots.values())) for attached in self._attached)
+
+    def optimizer_options(self) -> dict[str, dict[str, float]]:
+        """Options of the optimizer by parameter name, of those that their method gives any."""
+        found = {}
+        for attached, parts in self._with_parts():
+            for local, options in attached.method.optimizer_options().items():
+                for part in (*parts, *([attached.pool] if attached.pool is not None else [])):
+                    parameter = part._parameters.get(local)
+                    if parameter is not None and id(parameter) in self._names:
+                        found[self._names[id(parameter)]] = dict(options)
+        return found
+
+    def kept(self) -> dict[str, torch.Tensor]:
+        """The tensors beside the trained ones that change in the run, by name."""
+        return {
+            f"{self._modules[id(part)]}.{local}": getattr(part, local)
+            for attached, parts in self._with_parts()
+            for part in parts
+            for local in attached.method.kept
+        }
+
+    def begin(self, step: int, learning_rate: float = 0.0) -> None:
+        """A step begins, before its forward pass."""
+        self._moment = Moment(step, self.steps, learning_rate)
+        for attached, parts in self._with_parts():
+            for part in parts:
+                still = attached.method.frozen(part, self._moment)
+                for local, parameter in part._parameters.items():
+                    if id(parameter) in self._names:
+                        parameter.requires_grad_(still.get(local) is not True)
+
+    def penalty(self) -> torch.Tensor | float:
+        """What the methods add to the loss of this step; 0 where none does."""
+        found = [p for attached, parts in self._with_parts() if (p := attached.method.penalty(parts)) is not None]
+        return sum(found) if found else 0.0
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """The gradients are there; the optimizer is next."""
+        for attached, parts in self._with_parts():
+            self._before[attached.name] = attached.method.before_step(parts, self._moment)
+            for part in parts:
+                for local, mask in attached.method.frozen(part, self._moment).items():
+                    if isinstance(mask, torch.Tensor):
+                        tensor = getattr(part, local)
+                        self._still.append((tensor, mask, whole(tensor.detach()).clone()))
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """The optimizer has moved what it moves."""
+        for tensor, mask, before in self._still:
+            put(tensor, torch.where(mask, before, whole(tensor)))
+        self._still.clear()
+        for attached, parts in self._with_parts():
+            attached.method.after_step(parts, self._moment, self._before.pop(attached.name))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """The last step is done.
+
+        Raises:
+            EspalierError: when a method did not reach its budget.
+        """
+        for attached, parts in self._with_parts():
+            attached.method.finish(parts)

@@ -1,0 +1,64 @@
+"""The hyperparameter that makes a method as large as a budget allows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from espalier.errors import EspalierError
+
+if TYPE_CHECKING:
+    from espalier.anatomy.target import Target
+    from espalier.attach.method import Adapter
+
+
+def fit(method: Adapter, targets: Sequence[Target], numbers: int) -> Adapter:
+    """The method with the value of its ``size`` hyperparameter that trains the most numbers, at most so many.
+
+    Counts grow with it, or fall (RandLoRA's rank), but do not turn; of values that train equally many, the smallest.
+
+    Raises:
+        EspalierError: when the method has no such hyperparameter, or even its smallest form trains more.
+    """
+    if not method.size:
+        raise EspalierError(f"{method.name} has no hyperparameter that sets how many numbers train")
+
+    def count(value: int) -> int | None:
+        try:
+            made = _with_size(method, value)
+            made.check()
+            return sum(made.count(target) for target in targets)
+        except EspalierError:
+            return None
+
+    highest = max(max(target.shape) for target in targets)
+    tried = {value: found for value in _values(highest) if (found := count(value)) is not None}
+    fitting = {value: found for value, found in tried.items() if found <= numbers}
+    if not fitting:
+        least = min(tried.values(), default=0)
+        raise EspalierError(f"{method.name} trains {least:,} numbers at least on these {len(targets)} parameters; {numbers:,} are allowed")
+    best = max(fitting, key=lambda value: (fitting[value], -value))
+    for value in _between(tried, best):  # between the values tried, every one
+        if (found := count(value)) is not None and (found <= numbers, found, -value) > (True, count(best), -best):
+            best = value
+    return _with_size(method, best)
+
+
+def _with_size(method: Adapter, value: int) -> Adapter:
+    other = copy.copy(method)
+    setattr(other, method.size, value)
+    return other
+
+
+def _values(highest: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, ... up to ``highest`` and it."""
+    values = {highest, *(size for power in range(highest.bit_length()) for size in (1 << power, 3 << power >> 1))}
+    return sorted(value for value in values if 1 <= value <= highest)
+
+
+def _between(tried: dict[int, int], best: int) -> range:
+    """The values between the neighbours of ``best`` among those tried."""
+    values = sorted(tried)
+    at = values.index(best)
+    return range(values[max(at - 1, 0)], values[min(at + 1, len(values) - 1)] + 1)

@@ -1,0 +1,53 @@
+"""Several optimizers as one, for parameters that are treated differently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+
+class Joined(torch.optim.Optimizer):
+    """Several optimizers over separate parameters as one: their groups side by side, their state in one dictionary."""
+
+    def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
+        self.parts: list[torch.optim.Optimizer] = []
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        for part in parts:
+            self.add(part)
+
+    def add(self, part: torch.optim.Optimizer) -> None:
+        """One more; its groups must be among those that there are, or are added."""
+        self.parts.append(part)
+        self.param_groups += [group for group in part.param_groups if all(group is not there for there in self.param_groups)]
+        part.state = self.state
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+
+Build = Callable[[dict[str, torch.nn.Parameter], float], torch.optim.Optimizer]
+
+
+def build(
+    make: Build, parameters: Mapping[str, torch.nn.Parameter], learning_rate: float, options: Mapping[str, Mapping[str, float]]
+) -> torch.optim.Optimizer:
+    """The optimizer over named parameters of which some have options of their own.
+
+    Args:
+        make: builds one from (parameters, learning rate).
+        options: parameter name -> values that take the place of the optimizer's, and ``rate``, a factor on the learning
+            rate that the loop minds.
+    """
+    kinds: dict[tuple[tuple[str, float], ...], dict[str, torch.nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        kinds.setdefault(tuple(sorted(options.get(name, {}).items())), {})[name] = parameter
+    parts = []
+    for kind, chosen in kinds.items():
+        parts.append(make(chosen, learning_rate))
+        for group in parts[-1].param_groups:
+            group.update(kind)
+            group["lr"] = learning_rate * group.get("rate", 1.0)
+    return parts[0] if len(parts) == 1 else Joined(parts)
