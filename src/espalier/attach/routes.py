@@ -13,6 +13,8 @@ old class. Which route a parameter takes depends on its module alone; no method 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -58,10 +60,17 @@ class Adapted:
             self._espalier_cache[local] = cached
         return cached[1]
 
-    def espalier_leaves(self) -> list[torch.Tensor]:
-        """The tensors that this module's forward takes gradients to: those that its updates are made of."""
-        updates = [slot.update() for slots in self._espalier.values() for slot in slots]
-        return [tensor for update in updates for tensor in update.tensors().values()]
+    @contextlib.contextmanager
+    def espalier_held(self) -> Iterator[list[torch.Tensor]]:
+        """Make this module's updates once for several forward passes of it; gives the tensors that they are made of."""
+        slots = [slot for slots in self._espalier.values() for slot in slots]
+        for slot in slots:
+            slot.held = slot.update()
+        try:
+            yield [tensor for slot in slots for tensor in slot.update().tensors().values()]
+        finally:
+            for slot in slots:
+                slot.held = None
 
     @staticmethod
     def _under(weight: torch.Tensor, slots: list[Slot]) -> torch.Tensor:

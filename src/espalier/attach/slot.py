@@ -101,6 +101,7 @@ class Slot(nn.Module):
         self.target = target
         self.dropout = dropout
         self.__dict__["pool"] = pool  # owned by the root: not a child of this module
+        self.held: Update | None = None
         self._cached: tuple[Any, Update] | None = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Slot:
@@ -115,6 +116,8 @@ class Slot(nn.Module):
 
     def update(self) -> Update:
         """The update that the tensors make now."""
+        if self.held is not None:
+            return self.held
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.pool is not None:
             self._cached = None
             return self.method.update(self, self.pool.context_of(self.target) if self.pool is not None else None)
