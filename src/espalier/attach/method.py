@@ -118,6 +118,10 @@ class Adapter:
         """The update in the form in which it is stored; by default the one that it makes now."""
         return self.update(part, None)
 
+    def start_bound(self, target: Target) -> float:
+        """The largest magnitude that an entry of the update has at the start; by default 0: the start is the base."""
+        return 0.0
+
     def start_shared(self, targets: Sequence[Target], stream: Stream) -> Tensors:
         """Tensors that several parameters' updates read; owned once, at the model's root."""
         return {}
