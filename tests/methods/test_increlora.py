@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ def test_active_ranks_never_fall_never_exceed_the_budget_and_reach_it(step_rank:
     totals: list[int] = []
     run(model, 40, lambda step: totals.append(sum(int(part.active) for part in parts)))
     assert totals == sorted(totals) and totals[0] == len(parts) and totals[-1] == 3 * len(parts)
-    assert all(after - before <= 3 * step_rank for before, after in zip(totals[:-1], totals[1:], strict=True))
+    assert all(after - before <= 3 * step_rank for before, after in itertools.pairwise(totals))
     assert max(int(part.active) for part in parts) > 3, "the rank of a matrix is not capped by the average"
 
 
