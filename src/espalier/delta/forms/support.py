@@ -102,11 +102,13 @@ class AtSupport(Update):
         if tuple(tensors["values"].shape) != (count,):
             raise EspalierError(f"values has shape {tuple(tensors['values'].shape)}; the support has {count} entries")
 
-    @cached_property
+    @property
     def positions(self) -> torch.Tensor:
         """The flat positions, (n,) int64."""
-        if self.index is not None:
-            return self.index.long()
+        return self._unpacked if self.index is None else self.index.long()
+
+    @cached_property
+    def _unpacked(self) -> torch.Tensor:
         assert self.mask is not None
         return unpack_bits(self.mask, math.prod(self.shape)).nonzero().squeeze(-1)
 
