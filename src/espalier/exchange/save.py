@@ -91,7 +91,7 @@ def describe(
 
 def write(model: PreTrainedModel, attachment: Attachment, manifest: dict[str, Any], out: Path) -> dict[str, Any]:
     """Write a delta with its card, and PEFT's files where it is plain LoRA."""
-    targets = {t.name: t for t in attachment.targets}
+    targets = {name: slot.target for name, slot in attachment.slots.items()}
     updates = attachment.updates()
     delta = store.Delta(updates, {name: store.Layout.of(t) for name, t in targets.items()}, manifest)
     if not _is_writer():

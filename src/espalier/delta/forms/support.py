@@ -76,6 +76,8 @@ class AtSupport(Update):
     values: torch.Tensor
     index: torch.Tensor | None
     mask: torch.Tensor | None
+    even = False
+    """Whether it is known that every leading index has as many values; else they are counted, which no planning can."""
 
     @staticmethod
     def check_support(tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> None:
@@ -100,11 +102,13 @@ class AtSupport(Update):
         if tuple(tensors["values"].shape) != (count,):
             raise EspalierError(f"values has shape {tuple(tensors['values'].shape)}; the support has {count} entries")
 
-    @cached_property
+    @property
     def positions(self) -> torch.Tensor:
         """The flat positions, (n,) int64."""
-        if self.index is not None:
-            return self.index.long()
+        return self._unpacked if self.index is None else self.index.long()
+
+    @cached_property
+    def _unpacked(self) -> torch.Tensor:
         assert self.mask is not None
         return unpack_bits(self.mask, math.prod(self.shape)).nonzero().squeeze(-1)
 
@@ -125,9 +129,9 @@ class AtSupport(Update):
         block = entry // _BLOCK
         return int(self._counts[block]) + count_bits(slice_bits(self.mask, block * _BLOCK, entry))
 
-    def _parts(self, edges: Sequence[int], shape: tuple[int, ...]) -> list[Update]:
-        """The updates between flat entries ``edges``, which have that shape."""
-        bounds = [self._before(edge) for edge in edges]
+    def _parts(self, edges: Sequence[int], shape: tuple[int, ...], even: bool = False) -> list[Update]:
+        """The updates between flat entries ``edges``, which have that shape, and as many values each where that is ``even``."""
+        bounds = [self._before(edge) for edge in edges] if not even else range(0, len(self.values) + 1, len(self.values) // (len(edges) - 1))
         values = self.values[bounds[0] : bounds[-1]].split([b - a for a, b in itertools.pairwise(bounds)])
         parts: list[Update] = []
         for number, part in enumerate(values):
@@ -137,12 +141,12 @@ class AtSupport(Update):
                 assert self.mask is not None
                 where = {"mask": slice_bits(self.mask, edges[number], edges[number + 1])}
             parts.append(self.with_tensors({"values": part, **where}))
-            parts[-1].shape = shape
+            parts[-1].shape, parts[-1].even = shape, False  # type: ignore[attr-defined]
         return parts
 
     def unbind(self) -> list[Update]:
         size = math.prod(self.shape[1:])
-        return self._parts([e * size for e in range(self.shape[0] + 1)], self.shape[1:])
+        return self._parts([e * size for e in range(self.shape[0] + 1)], self.shape[1:], self.even)
 
     def _slice(self, start: int, stop: int) -> Update | None:
         row = math.prod(self.shape[1:])
