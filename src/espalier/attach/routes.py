@@ -59,9 +59,12 @@ class Adapted:
         return cached[1]
 
     def espalier_leaves(self) -> list[torch.Tensor]:
-        """The tensors that this module's forward takes gradients to: those that its updates are made of."""
-        updates = [slot.update() for slots in self._espalier.values() for slot in slots]
-        return [tensor for update in updates for tensor in update.tensors().values()]
+        """The tensors that this module's forward takes gradients to: those of its updates, and those that a pool made for them."""
+        leaves: dict[int, torch.Tensor] = {}
+        for slot in (slot for slots in self._espalier.values() for slot in slots):
+            made = slot.update().tensors().values() if slot.pool is not None else ()  # else it may be made anew at each use
+            leaves.update({id(tensor): tensor for tensor in (*slot.parameters(), *made)})
+        return list(leaves.values())
 
     @staticmethod
     def _under(weight: torch.Tensor, slots: list[Slot]) -> torch.Tensor:

@@ -55,6 +55,8 @@ class Sparse(AtSupport):
         return y if onto is None else onto + y
 
     def lookup(self, ids: torch.Tensor, base: BaseWeight) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # how many entries the rows have is no shape of a graph
+            return super().lookup(ids, base)
         rows = base.rows(ids)
         place, entry = entries_of_rows(self.positions, ids.flatten(), rows.shape[-1])
         values = self.values[entry].to(rows.dtype) * gain_like(self.gain, rows)
