@@ -15,6 +15,7 @@ from torch import nn
 
 from espalier.attach.attachment import Attachment, attach, attachments
 from espalier.attach.load import load, load_model
+from espalier.delta import store
 from espalier.exchange.save import save
 from espalier.verbs.convert import convert
 
@@ -130,7 +131,7 @@ def test_the_same_numbers_give_the_outputs_and_the_gradients_of_peft(what: str) 
 @every_method
 def test_what_peft_writes_is_imported_as_the_form_that_ours_makes(what: str, tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path / "base")
-    ours, attachment, theirs = pair(what, load_model(tmp_path / "base"))
+    ours, _, theirs = pair(what, load_model(tmp_path / "base"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs.save_pretrained(tmp_path / "adapter")
@@ -139,7 +140,5 @@ def test_what_peft_writes_is_imported_as_the_form_that_ours_makes(what: str, tmp
     with torch.no_grad():
         torch.testing.assert_close(imported(tokens()).logits, ours(tokens()).logits, rtol=1e-5, atol=2e-5)
     save(ours, tmp_path / "ours", base=tmp_path / "base")
-    from espalier.delta import store
-
     made, read = (store.load(tmp_path / folder).updates for folder in ("ours", "delta"))
     assert {name: update.form for name, update in made.items()} == {name: update.form for name, update in read.items()}
