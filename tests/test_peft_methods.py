@@ -13,9 +13,12 @@ import torch
 from families import tiny, tokens
 from torch import nn
 
+from espalier.anatomy.parameters import parameters
 from espalier.attach.attachment import Attachment, attach, attachments
 from espalier.attach.load import load, load_model
 from espalier.delta import store
+from espalier.delta.forms import Hadamard
+from espalier.exchange.peft_kinds import export
 from espalier.exchange.save import save
 from espalier.verbs.convert import convert
 
@@ -52,6 +55,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], Names]] = {
     "LoHa": ("loha", {"rank": 3, "alpha": 4.0}, "LoHa", {"r": 3, "alpha": 4}, LOHA),
     "LoHa of full rank": ("loha", {"rank": 7, "alpha": 4.0}, "LoHa", {"r": 7, "alpha": 4}, LOHA),
     "IA3": ("ia3", {}, "IA3", {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}, [("ia3_l", "s", torch.flatten)]),
+    "IA3 of keys alone": ("ia3", {"targets": "attention.k"}, "IA3", {"target_modules": ["k_proj"], "feedforward_modules": []}, [("ia3_l", "s", torch.flatten)]),
     "OFT": ("oft", {"block_size": 8}, "OFT", {"r": 0, "oft_block_size": 8, "use_cayley_neumann": False}, [("oft_R.weight", "angles", same)]),
     "SHiRA": ("shira", {"rank": 3}, "Shira", {"r": 3}, [("shira_weight", "values", same)]),
 }  # fmt: skip
@@ -142,3 +146,55 @@ def test_what_peft_writes_is_imported_as_the_form_that_ours_makes(what: str, tmp
     save(ours, tmp_path / "ours", base=tmp_path / "base")
     made, read = (store.load(tmp_path / folder).updates for folder in ("ours", "delta"))
     assert {name: update.form for name, update in made.items()} == {name: update.form for name, update in read.items()}
+
+
+@every_method
+def test_peft_loads_what_ours_writes(what: str, tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "base")
+    ours, _, _ = pair(what, load_model(tmp_path / "base"))
+    assert save(ours, tmp_path / "delta", base=tmp_path / "base")["peft"] is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(load_model(tmp_path / "base"), tmp_path / "delta").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens()).logits, ours(tokens()).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "targets", "options", "why"),
+    [
+        ("gpt2", "lokr", "attention", {}, "transformer.h.0.attn.c_attn.weight is no plain matrix of a Linear of its own"),
+        ("llama", "loha", "embedding", {}, "model.embed_tokens.weight is no plain matrix of a Linear of its own"),
+        ("qwen3_moe", "miss", "experts", {}, "is no plain matrix"),
+        ("qwen2", "ia3", "attention.k", {}, "PEFT would scale the bias of model.layers.0.self_attn.k_proj too"),
+        ("llama", "miss", "linear", {"rank": 40}, "mlp.down_proj is MISS of {'r': 40, 'init_weights': True, 'mini_r': 1}, others are MISS of {'r': 32,"),
+        ("llama", "oft", "linear", {"block_size": 32}, "mlp.down_proj is OFT of {'r': 0, 'oft_block_size': 24,"),
+        ("llama", "shira", "attention", {"rank": 12}, "has 512 entries, no multiple of 16 + 32"),
+        ("bert", "bitfit", "bias", {}, "is no plain matrix"),
+    ],
+)  # fmt: skip
+def test_what_peft_has_no_place_for_is_not_written_and_the_reason_is_said(
+    family: str, method: str, targets: str, options: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    tiny(family).save_pretrained(tmp_path / "base")
+    model = attach(tiny(family), method, targets=targets, **options)
+    assert why in save(model, tmp_path / "delta", base=tmp_path / "base")["peft"]
+    assert not (tmp_path / "delta" / "adapter_config.json").exists()
+
+
+def test_ranks_and_alphas_of_loha_differ_by_module(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "base")
+    ours, _, _ = pair("LoHa", load_model(tmp_path / "base"))
+    save(ours, tmp_path / "delta", base=tmp_path / "base")
+    delta = store.load(tmp_path / "delta")
+    name = "model.layers.1.mlp.up_proj.weight"
+    factors = {key: t[:, :2] if key[0] == "B" else t[:2] for key, t in delta.updates[name].tensors().items()}
+    delta.updates[name] = Hadamard(**factors, gain=0.25)
+    targets = {t.name: t for t in parameters(load_model(tmp_path / "base"))}
+    store.save(tmp_path / "other", delta, "")
+    assert export(tmp_path / "other", delta, targets, str(tmp_path / "base"), load_model(tmp_path / "base")) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(load_model(tmp_path / "base"), tmp_path / "other").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens()).logits, load(tmp_path / "base", [tmp_path / "other"])(tokens()).logits, rtol=1e-5, atol=1e-5)

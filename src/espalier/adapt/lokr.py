@@ -11,7 +11,7 @@ from torch import nn
 from espalier.anatomy.target import Target
 from espalier.attach.method import Adapter, Tensors
 from espalier.delta.forms import Kronecker
-from espalier.delta.forms.kronecker import factorize
+from espalier.delta.forms.kronecker import lycoris_shapes
 from espalier.errors import EspalierError, at_least
 from espalier.kernels.philox import Stream
 from espalier.registry import adapter
@@ -42,13 +42,7 @@ class LoKr(Adapter):
 
     def _shapes(self, target: Target) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every factor, with one term."""
-        (a1, b1), (a2, b2) = factorize(target.outputs, self.factor), factorize(target.inputs, self.factor)
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, rows, columns, may in (("A", a1, a2, self.decompose_both), ("B", b1, b2, True)):
-            if may and 2 * self.rank < max(rows, columns):
-                shapes |= {name: (rows, self.rank), f"{name}_in": (self.rank, columns)}
-            else:
-                shapes[name] = (rows, columns)
+        shapes = lycoris_shapes(target.outputs, target.inputs, self.rank, self.factor, self.decompose_both)
         return {name: (*target.lead, 1, *shape) for name, shape in shapes.items()}
 
     def start(self, target: Target, weight: torch.Tensor, stream: Stream) -> Tensors:
