@@ -208,6 +208,20 @@ def output_map(n: Numbers, outputs: int, inputs: int) -> Made:
     return tensors, {}, lambda weight: weight + tensors["B"].double() @ tensors["A"].double() @ weight
 
 
+@matrices
+def tiled(n: Numbers, outputs: int, inputs: int) -> Made:
+    """A block of any size, and one that a side does not divide."""
+    b1, b2 = n.pick(outputs, 1, -(-outputs // 2)), n.pick(1, -(-inputs // 2), -(-inputs // 3), inputs)
+    return additive({"values": n.floats(b1, b2)}, lambda values: torch.stack([torch.stack([values[i % b1, j % b2] for j in range(inputs)]) for i in range(outputs)]))
+
+
+@matrices
+def hadamard(n: Numbers, outputs: int, inputs: int) -> Made:
+    rank = n.pick(1, 2, 3)
+    tensors = {"B1": n.floats(outputs, rank), "A1": n.floats(rank, inputs) / 2, "B2": n.floats(outputs, rank), "A2": n.floats(rank, inputs) / 2}
+    return additive(tensors, lambda B1, A1, B2, A2: torch.einsum("or,ri,os,si->oi", B1, A1, B2, A2))
+
+
 def block_affine(side: str) -> Maker:
     @matrices
     def make(n: Numbers, outputs: int, inputs: int) -> Made:
@@ -418,6 +432,8 @@ ENTRIES: dict[str, Maker] = {
     "output_map": output_map,
     "kronecker": kronecker,
     "kronecker of products": kronecker_of_products,
+    "tiled": tiled,
+    "hadamard": hadamard,
     "block_affine input": block_affine("input"),
     "block_affine output": block_affine("output"),
     "block_affine row": block_affine("row"),
@@ -711,7 +727,7 @@ def test_slices_of_rows_are_rows_of_the_updated_weight(
     torch.testing.assert_close(again.apply(weight[start : start + again.shape[0]]), update.apply(weight)[start : start + again.shape[0]], **close)
 
 
-LOW_RANK = ("low_rank", "pooled", "tucker", "singular_scale", "columns", "rows", "sum of rows, columns and kronecker", "kronecker", "kronecker of products", "quantized low_rank", "factored golomb on a start", "factored dense and sparse", "seeded_low_rank")
+LOW_RANK = ("low_rank", "pooled", "tucker", "singular_scale", "columns", "rows", "sum of rows, columns and kronecker", "kronecker", "kronecker of products", "quantized low_rank", "factored golomb on a start", "factored dense and sparse", "seeded_low_rank", "tiled", "hadamard")
 
 
 @every_entry
@@ -723,7 +739,7 @@ def test_low_rank_factors_are_the_same_update(name: str, shape: tuple[int, ...],
     if name not in LOW_RANK:
         assert factors is None
     elif factors is None:
-        assert "kronecker" in name, "only a Kronecker product may be of full rank"
+        assert "kronecker" in name or name == "hadamard", "only products of products may be of full rank"
     else:
         assert factors.shape == shape and isinstance(factors, LowRank)
         weight = torch.zeros(shape)

@@ -7,6 +7,7 @@ from espalier.delta.forms.dense import Dense, Replace
 from espalier.delta.forms.diagonal import Diagonal
 from espalier.delta.forms.factored import Factored
 from espalier.delta.forms.golomb import Golomb
+from espalier.delta.forms.hadamard import Hadamard
 from espalier.delta.forms.kronecker import Kronecker
 from espalier.delta.forms.low_rank import LowRank, Pooled
 from espalier.delta.forms.magnitude import Magnitude
@@ -18,6 +19,7 @@ from espalier.delta.forms.singular_scale import SingularScale
 from espalier.delta.forms.sparse import Columns, Rows, Sparse
 from espalier.delta.forms.support import compact
 from espalier.delta.forms.ternary import Ternary
+from espalier.delta.forms.tiled import Tiled
 from espalier.delta.forms.tucker import Tucker
 from espalier.delta.forms.update import FORMS, Gain, Update, form, register_form, working_dtype
 
@@ -32,6 +34,7 @@ __all__ = [
     "Factored",
     "Gain",
     "Golomb",
+    "Hadamard",
     "Kronecker",
     "LowRank",
     "Magnitude",
@@ -47,6 +50,7 @@ __all__ = [
     "Sparse",
     "Sum",
     "Ternary",
+    "Tiled",
     "Tucker",
     "Update",
     "compact",

@@ -64,6 +64,8 @@ class Sparse(AtSupport):
         return y if onto is None else onto + y
 
     def lookup(self, ids: torch.Tensor, base: BaseWeight) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # how many entries the rows have is no shape of a graph
+            return super().lookup(ids, base)
         rows = base.rows(ids)
         if self._is_thin:
             of_row = ids.unsqueeze(-1) == self.positions // rows.shape[-1]  # (..., n)

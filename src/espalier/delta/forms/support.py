@@ -7,7 +7,6 @@ touched. Not a form itself: :class:`AtSupport` is what ``Replace`` and ``Sparse`
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -120,18 +119,19 @@ class AtSupport(Update):
         counts = [count_bits(self.mask[s : s + _BLOCK // 8]) for s in starts]
         return numpy.cumsum([0, *counts])
 
-    def _before(self, entry: int) -> int:
-        """How many values stand before a flat entry."""
+    def _before(self, entries: Sequence[int]) -> list[int]:
+        """How many values stand before each of some flat entries, which ascend."""
         if self.index is not None:
-            index = self.index
-            return bisect.bisect_left(range(len(index)), entry, key=lambda at: int(index[at]))
-        assert self.mask is not None
-        block = entry // _BLOCK
-        return int(self._counts[block]) + count_bits(slice_bits(self.mask, block * _BLOCK, entry))
+            index = self.index.long() if entries[-1] > torch.iinfo(self.index.dtype).max else self.index
+            return torch.searchsorted(index, torch.tensor(entries, dtype=index.dtype, device=index.device)).tolist()
+        mask = self.mask
+        assert mask is not None
+        blocks = [entry // _BLOCK for entry in entries]
+        return [int(self._counts[b]) + count_bits(slice_bits(mask, b * _BLOCK, entry)) for b, entry in zip(blocks, entries, strict=True)]
 
     def _parts(self, edges: Sequence[int], shape: tuple[int, ...], even: bool = False) -> list[Update]:
         """The updates between flat entries ``edges``, which have that shape, and as many values each where that is ``even``."""
-        bounds = [self._before(edge) for edge in edges] if not even else range(0, len(self.values) + 1, len(self.values) // (len(edges) - 1))
+        bounds = self._before(edges) if not even else range(0, len(self.values) + 1, len(self.values) // (len(edges) - 1))
         values = self.values[bounds[0] : bounds[-1]].split([b - a for a, b in itertools.pairwise(bounds)])
         parts: list[Update] = []
         for number, part in enumerate(values):
