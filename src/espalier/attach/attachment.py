@@ -14,7 +14,7 @@ from espalier import registry
 from espalier.anatomy.parameters import parameters, select
 from espalier.anatomy.target import Target
 from espalier.attach.method import Adapter
-from espalier.attach.routes import rebuild
+from espalier.attach.routes import rebuild, stored_parameter
 from espalier.attach.slot import Companion, Pool, Slot, Whole
 from espalier.delta.forms import Update
 from espalier.delta.gather import by_parameter
@@ -69,8 +69,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def stored(model: nn.Module, name: str) -> torch.Tensor:
     """The base parameter of that name, whether or not reading it gives an updated one."""
-    owner, local = _owner(model, name)
-    return owner._parameters[local]  # type: ignore[return-value]
+    return stored_parameter(*_owner(model, name))  # type: ignore[return-value]
 
 
 def _logical(model: nn.Module, target: Target) -> torch.Tensor:

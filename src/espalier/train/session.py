@@ -21,6 +21,7 @@ from espalier.data.batches import Order
 from espalier.data.encode import MASK_POLICY, Encoder
 from espalier.data.store import TokenStore
 from espalier.delta import store as delta_store
+from espalier.delta.coded import CodedWeight
 from espalier.display import Display
 from espalier.errors import EspalierError, at_least
 from espalier.memory import language_loss, packed_attention
@@ -203,6 +204,7 @@ def show_targets(attachment: Attachment, model: nn.Module, display: Display) -> 
     display.table(f"{attachment.method.name}: what trains", ("role", "layers", "shape", "each", "trained"), rows)
     trained = attachment.trainable()
     frozen = sum(p.numel() for p in model.parameters() if not (p.requires_grad or p.is_meta))
+    frozen += sum(module.shape.numel() for module in model.modules() if isinstance(module, CodedWeight))
     display.note(f"{trained:,} numbers train, {frozen:,} are frozen ({trained / (trained + frozen):.2%} train)")
 
 
