@@ -20,7 +20,7 @@ import torch
 
 from espalier.delta.selection import TOO_LARGE, Chosen, thresholds
 from espalier.errors import EspalierError
-from espalier.kernels.merging import Between, elect
+from espalier.kernels.merging import Between, Numbers, elect
 from espalier.kernels.philox import Stream
 
 PIECE = 1 << 19
@@ -86,6 +86,20 @@ class Piece:
         for model, row in enumerate(made):
             self._read(model, row).sub_(origin)
         return made
+
+    @cached_property
+    def stored(self) -> Numbers:
+        """All of it as it is stored, for loops that make no copy of it.
+
+        Raises:
+            EspalierError: when there is no base.
+        """
+        parameter, which = self._parameter, (None, *range(self._parameter.models))
+        if not parameter.has_base:
+            raise EspalierError(NEEDS_BASE)
+        rows = {model: parameter.stored(model, self._begin, self._stop) for model in which}
+        base, *models = rows.values()
+        return Numbers(base, models, lambda model: parameter.refuse(model, rows[model]), device=parameter.device)
 
     @property
     def spare(self) -> torch.Tensor:
@@ -261,7 +275,14 @@ class Parameter(abc.ABC):
         """
         scores = score or (lambda piece: piece.updates)
         sample = torch.cat([scores(piece).flatten(1).clone() for piece in self.sampled()], -1)
-        return thresholds(lambda: (scores(piece).flatten(1) for piece in self.pieces()), sample, counts, self.numel)
+
+        def gather(found: dict[int, Between]) -> None:
+            for piece in self.pieces():
+                made = score(piece).flatten(1) if score else None
+                for row, between in found.items():
+                    between.add_changes(piece.stored, row) if made is None else between.add(made[row])
+
+        return thresholds(gather, sample, counts, self.numel)
 
     def ratio(self, kept: Callable[[Piece], torch.Tensor]) -> torch.Tensor:
         """The sum of magnitudes of each model's updates, over that of what is ``kept`` of them: (models, 1, 1).
@@ -349,11 +370,15 @@ def merged_changes(parameter: Parameter, changes: Callable[[Piece], torch.Tensor
 
     def combine(piece: Piece) -> torch.Tensor:
         if by_vote:
-            mass, divide = majority == "mass", normalize is not False
-            return elect(piece.origin, changes(piece), weights, everything, all_of_them, mass, divide, parameter.scale)
+            made = Numbers(piece.origin, changes(piece).unbind(), _too_large, are_changes=True, device=parameter.device)
+            return elect(made, weights, everything, all_of_them, majority == "mass", normalize is not False, parameter.scale)
         return weighted_sum(changes(piece), factors).mul_(parameter.scale).add_(piece.origin)
 
     return combine
+
+
+def _too_large(model: int | None) -> NoReturn:
+    raise EspalierError(TOO_LARGE)
 
 
 @dataclass

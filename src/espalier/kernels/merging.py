@@ -8,8 +8,11 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, NoReturn
 
+import numpy
 import torch
 
 
@@ -21,6 +24,51 @@ def _fast() -> Any:
         warnings.warn("numba is not installed, so merging runs without its compiled loops, some times slower; pip install 'espalier[fast]'")
         return None
     return merging_fast
+
+
+class Numbers:
+    """The same numbers of a base and of models, as they are stored: compiled loops read them there, a tile at a time.
+
+    Args:
+        base: (...), of any floating point dtype.
+        models: of each model the same, or what it changed of the base.
+        refuse: called with the model, or ``None`` for the base, in which something is not finite.
+        are_changes: whether ``models`` are what they changed.
+        device: where plain loops work on them.
+    """
+
+    def __init__(
+        self, base: torch.Tensor, models: Sequence[torch.Tensor], refuse: Callable[[int | None], NoReturn], are_changes: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
+        self._rows, self._refuse, self.are_changes, self.device = [base, *models], refuse, are_changes, torch.device(device)
+        self.models, self.shape, self.length = len(models), base.shape, base.numel()
+
+    @cached_property
+    def places(self) -> numpy.ndarray:
+        """Where base and models are, and how many bytes a number of each has, two of bf16 or four of float32: (models + 1, 2)."""
+        self._rows = [(row if row.dtype == torch.bfloat16 else row.float()).contiguous() for row in self._rows]
+        return numpy.array([(row.data_ptr(), row.itemsize) for row in self._rows], numpy.int64)
+
+    @cached_property
+    def base(self) -> torch.Tensor:
+        """(n,), float32."""
+        return self._wide(0)
+
+    def change(self, model: int) -> torch.Tensor:
+        """What a model changed: (n,), float32."""
+        wide = self._wide(model + 1)
+        return wide if self.are_changes else wide - self.base
+
+    def _wide(self, row: int) -> torch.Tensor:
+        wide = self._rows[row].reshape(-1).to(self.device, torch.float32)
+        self.require_finite(-1 if bool(wide.isfinite().all()) else row)
+        return wide
+
+    def require_finite(self, strange: int) -> None:
+        """Refuse what a loop found: the base (0), a model (1 and more), or nothing (-1)."""
+        if strange >= 0:
+            self._refuse(strange - 1 if strange else None)
 
 
 class Between:
@@ -41,56 +89,64 @@ class Between:
     def add(self, numbers: torch.Tensor) -> None:
         """Go through (n,) float32 numbers."""
         if numbers.is_cpu and (fast := _fast()):
-            if len(self._room) <= len(numbers):
-                self._room = torch.empty(len(numbers) + 1)
-            *counts, count = fast.between(numbers.numpy(), self.low, self.high, self.signed, self._room.numpy())
-            inside = self._room[:count].clone()
-        else:
-            numbers = numbers if self.signed else numbers.abs()
-            inside = numbers[(numbers > self.low) & (numbers < self.high)]
-            masks = numbers < self.low, numbers == self.low, numbers == self.high
-            counts = [int(torch.count_nonzero(mask)) for mask in masks]
+            self._gather(len(numbers), lambda *to: fast.between(numbers.numpy(), self.low, self.high, self.signed, *to))
+            return
+        numbers = numbers if self.signed else numbers.abs()
+        masks = numbers < self.low, numbers == self.low, numbers == self.high
+        self._keep([int(torch.count_nonzero(mask)) for mask in masks], numbers[(numbers > self.low) & (numbers < self.high)])
+
+    def add_changes(self, numbers: Numbers, model: int) -> None:
+        """Go through the magnitudes of what a model changed."""
+        if numbers.device.type == "cpu" and (fast := _fast()):
+            through = functools.partial(fast.between_changes, numbers.places, model, numbers.length, self.low, self.high)
+            numbers.require_finite(self._gather(numbers.length, through))
+            return
+        self.add(numbers.change(model).abs())
+
+    def _gather(self, length: int, through: Callable[..., Any]) -> Any:
+        if len(self._room) <= length:
+            self._room = torch.empty(length + 1)
+        counts = numpy.zeros(4, numpy.int64)
+        made = through(counts, self._room.numpy())
+        *some, count = counts.tolist()
+        self._keep(some, self._room[:count].clone())
+        return made
+
+    def _keep(self, counts: list[int], inside: torch.Tensor) -> None:
         if len(inside):
             self._parts.append(inside)
         self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
 
 
 def elect(
-    base: torch.Tensor,
-    updates: torch.Tensor,
-    weights: torch.Tensor,
-    limits: torch.Tensor,
-    ties: torch.Tensor,
-    by_mass: bool,
-    normalize: bool,
-    scale: float,
+    numbers: Numbers, weights: torch.Tensor, limits: torch.Tensor, ties: torch.Tensor, by_mass: bool, normalize: bool, scale: float
 ) -> torch.Tensor:
-    """Trim, elect a sign, and merge what has it (TIES, arXiv:2306.01708), for one slice.
+    """Trim changes, elect a sign, and merge what has it (TIES, arXiv:2306.01708), for one slice; float32, in its shape.
 
     Args:
-        base, updates: (rows, columns) and (models, rows, columns), float32.
         weights: of the models, (models,).
-        limits: the least magnitude of an update that is kept, (models,).
+        limits: the least magnitude of a change that is kept, (models,).
         ties: how many of exactly that magnitude are kept from here on, -1 for all, (models,) int64; counted down.
-        by_mass: whether the sum of weighted updates elects the sign, or the number of models.
+        by_mass: whether the sum of weighted changes elects the sign, or the number of models.
         normalize: whether what has the sign is divided by its weights.
-        scale: of the merged update.
+        scale: of the merged change.
     """
-    if base.is_cpu and (fast := _fast()):
-        out = torch.empty_like(base)
+    if numbers.device.type == "cpu" and (fast := _fast()):
+        out = torch.empty(numbers.shape)
         below = torch.nextafter(limits, torch.full_like(limits, -torch.inf))
-        flat = (base.flatten(), updates.flatten(1), weights, below, limits, ties)
-        fast.elect(*(t.numpy() for t in flat), by_mass, normalize, scale, out.view(-1).numpy())
+        vectors = (t.numpy() for t in (weights, below, limits, ties))
+        numbers.require_finite(fast.elect(numbers.places, numbers.are_changes, *vectors, by_mass, normalize, scale, out.view(-1).numpy()))
         return out
-    magnitudes, limits, weights = updates.abs(), limits.to(updates.device), weights.to(updates.device)
-    kept = magnitudes >= limits[:, None, None]
+    updates = torch.stack([numbers.change(model) for model in range(numbers.models)])
+    magnitudes, limits, weights = updates.abs(), limits.to(numbers.device), weights.to(numbers.device)
+    kept = magnitudes >= limits[:, None]
     for model, left in enumerate(ties.tolist()):
         if left >= 0:
-            equal = (magnitudes[model] == limits[model]).flatten().nonzero().squeeze(-1)
-            kept[model].view(-1)[equal[left:]] = False
+            equal = (magnitudes[model] == limits[model]).nonzero().squeeze(-1)
+            kept[model][equal[left:]] = False
             ties[model] = max(left - len(equal), 0)
-    changes = torch.where(kept, updates * weights[:, None, None], 0.0)
-    votes, merged, divisor = (torch.zeros_like(base) for _ in range(3))
+    changes = torch.where(kept, updates * weights[:, None], 0.0)
+    votes, merged, divisor = (torch.zeros_like(numbers.base) for _ in range(3))
     for change in changes:
         votes += change if by_mass else change.sign()
     for change, weight in zip(changes, weights, strict=True):
@@ -99,7 +155,7 @@ def elect(
         divisor += torch.where(agrees, weight, 0.0)
     if normalize:
         merged = merged / divisor.masked_fill(divisor == 0, 1.0)
-    return base + merged * scale
+    return (numbers.base + merged * scale).view(numbers.shape)
 
 
 def middle(updates: torch.Tensor, skip: int, keep: int, out: torch.Tensor) -> None:

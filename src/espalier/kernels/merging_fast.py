@@ -18,83 +18,154 @@ TILE = 1024
 LANES = 256
 """Numbers that are compared at once."""
 
+LARGEST = np.finfo(np.float32).max
 
-def _between(numbers, low, high, signed, inside):  # type: ignore[no-untyped-def]
-    """How many numbers (or magnitudes) are below ``low``, equal to it, and equal to ``high``; those between go into ``inside``.
 
-    A tile is looked at in rows of :data:`LANES`; only columns in which there is something are gone through again.
+@numba.extending.intrinsic
+def _pointer(_, address):  # type: ignore[no-untyped-def]
+    """The memory at an address."""
+
+    def made(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return numba.types.voidptr(numba.types.int64), made
+
+
+@numba.extending.intrinsic
+def _as_float(_, bits):  # type: ignore[no-untyped-def]
+    """The float32 with these bits."""
+
+    def made(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
+
+    return numba.types.float32(numba.types.uint32), made
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _load(numbers, row, begin, base, tile):  # type: ignore[no-untyped-def]
+    """Numbers of a row, less those of a base, from a place on into a tile; whether one of the row's is not finite.
+
+    ``numbers`` are (address, bytes of a number) of each row: two are bf16, four float32.
     """
-    below, at_low, at_high, count = 0, 0, 0, 0
+    address, width = numbers[row]
+    strange = np.int32(0)
+    if width == 2:
+        words = numba.carray(_pointer(address + 2 * begin), (len(tile),), np.uint16)
+        for i in range(len(tile)):
+            own = _as_float(np.uint32(np.uint32(words[i]) << np.uint32(16)))
+            strange |= np.int32(not abs(own) <= LARGEST)
+            tile[i] = own - base[i]
+    else:
+        wide = numba.carray(_pointer(address + 4 * begin), (len(tile),), np.float32)
+        for i in range(len(tile)):
+            own = wide[i]
+            strange |= np.int32(not abs(own) <= LARGEST)
+            tile[i] = own - base[i]
+    return strange
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _gather(tile, size, low, high, there, counts, inside):  # type: ignore[no-untyped-def]
+    """Count what of a tile is below ``low``, equal to it, and equal to ``high``; what lies between goes into ``inside``.
+
+    ``counts`` are these three and how many are inside. A tile is looked at in rows of :data:`LANES`; only columns in which
+    there is something are gone through again. What is behind its size is overwritten.
+    """
+    below, at_low, at_high, above = np.int32(0), np.int32(0), np.int32(0), np.int32(0)
+    for i in range(size):
+        below += np.int32(tile[i] < low)
+        at_low += np.int32(tile[i] == low)
+        at_high += np.int32(tile[i] == high)
+        above += np.int32(tile[i] > high)
+    counts[0] += below
+    counts[1] += at_low
+    counts[2] += at_high
+    if below + at_low + above + (at_high if low < high else 0) == size:  # as in most tiles for a quantile far out
+        return
+    for i in range(size, TILE):
+        tile[i] = low
+    for k in range(LANES):
+        there[k] = 0
+    for row in range(0, TILE, LANES):
+        some = tile[row : row + LANES]
+        for k in range(LANES):
+            there[k] |= np.int32((some[k] > low) & (some[k] < high))
+    count = counts[3]
+    for k in range(LANES):
+        if there[k]:
+            for i in range(k, TILE, LANES):
+                inside[count] = tile[i]
+                count += (tile[i] > low) & (tile[i] < high)
+    counts[3] = count
+
+
+def _between(numbers, low, high, signed, counts, inside):  # type: ignore[no-untyped-def]
+    """What of the numbers (or magnitudes) lies between bounds: see ``merging.Between``."""
     tile, there = np.empty(TILE, np.float32), np.empty(LANES, np.int32)
     for begin in range(0, len(numbers), TILE):
         theirs = numbers[begin : begin + TILE]
-        some_up, some_down = np.int32(0), np.int32(0)
         for i in range(len(theirs)):
-            own = theirs[i] if signed else abs(theirs[i])
-            tile[i] = own
-            some_up |= np.int32(own >= low)
-            some_down |= np.int32(own <= high)
-        if not some_up or not some_down:  # all on one side, as most tiles are for a quantile far out
-            below += 0 if some_up else len(theirs)
-            continue
-        lower, first, last = np.int32(0), np.int32(0), np.int32(0)
-        for i in range(len(theirs)):
-            own = tile[i]
-            lower += np.int32(own < low)
-            first += np.int32(own == low)
-            last += np.int32(own == high)
-        for i in range(len(theirs), TILE):
-            tile[i] = low
-        for k in range(LANES):
-            there[k] = 0
-        for row in range(0, TILE, LANES):
-            some = tile[row : row + LANES]
-            for k in range(LANES):
-                there[k] |= np.int32((some[k] > low) & (some[k] < high))
-        below += int(lower)
-        at_low += int(first)
-        at_high += int(last)
-        for k in range(LANES):
-            if there[k]:
-                for i in range(k, TILE, LANES):
-                    inside[count] = tile[i]
-                    count += (tile[i] > low) & (tile[i] < high)
-    return below, at_low, at_high, count
+            tile[i] = theirs[i] if signed else abs(theirs[i])
+        _gather(tile, len(theirs), low, high, there, counts, inside)
 
 
-def _elect(base, updates, weights, below, limits, ties, by_mass, normalize, scale, out):  # type: ignore[no-untyped-def]
-    """The merged numbers of a slice by TIES: see ``merging.elect``. ``below`` are the numbers just under the limits."""
-    count = len(updates)
+def _between_changes(numbers, model, length, low, high, counts, inside):  # type: ignore[no-untyped-def]
+    """What of the magnitudes of a model's changes lies between bounds; which row is not finite, or -1."""
+    strange, zeros = -1, np.zeros(TILE, np.float32)
+    base, tile, there = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(LANES, np.int32)
+    for begin in range(0, length, TILE):
+        size = min(TILE, length - begin)
+        if _load(numbers, 0, begin, zeros, base[:size]):
+            strange = 0
+        if _load(numbers, model + 1, begin, base, tile[:size]):
+            strange = model + 1
+        for i in range(size):
+            tile[i] = abs(tile[i])
+        _gather(tile, size, low, high, there, counts, inside)
+    return strange
+
+
+def _elect(numbers, are_changes, weights, below, limits, ties, by_mass, normalize, scale, out):  # type: ignore[no-untyped-def]
+    """The merged numbers of a slice by TIES: see ``merging.elect``. ``below`` are the numbers just under the limits.
+
+    Returns which row is not finite, or -1.
+    """
+    count, strange = len(numbers) - 1, -1
+    base, zeros = np.empty(TILE, np.float32), np.zeros(TILE, np.float32)
     changes = np.empty((count, TILE), np.float32)
     votes = np.empty(TILE, np.float32)
     merged = np.empty(TILE, np.float32)
     divisor = np.empty(TILE, np.float32)
     zero, one, divides = np.float32(0), np.float32(1), bool(normalize)
-    for begin in range(0, len(base), TILE):
-        ours, made = base[begin : begin + TILE], out[begin : begin + TILE]
-        size = len(ours)
+    for begin in range(0, len(out), TILE):
+        made = out[begin : begin + TILE]
+        size = len(made)
+        if _load(numbers, 0, begin, zeros, base[:size]):
+            strange = 0
         for i in range(size):
             votes[i] = zero
             merged[i] = zero
             divisor[i] = zero
         for m in range(count):
-            weight, update, change = weights[m], updates[m, begin : begin + size], changes[m]
+            weight, change = weights[m], changes[m, :size]
+            if _load(numbers, m + 1, begin, zeros if are_changes else base, change):
+                strange = m + 1
             limit = limits[m] if ties[m] == 0 else below[m]
-            for i in range(size):
-                change[i] = update[i] * weight if abs(update[i]) > limit else zero
             if ties[m] > 0:
-                equal, limit = 0, limits[m]
+                equal = 0
                 for i in range(size):
-                    equal += abs(update[i]) == limit
+                    equal += abs(change[i]) == limits[m]
                 if equal <= ties[m]:
                     ties[m] -= equal
                 else:
                     for i in range(size):
-                        if abs(update[i]) == limit:
+                        if abs(change[i]) == limits[m]:
                             if ties[m] > 0:
                                 ties[m] -= 1
                             else:
                                 change[i] = zero
+            for i in range(size):
+                change[i] = change[i] * weight if abs(change[i]) > limit else zero
             if by_mass:
                 for i in range(size):
                     votes[i] += change[i]
@@ -109,7 +180,8 @@ def _elect(base, updates, weights, below, limits, ties, by_mass, normalize, scal
                 divisor[i] += weight if agrees else zero
         for i in range(size):
             share = merged[i] / (divisor[i] if divides & (divisor[i] != zero) else one)
-            made[i] = ours[i] + share * scale
+            made[i] = base[i] + share * scale
+    return strange
 
 
 @numba.njit(nogil=True)
@@ -347,10 +419,11 @@ def _compiled(loop, signature):  # type: ignore[no-untyped-def]
     return call
 
 
-between = _compiled(_between, "UniTuple(int64, 4)(float32[::1], float32, float32, boolean, float32[::1])")
+between = _compiled(_between, "void(float32[::1], float32, float32, boolean, int64[::1], float32[::1])")
+between_changes = _compiled(_between_changes, "int64(int64[:, ::1], int64, int64, float32, float32, int64[::1], float32[::1])")
 elect = _compiled(
     _elect,
-    "void(float32[::1], float32[:, ::1], float32[::1], float32[::1], float32[::1], int64[::1], boolean, boolean, float32, float32[::1])",
+    "int64(int64[:, ::1], boolean, float32[::1], float32[::1], float32[::1], int64[::1], boolean, boolean, float32, float32[::1])",
 )
 middle = _compiled(_middle, "void(float32[:, ::1], int32[:, ::1], int64, int64, float32[:, ::1])")
 thin = _compiled(_thin, "void(float32[:, ::1], int32[:, ::1], float32[:, ::1], float32[::1], float32[::1], float32[:, ::1])")
