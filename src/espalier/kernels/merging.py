@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 import numpy
 import torch
 
+from espalier.kernels.philox import Stream
+
 
 @functools.cache
 def _fast() -> Any:
@@ -191,12 +193,14 @@ def thin(updates: torch.Tensor, drawn: torch.Tensor, odds: torch.Tensor, factors
     out.copy_(torch.where(drawn < odds[ranks], updates * factors[ranks], 0.0))
 
 
-def drop(updates: torch.Tensor, drawn: torch.Tensor, odds: float, factor: float, out: torch.Tensor) -> None:
-    """Keep the numbers (n,) where what was ``drawn`` (n,) is below the odds, times the factor, in ``out``."""
-    if updates.is_cpu and (fast := _fast()):
-        fast.drop(updates.numpy(), drawn.numpy(), odds, factor, out.numpy())
+def drop(numbers: Numbers, model: int, stream: Stream, odds: float, factor: float, out: torch.Tensor) -> None:
+    """Keep what a model changed where the stream's next uniform number is below the odds, times the factor, in ``out`` (n,)."""
+    if numbers.device.type == "cpu" and (fast := _fast()):
+        made = fast.drop(numbers.places, model, *stream.key, stream.position, odds, factor, out.numpy())
+        numbers.require_finite(made)
         return
-    out.copy_(updates * torch.where(drawn < odds, factor, 0.0))
+    drawn = stream.at(stream.position).uniform(numbers.length, device=numbers.device)
+    out.copy_(numbers.change(model) * torch.where(drawn < odds, factor, 0.0))
 
 
 def variance(updates: torch.Tensor) -> torch.Tensor:

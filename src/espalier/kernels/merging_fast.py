@@ -11,6 +11,8 @@ import threading
 import numba
 import numpy as np
 
+from espalier.kernels.philox_fast import fill_words
+
 TILE = 1024
 """Numbers that are worked on at a time: what is made of them stays in the first-level cache."""
 
@@ -271,15 +273,22 @@ def _thin(updates, bits, drawn, odds, factors, out):  # type: ignore[no-untyped-
             keys, others = others, keys
 
 
-def _drop(updates, drawn, odds, factor, out):  # type: ignore[no-untyped-def]
-    """Numbers of which those drawn below the odds are kept, times a factor."""
-    kept = np.empty(TILE, np.float32)
-    for begin in range(0, len(updates), TILE):
-        theirs, chance, made = updates[begin : begin + TILE], drawn[begin : begin + TILE], out[begin : begin + TILE]
-        for i in range(len(theirs)):  # on its own, as updates and out may be the same and a branch is never foreseen
-            kept[i] = factor if chance[i] < odds else np.float32(0)
-        for i in range(len(theirs)):
-            made[i] = theirs[i] * kept[i]
+def _drop(numbers, model, key0, key1, position, odds, factor, out):  # type: ignore[no-untyped-def]
+    """A model's changes, of which those drawn below the odds are kept, times a factor; which row is not finite, or -1."""
+    strange, zeros, base = -1, np.zeros(TILE, np.float32), np.empty(TILE, np.float32)
+    words, skipped = np.empty(TILE + 4, np.uint32), np.int64(position % np.uint64(4))
+    for begin in range(0, len(out), TILE):
+        made = out[begin : begin + TILE]
+        size = len(made)
+        if _load(numbers, 0, begin, zeros, base[:size]):
+            strange = 0
+        if _load(numbers, model + 1, begin, base, made):
+            strange = model + 1
+        fill_words(key0, key1, (position + np.uint64(begin)) // np.uint64(4), words)
+        drawn = words[skipped : skipped + size]
+        for i in range(size):
+            made[i] *= factor if np.float32(np.int32(drawn[i] >> np.uint32(8))) * np.float32(2.0**-24) < odds else np.float32(0)
+    return strange
 
 
 def _variance(updates, out):  # type: ignore[no-untyped-def]
@@ -427,7 +436,7 @@ elect = _compiled(
 )
 middle = _compiled(_middle, "void(float32[:, ::1], int32[:, ::1], int64, int64, float32[:, ::1])")
 thin = _compiled(_thin, "void(float32[:, ::1], int32[:, ::1], float32[:, ::1], float32[::1], float32[::1], float32[:, ::1])")
-drop = _compiled(_drop, "void(float32[::1], float32[::1], float32, float32, float32[::1])")
+drop = _compiled(_drop, "int64(int64[:, ::1], int64, uint64, uint64, uint64, float32, float32, float32[::1])")
 variance = _compiled(_variance, "void(float32[:, ::1], float32[::1])")
 agree = _compiled(_agree, "void(float32[::1], float32[:, ::1], float32[::1], float32, float32[::1])")
 compete = _compiled(
