@@ -33,7 +33,7 @@ ROOM = 1 << 23
 SAMPLE = 1 << 15
 """Numbers of each model, at least, by which thresholds are guessed, before a pass finds them."""
 
-WHOLE_SAMPLE = 1 << 20
+WHOLE_SAMPLE = 1 << 18
 """Numbers of each model by which quantiles of the whole model are guessed."""
 
 
@@ -214,9 +214,9 @@ class Parameter(abc.ABC):
         for start in range(0, self.rows, step):
             yield Piece(self, start, min(start + step, self.rows))
 
-    def sampled(self) -> Iterator[Piece]:
-        """Some of it: rows in eight places, about one in 32 numbers, but :data:`SAMPLE` at least and four times that at most."""
-        take = max(min(max(self.numel // 32, SAMPLE), 4 * SAMPLE) // 8 // max(self.columns, 1), 1)
+    def sampled(self, most: int = SAMPLE) -> Iterator[Piece]:
+        """Some of it: rows in eight places, about one in 32 numbers, but :data:`SAMPLE` at least and ``most`` at most."""
+        take = max(min(max(self.numel // 32, SAMPLE), most) // 8 // max(self.columns, 1), 1)
         for start in range(0, self.rows, max(self.rows // 8, take)):
             yield Piece(self, start, min(start + take, self.rows))
 
@@ -275,7 +275,7 @@ class Parameter(abc.ABC):
         """
         scores = score or (lambda piece: piece.updates)
         step = 5 if self.numel > SAMPLE else 1  # many rows, as these differ, but few numbers of each
-        sample = torch.cat([scores(piece).flatten(1)[:, ::step].clone() for piece in self.sampled()], -1)
+        sample = torch.cat([scores(piece).flatten(1)[:, ::step].clone() for piece in self.sampled(4 * SAMPLE)], -1)
 
         def gather(found: dict[int, Between]) -> None:
             for piece in self.pieces():
@@ -390,31 +390,29 @@ class Whole:
     each: Callable[[Callable[[Parameter], Any]], Iterable[Any]]
     """What is made of every parameter, in order; made on all threads."""
 
-    def quantiles(self, score: Callable[[Parameter, Piece], torch.Tensor], shares: Sequence[float]) -> list[torch.Tensor]:
+    def quantiles(self, gather: Callable[[Piece, list[tuple[int, Between]]], None], shares: Sequence[float]) -> list[torch.Tensor]:
         """Exact quantiles of each model's scores over all parameters: the number at place int(share d) of d in order.
 
         A sample gives bounds between which they all but certainly lie; a pass counts what is below and gathers what is
         between, and is repeated with other bounds where the sample misled.
 
         Args:
-            score: from a parameter and a piece to scores (models, rows, columns).
+            gather: adds the scores of a piece to some that gather them, each of a model.
 
         Returns:
-            For each share the numbers, (models, 1, 1).
+            For each share the numbers, (models,), on the CPU.
         """
         total = sum(parameter.numel for parameter in self.parameters)
         found = torch.empty(len(shares), self.parameters[0].models)
         wanted = {
             (row, model): min(int(share * total), total - 1) for row, share in enumerate(shares) for model in range(found.shape[1])
         }
-        bounds = self._bounds(score, {where: place / total for where, place in wanted.items()})
+        bounds = self._bounds(gather, {where: place / total for where, place in wanted.items()})
 
         def gathered(parameter: Parameter) -> dict[tuple[int, int], tuple[list[int], torch.Tensor]]:
             made = {where: Between(*bound) for where, bound in bounds.items()}
             for piece in parameter.pieces():
-                scores = score(parameter, piece).flatten(1)
-                for (_, model), between in made.items():
-                    between.add(scores[model])
+                gather(piece, [(model, between) for (_, model), between in made.items()])
             return {where: (between.counts, between.numbers()) for where, between in made.items()}
 
         for attempt in itertools.count():
@@ -446,16 +444,22 @@ class Whole:
                 else:
                     found[where] = high
                 del bounds[where]
-        return [row.to(self.parameters[0].device)[:, None, None] for row in found]
+        return list(found)
 
     def _bounds(
-        self, score: Callable[[Parameter, Piece], torch.Tensor], shares: dict[tuple[int, int], float]
+        self, gather: Callable[[Piece, list[tuple[int, Between]]], None], shares: dict[tuple[int, int], float]
     ) -> dict[tuple[int, int], tuple[float, float]]:
         """Between which numbers the shares' quantiles lie, but for a small chance."""
         whole = sum(parameter.numel for parameter in self.parameters)
 
         def sampled(parameter: Parameter) -> torch.Tensor:
-            taken = torch.cat([score(parameter, piece).flatten(1).clone() for piece in parameter.sampled()], -1).cpu()
+            made = [Between(-math.inf, math.inf) for _ in range(parameter.models)]
+            for piece in parameter.sampled():
+                gather(piece, list(enumerate(made)))
+            numbers = [between.numbers().cpu() for between in made]
+            if len({len(some) for some in numbers}) > 1:
+                raise EspalierError(TOO_LARGE)
+            taken = torch.stack(numbers)
             wanted = max(WHOLE_SAMPLE * parameter.numel // whole, 1)
             return taken[:, :: max(taken.shape[1] // wanted, 1)].clone()
 

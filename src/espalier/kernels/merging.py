@@ -9,6 +9,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NoReturn
 
@@ -95,7 +96,7 @@ class Between:
             return
         numbers = numbers if self.signed else numbers.abs()
         masks = numbers < self.low, numbers == self.low, numbers == self.high
-        self._keep([int(torch.count_nonzero(mask)) for mask in masks], numbers[(numbers > self.low) & (numbers < self.high)])
+        self.keep([int(torch.count_nonzero(mask)) for mask in masks], numbers[(numbers > self.low) & (numbers < self.high)])
 
     def add_changes(self, numbers: Numbers, model: int) -> None:
         """Go through the magnitudes of what a model changed."""
@@ -111,10 +112,11 @@ class Between:
         counts = numpy.zeros(4, numpy.int64)
         made = through(counts, self._room.numpy())
         *some, count = counts.tolist()
-        self._keep(some, self._room[:count].clone())
+        self.keep(some, self._room[:count].clone())
         return made
 
-    def _keep(self, counts: list[int], inside: torch.Tensor) -> None:
+    def keep(self, counts: list[int], inside: torch.Tensor) -> None:
+        """Take over what has been counted and gathered."""
         if len(inside):
             self._parts.append(inside)
         self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
@@ -244,25 +246,34 @@ _EXPONENTIAL = tuple(math.exp(-0.5) / math.factorial(power) for power in range(9
 """exp(x - 1/2) as a series in x; on [-1/2, 1/2] it is exact to float32."""
 
 
-def compete(updates: torch.Tensor, low: torch.Tensor, high: torch.Tensor, width: torch.Tensor, scores: torch.Tensor) -> None:
-    """Clamp updates, and score them (PCB-Merging, arXiv:2410.02396).
+@dataclass(frozen=True)
+class Clamp:
+    """Between which magnitudes PCB-Merging draws in the changes of each model: (models,) each, on the CPU."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+
+    @cached_property
+    def width(self) -> torch.Tensor:
+        """What magnitudes are divided by, (models,)."""
+        return (self.high - self.low).clamp_min(1e-12)
+
+    def arrays(self) -> tuple[Any, ...]:
+        """What the compiled loops take."""
+        return (self.low.numpy(), self.high.numpy(), self.width.numpy(), _EXPONENTIAL)
+
+
+def compete(numbers: Numbers, clamp: Clamp) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clamped changes, and their scores (PCB-Merging, arXiv:2410.02396): (models, n) each, float32.
 
     With a the magnitude between ``low`` and ``high`` divided by ``width``, and s the signed a, the score of model i is
     ``exp(N (a_i^2 - 1)) sum_j tanh(s_i s_j)``. Both functions are rational ones that are exact to float32 here.
-
-    Args:
-        updates: (models, n), float32; they become the clamped ones.
-        low, high, width: (models,).
-        scores: where they are put, (models, n).
     """
-    if updates.is_cpu and (fast := _fast()):
-        limits = (low.numpy(), high.numpy(), width.numpy())
-        fast.compete(updates.numpy(), *limits, _EXPONENTIAL, updates.numpy(), scores.numpy())
-        return
-    magnitudes = updates.abs().clamp_min(low[:, None]).clamp_max(high[:, None])
+    updates = torch.stack([numbers.change(model) for model in range(numbers.models)])
+    low, high, width = (limit[:, None].to(updates.device) for limit in (clamp.low, clamp.high, clamp.width))
+    magnitudes = updates.abs().clamp_min(low).clamp_max(high)
     sign = updates.sign()
-    signed = sign * ((magnitudes - low[:, None]) * (1 / width[:, None]))
-    scores.zero_()
+    signed, scores = sign * ((magnitudes - low) * (1 / width)), torch.zeros_like(updates)
     for model, own in enumerate(signed):
         for other in signed:
             x = own * other
@@ -274,10 +285,36 @@ def compete(updates: torch.Tensor, low: torch.Tensor, high: torch.Tensor, width:
         intra = intra * x + factor
     for _ in updates:
         scores *= intra
-    updates.copy_(sign * magnitudes)
+    return sign * magnitudes, scores
 
 
-def blend(
+def add_scores(numbers: Numbers, clamp: Clamp, found: Sequence[tuple[int, Between]]) -> None:
+    """Go through the scores of changes (:func:`compete`), for each of ``found`` through those of its model."""
+    if numbers.device.type == "cpu" and (fast := _fast()):
+        models = numpy.array([model for model, _ in found])
+        lows, highs = numpy.array([(between.low, between.high) for _, between in found], numpy.float32).T.copy()
+        counts, inside = numpy.zeros((len(found), 4), numpy.int64), torch.empty(len(found), numbers.length + 1)
+        made = fast.between_scores(numbers.places, numbers.length, *clamp.arrays(), models, lows, highs, counts, inside.numpy())
+        numbers.require_finite(made)
+        for (_, between), (*some, count), numbers_inside in zip(found, counts.tolist(), inside, strict=True):
+            between.keep(some, numbers_inside[:count].clone())
+        return
+    scores = compete(numbers, clamp)[1]
+    for model, between in found:
+        between.add(scores[model])
+
+
+def blend(numbers: Numbers, clamp: Clamp, cut: torch.Tensor, factors: torch.Tensor, weights: torch.Tensor, scale: float) -> torch.Tensor:
+    """The base plus the mean of clamped changes by their scores (:func:`compete`); float32, in its shape: see :func:`mean_by_scores`."""
+    if numbers.device.type == "cpu" and (fast := _fast()):
+        out = torch.empty(numbers.shape)
+        vectors = (t.numpy() for t in (cut, factors, weights))
+        numbers.require_finite(fast.blend(numbers.places, *clamp.arrays(), *vectors, scale, out.view(-1).numpy()))
+        return out
+    return mean_by_scores(numbers.base, *compete(numbers, clamp), cut, factors, weights, scale).view(numbers.shape)
+
+
+def mean_by_scores(
     base: torch.Tensor, clamped: torch.Tensor, scores: torch.Tensor, cut: torch.Tensor, factors: torch.Tensor, weights: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """The base plus the mean of updates by their scores (PCB-Merging): ``sum_i w_i S_i t_i / sum_i S_i`` times the scale.
@@ -285,13 +322,9 @@ def blend(
     S are the scores above ``cut``, times ``factors``; the others are 0.
 
     Args:
-        base, clamped, scores: (n,), and (models, n) twice, float32.
+        base, clamped, scores: (...), and (models, ...) twice, float32.
         cut, factors, weights: (models,).
     """
-    if base.is_cpu and (fast := _fast()):
-        out = torch.empty_like(base)
-        fast.blend(*(t.numpy() for t in (base, clamped, scores, cut, factors, weights)), scale, out.numpy())
-        return out
     merged, divisor = torch.zeros_like(base), torch.zeros_like(base)
     for update, score, least, factor, weight in zip(clamped, scores, cut, factors, weights.to(base.device), strict=True):
         share = (torch.maximum(score, least) - least) * factor

@@ -16,6 +16,8 @@ from espalier.kernels.philox_fast import fill_words
 TILE = 1024
 """Numbers that are worked on at a time: what is made of them stays in the first-level cache."""
 
+ROW = TILE + 16
+"""Distance of tiles that lie in one array: at a power of two they would fall upon each other in the cache."""
 
 LANES = 256
 """Numbers that are compared at once."""
@@ -134,7 +136,7 @@ def _elect(numbers, are_changes, weights, below, limits, ties, by_mass, normaliz
     """
     count, strange = len(numbers) - 1, -1
     base, zeros = np.empty(TILE, np.float32), np.zeros(TILE, np.float32)
-    changes = np.empty((count, TILE), np.float32)
+    changes = np.empty((count, ROW), np.float32)
     votes = np.empty(TILE, np.float32)
     merged = np.empty(TILE, np.float32)
     divisor = np.empty(TILE, np.float32)
@@ -341,61 +343,85 @@ def _agree(base, updates, weights, scale, out):  # type: ignore[no-untyped-def]
             made[i] = ours[i] + made[i] / (divisor[i] if divisor[i] != zero else one) * scale
 
 
-def _compete(updates, low, high, width, exponential, clamped, scores):  # type: ignore[no-untyped-def]
-    """Clamped updates and scores of PCB-Merging: see ``merging.compete``."""
-    count = len(updates)
-    zero = np.float32(0)
-    signed, tanh = np.empty((count, TILE), np.float32), np.empty(TILE, np.float32)
+@numba.njit(nogil=True, error_model="numpy")
+def _compete(numbers, begin, size, low, high, width, exponential, tiles):  # type: ignore[no-untyped-def]
+    """Base, clamped changes and scores of PCB-Merging of a tile: see ``merging.compete``; which row is not finite, or -1.
+
+    ``tiles`` have rows for zeros, the base, a while, and the models' clamped changes, signed parts, and scores.
+    """
+    count, strange, zero = len(low), -1, np.float32(0)
+    zeros, base, tanh = tiles[0], tiles[1], tiles[2]
+    clamped, signed, scores = tiles[3 : 3 + count], tiles[3 + count : 3 + 2 * count], tiles[3 + 2 * count :]
     e0, e1, e2, e3, e4, e5, e6, e7, e8 = exponential
-    for begin in range(0, updates.shape[1], TILE):
-        size = min(TILE, updates.shape[1] - begin)
-        for m in range(count):
-            update, clamp, score = updates[m, begin : begin + size], clamped[m, begin : begin + size], scores[m, begin : begin + size]
-            least, most, over, own = low[m], high[m], np.float32(1) / width[m], signed[m]
+    if _load(numbers, 0, begin, zeros, base[:size]):
+        strange = 0
+    for m in range(count):
+        clamp, own, score = clamped[m], signed[m], scores[m]
+        if _load(numbers, m + 1, begin, base, clamp[:size]):
+            strange = m + 1
+        least, most, over = low[m], high[m], np.float32(1) / width[m]
+        for i in range(size):
+            magnitude = abs(clamp[i])
+            magnitude = least if magnitude < least else magnitude
+            magnitude = most if magnitude > most else magnitude
+            sign = np.float32(clamp[i] > zero) - np.float32(clamp[i] < zero)
+            clamp[i] = sign * magnitude
+            own[i] = sign * ((magnitude - least) * over)
+            score[i] = zero
+    for m in range(count):
+        mine, score = signed[m], scores[m]
+        for other in range(m + 1):
+            theirs, to = signed[other], scores[other]
             for i in range(size):
-                magnitude = abs(update[i])
-                magnitude = least if magnitude < least else magnitude
-                magnitude = most if magnitude > most else magnitude
-                sign = np.float32(update[i] > zero) - np.float32(update[i] < zero)
-                clamp[i] = sign * magnitude
-                own[i] = sign * ((magnitude - least) * over)
-                score[i] = zero
-        for m in range(count):
-            for other in range(m + 1):
-                mine, theirs = signed[m], signed[other]
-                score, to = scores[m, begin : begin + size], scores[other, begin : begin + size]
-                for i in range(size):
-                    x = mine[i] * theirs[i]
-                    y = x * x
-                    above = x * ((y * np.float32(21) + np.float32(1260)) * y + np.float32(10395))
-                    tanh[i] = above / (((y + np.float32(210)) * y + np.float32(4725)) * y + np.float32(10395))
-                for i in range(size):
-                    score[i] += tanh[i]
-                if m != other:
-                    for i in range(size):
-                        to[i] += tanh[i]
-        for m in range(count):
-            score, own = scores[m, begin : begin + size], signed[m]
+                x = mine[i] * theirs[i]
+                y = x * x
+                above = x * ((y * np.float32(21) + np.float32(1260)) * y + np.float32(10395))
+                tanh[i] = above / (((y + np.float32(210)) * y + np.float32(4725)) * y + np.float32(10395))
             for i in range(size):
-                x = own[i] * own[i] - np.float32(0.5)
-                own[i] = (((((((e8 * x + e7) * x + e6) * x + e5) * x + e4) * x + e3) * x + e2) * x + e1) * x + e0
-            for _ in range(count):
+                score[i] += tanh[i]
+            if m != other:
                 for i in range(size):
-                    score[i] *= own[i]
+                    to[i] += tanh[i]
+    for m in range(count):
+        score, own = scores[m], signed[m]
+        for i in range(size):
+            x = own[i] * own[i] - np.float32(0.5)
+            own[i] = (((((((e8 * x + e7) * x + e6) * x + e5) * x + e4) * x + e3) * x + e2) * x + e1) * x + e0
+        for _ in range(count):
+            for i in range(size):
+                score[i] *= own[i]
+    return strange
 
 
-def _blend(base, clamped, scores, cut, factors, weights, scale, out):  # type: ignore[no-untyped-def]
-    """The base plus what PCB-Merging makes of clamped updates and their scores: see ``merging.blend``."""
-    zero, tiny = np.float32(0), np.float32(1e-12)
+def _between_scores(numbers, length, low, high, width, exponential, models, lows, highs, counts, inside):  # type: ignore[no-untyped-def]
+    """What of the scores of models lies between bounds, one row of ``counts`` and ``inside`` for each; which row is not finite, or -1."""
+    strange, there = -1, np.empty(LANES, np.int32)
+    tiles, tile = np.zeros((3 + 3 * len(low), ROW), np.float32), np.empty(TILE, np.float32)
+    for begin in range(0, length, TILE):
+        size = min(TILE, length - begin)
+        strange = max(strange, _compete(numbers, begin, size, low, high, width, exponential, tiles))
+        for row in range(len(models)):
+            score = tiles[3 + 2 * len(low) + models[row]]
+            for i in range(size):
+                tile[i] = score[i]
+            _gather(tile, size, lows[row], highs[row], there, counts[row], inside[row])
+    return strange
+
+
+def _blend(numbers, low, high, width, exponential, cut, factors, weights, scale, out):  # type: ignore[no-untyped-def]
+    """The base plus what PCB-Merging makes of changes: see ``merging.blend``; which row is not finite, or -1."""
+    strange, count, zero, tiny = -1, len(low), np.float32(0), np.float32(1e-12)
+    tiles = np.zeros((3 + 3 * count, ROW), np.float32)
     merged, divisor = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    for begin in range(0, len(base), TILE):
-        ours, made = base[begin : begin + TILE], out[begin : begin + TILE]
-        size = len(ours)
+    for begin in range(0, len(out), TILE):
+        made, base = out[begin : begin + TILE], tiles[1]
+        size = len(made)
+        strange = max(strange, _compete(numbers, begin, size, low, high, width, exponential, tiles))
         for i in range(size):
             merged[i] = zero
             divisor[i] = zero
-        for m in range(len(clamped)):
-            update, score = clamped[m, begin : begin + size], scores[m, begin : begin + size]
+        for m in range(count):
+            update, score = tiles[3 + m], tiles[3 + 2 * count + m]
             least, factor, weight = cut[m], factors[m], weights[m]
             for i in range(size):
                 share = (score[i] - least) * factor if score[i] > least else zero
@@ -403,7 +429,8 @@ def _blend(base, clamped, scores, cut, factors, weights, scale, out):  # type: i
                 merged[i] += update[i] * (share * weight)
         for i in range(size):
             whole = divisor[i] if divisor[i] > tiny else tiny
-            made[i] = ours[i] + merged[i] / whole * scale
+            made[i] = base[i] + merged[i] / whole * scale
+    return strange
 
 
 _lock = threading.Lock()
@@ -439,11 +466,8 @@ thin = _compiled(_thin, "void(float32[:, ::1], int32[:, ::1], float32[:, ::1], f
 drop = _compiled(_drop, "int64(int64[:, ::1], int64, uint64, uint64, uint64, float32, float32, float32[::1])")
 variance = _compiled(_variance, "void(float32[:, ::1], float32[::1])")
 agree = _compiled(_agree, "void(float32[::1], float32[:, ::1], float32[::1], float32, float32[::1])")
-compete = _compiled(
-    _compete,
-    "void(float32[:, ::1], float32[::1], float32[::1], float32[::1], UniTuple(float32, 9), float32[:, ::1], float32[:, ::1])",
+_CLAMP = "float32[::1], float32[::1], float32[::1], UniTuple(float32, 9)"
+between_scores = _compiled(
+    _between_scores, f"int64(int64[:, ::1], int64, {_CLAMP}, int64[::1], float32[::1], float32[::1], int64[:, ::1], float32[:, ::1])"
 )
-blend = _compiled(
-    _blend,
-    "void(float32[::1], float32[:, ::1], float32[:, ::1], float32[::1], float32[::1], float32[::1], float32, float32[::1])",
-)
+blend = _compiled(_blend, f"int64(int64[:, ::1], {_CLAMP}, float32[::1], float32[::1], float32[::1], float32, float32[::1])")
