@@ -20,7 +20,7 @@ import torch
 
 from espalier.delta.selection import TOO_LARGE, Chosen, thresholds
 from espalier.errors import EspalierError
-from espalier.kernels.merging import Between, Numbers, elect
+from espalier.kernels.merging import Between, Numbers, add_changes, elect
 from espalier.kernels.philox import Stream
 
 PIECE = 1 << 19
@@ -279,9 +279,12 @@ class Parameter(abc.ABC):
 
         def gather(found: dict[int, Between]) -> None:
             for piece in self.pieces():
-                made = score(piece).flatten(1) if score else None
+                if score is None:
+                    add_changes(piece.stored, list(found.items()))
+                    continue
+                made = score(piece).flatten(1)
                 for row, between in found.items():
-                    between.add_changes(piece.stored, row) if made is None else between.add(made[row])
+                    between.add(made[row])
 
         return thresholds(gather, sample, counts, self.numel)
 

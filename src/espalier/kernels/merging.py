@@ -83,7 +83,6 @@ class Between:
     def __init__(self, low: float, high: float, signed: bool = True) -> None:
         self.low, self.high, self.signed, self.counts = low, high, signed, [0, 0, 0]
         self._parts: list[torch.Tensor] = []
-        self._room = torch.empty(0)
 
     def numbers(self) -> torch.Tensor:
         """All that has been gathered, in no order."""
@@ -92,34 +91,41 @@ class Between:
     def add(self, numbers: torch.Tensor) -> None:
         """Go through (n,) float32 numbers."""
         if numbers.is_cpu and (fast := _fast()):
-            self._gather(len(numbers), lambda *to: fast.between(numbers.numpy(), self.low, self.high, self.signed, *to))
+            counts, inside = numpy.zeros(4, numpy.int64), torch.empty(len(numbers) + 1)
+            fast.between(numbers.numpy(), self.low, self.high, self.signed, counts, inside.numpy())
+            *some, count = counts.tolist()
+            self.keep(some, inside[:count].clone())
             return
         numbers = numbers if self.signed else numbers.abs()
         masks = numbers < self.low, numbers == self.low, numbers == self.high
         self.keep([int(torch.count_nonzero(mask)) for mask in masks], numbers[(numbers > self.low) & (numbers < self.high)])
-
-    def add_changes(self, numbers: Numbers, model: int) -> None:
-        """Go through the magnitudes of what a model changed."""
-        if numbers.device.type == "cpu" and (fast := _fast()):
-            through = functools.partial(fast.between_changes, numbers.places, model, numbers.length, self.low, self.high)
-            numbers.require_finite(self._gather(numbers.length, through))
-            return
-        self.add(numbers.change(model).abs())
-
-    def _gather(self, length: int, through: Callable[..., Any]) -> Any:
-        if len(self._room) <= length:
-            self._room = torch.empty(length + 1)
-        counts = numpy.zeros(4, numpy.int64)
-        made = through(counts, self._room.numpy())
-        *some, count = counts.tolist()
-        self.keep(some, self._room[:count].clone())
-        return made
 
     def keep(self, counts: list[int], inside: torch.Tensor) -> None:
         """Take over what has been counted and gathered."""
         if len(inside):
             self._parts.append(inside)
         self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
+
+
+def add_changes(numbers: Numbers, found: Sequence[tuple[int, Between]]) -> None:
+    """Go through the magnitudes of changes, for each of ``found`` through those of its model."""
+    if numbers.device.type == "cpu" and (fast := _fast()):
+        _gather(numbers, found, fast.between_changes)
+        return
+    for model, between in found:
+        between.add(numbers.change(model).abs())
+
+
+def _gather(numbers: Numbers, found: Sequence[tuple[int, Between]], loop: Callable[..., int], *arguments: Any) -> None:
+    """Have a compiled loop gather for several."""
+    found = sorted(found, key=lambda pair: pair[0])
+    models = numpy.array([model for model, _ in found])
+    lows = numpy.array([between.low for _, between in found], numpy.float32)
+    highs = numpy.array([between.high for _, between in found], numpy.float32)
+    counts, inside = numpy.zeros((len(found), 4), numpy.int64), torch.empty(len(found), numbers.length + 1)
+    numbers.require_finite(loop(numbers.places, numbers.length, *arguments, models, lows, highs, counts, inside.numpy()))
+    for (_, between), (*some, count), gathered in zip(found, counts.tolist(), inside, strict=True):
+        between.keep(some, gathered[:count].clone())
 
 
 def elect(
@@ -291,13 +297,7 @@ def compete(numbers: Numbers, clamp: Clamp) -> tuple[torch.Tensor, torch.Tensor]
 def add_scores(numbers: Numbers, clamp: Clamp, found: Sequence[tuple[int, Between]]) -> None:
     """Go through the scores of changes (:func:`compete`), for each of ``found`` through those of its model."""
     if numbers.device.type == "cpu" and (fast := _fast()):
-        models = numpy.array([model for model, _ in found])
-        lows, highs = numpy.array([(between.low, between.high) for _, between in found], numpy.float32).T.copy()
-        counts, inside = numpy.zeros((len(found), 4), numpy.int64), torch.empty(len(found), numbers.length + 1)
-        made = fast.between_scores(numbers.places, numbers.length, *clamp.arrays(), models, lows, highs, counts, inside.numpy())
-        numbers.require_finite(made)
-        for (_, between), (*some, count), numbers_inside in zip(found, counts.tolist(), inside, strict=True):
-            between.keep(some, numbers_inside[:count].clone())
+        _gather(numbers, found, fast.between_scores, *clamp.arrays())
         return
     scores = compete(numbers, clamp)[1]
     for model, between in found:

@@ -113,19 +113,25 @@ def _between(numbers, low, high, signed, counts, inside):  # type: ignore[no-unt
         _gather(tile, len(theirs), low, high, there, counts, inside)
 
 
-def _between_changes(numbers, model, length, low, high, counts, inside):  # type: ignore[no-untyped-def]
-    """What of the magnitudes of a model's changes lies between bounds; which row is not finite, or -1."""
+def _between_changes(numbers, length, models, lows, highs, counts, inside):  # type: ignore[no-untyped-def]
+    """What of the magnitudes of models' changes lies between bounds; which row is not finite, or -1.
+
+    Each has a row of ``counts`` and ``inside``; those of one model are next to each other.
+    """
     strange, zeros = -1, np.zeros(TILE, np.float32)
     base, tile, there = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(LANES, np.int32)
     for begin in range(0, length, TILE):
-        size = min(TILE, length - begin)
+        size, last = min(TILE, length - begin), -1
         if _load(numbers, 0, begin, zeros, base[:size]):
             strange = 0
-        if _load(numbers, model + 1, begin, base, tile[:size]):
-            strange = model + 1
-        for i in range(size):
-            tile[i] = abs(tile[i])
-        _gather(tile, size, low, high, there, counts, inside)
+        for row in range(len(models)):
+            if models[row] != last:
+                last = models[row]
+                if _load(numbers, last + 1, begin, base, tile[:size]):
+                    strange = last + 1
+                for i in range(size):
+                    tile[i] = abs(tile[i])
+            _gather(tile, size, lows[row], highs[row], there, counts[row], inside[row])
     return strange
 
 
@@ -394,17 +400,15 @@ def _compete(numbers, begin, size, low, high, width, exponential, tiles):  # typ
 
 
 def _between_scores(numbers, length, low, high, width, exponential, models, lows, highs, counts, inside):  # type: ignore[no-untyped-def]
-    """What of the scores of models lies between bounds, one row of ``counts`` and ``inside`` for each; which row is not finite, or -1."""
+    """What of the scores of models lies between bounds: as :func:`_between_changes`."""
     strange, there = -1, np.empty(LANES, np.int32)
-    tiles, tile = np.zeros((3 + 3 * len(low), ROW), np.float32), np.empty(TILE, np.float32)
+    tiles = np.zeros((3 + 3 * len(low), ROW), np.float32)
     for begin in range(0, length, TILE):
         size = min(TILE, length - begin)
         strange = max(strange, _compete(numbers, begin, size, low, high, width, exponential, tiles))
         for row in range(len(models)):
             score = tiles[3 + 2 * len(low) + models[row]]
-            for i in range(size):
-                tile[i] = score[i]
-            _gather(tile, size, lows[row], highs[row], there, counts[row], inside[row])
+            _gather(score, size, lows[row], highs[row], there, counts[row], inside[row])
     return strange
 
 
@@ -456,7 +460,8 @@ def _compiled(loop, signature):  # type: ignore[no-untyped-def]
 
 
 between = _compiled(_between, "void(float32[::1], float32, float32, boolean, int64[::1], float32[::1])")
-between_changes = _compiled(_between_changes, "int64(int64[:, ::1], int64, int64, float32, float32, int64[::1], float32[::1])")
+_BOUNDS = "int64[::1], float32[::1], float32[::1], int64[:, ::1], float32[:, ::1]"
+between_changes = _compiled(_between_changes, f"int64(int64[:, ::1], int64, {_BOUNDS})")
 elect = _compiled(
     _elect,
     "int64(int64[:, ::1], boolean, float32[::1], float32[::1], float32[::1], int64[::1], boolean, boolean, float32, float32[::1])",
@@ -467,7 +472,5 @@ drop = _compiled(_drop, "int64(int64[:, ::1], int64, uint64, uint64, uint64, flo
 variance = _compiled(_variance, "void(float32[:, ::1], float32[::1])")
 agree = _compiled(_agree, "void(float32[::1], float32[:, ::1], float32[::1], float32, float32[::1])")
 _CLAMP = "float32[::1], float32[::1], float32[::1], UniTuple(float32, 9)"
-between_scores = _compiled(
-    _between_scores, f"int64(int64[:, ::1], int64, {_CLAMP}, int64[::1], float32[::1], float32[::1], int64[:, ::1], float32[:, ::1])"
-)
+between_scores = _compiled(_between_scores, f"int64(int64[:, ::1], int64, {_CLAMP}, {_BOUNDS})")
 blend = _compiled(_blend, f"int64(int64[:, ::1], {_CLAMP}, float32[::1], float32[::1], float32[::1], float32, float32[::1])")

@@ -8,7 +8,7 @@ import torch
 
 from espalier.delta.merging import Combine, Parameter, Piece, Whole
 from espalier.errors import EspalierError
-from espalier.kernels.merging import Between, Clamp, add_scores, blend, mean_by_scores
+from espalier.kernels.merging import Between, Clamp, add_changes, add_scores, blend, mean_by_scores
 from espalier.registry import merger
 
 
@@ -25,12 +25,7 @@ def survey(whole: Whole, *, density: float = 0.1, clamp: float = 0.0001, inter: 
     """The clamp, and the threshold and factors of the scores, over the whole model: each (models,)."""
     if not 0 <= density <= 1 or not 0 <= clamp < 0.5:
         raise EspalierError(f"density is {density} and clamp {clamp}; density must be from 0 to 1, and clamp at least 0 and below 0.5")
-
-    def changes(piece: Piece, found: list[tuple[int, Between]]) -> None:
-        for model, between in found:
-            between.add_changes(piece.stored, model)
-
-    limits = Clamp(*whole.quantiles(changes, [clamp, 1 - clamp]))
+    limits = Clamp(*whole.quantiles(lambda piece, found: add_changes(piece.stored, found), [clamp, 1 - clamp]))
 
     def scores(piece: Piece, found: list[tuple[int, Between]]) -> None:
         if inter == "pairs":
