@@ -11,7 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from espalier.kernels import merging
-from espalier.kernels.merging import Between, Clamp, Numbers, add_changes, add_scores, agree, blend, compete, drop, elect, middle, thin, variance
+from espalier.kernels.merging import (
+    Between,
+    Clamp,
+    Numbers,
+    add_changes,
+    add_scores,
+    agree,
+    blend,
+    compete,
+    drop,
+    elect,
+    middle,
+    thin,
+    variance,
+)
 from espalier.kernels.philox import Stream
 
 pytest.importorskip("numba")

@@ -18,8 +18,8 @@ import torch
 
 from espalier import registry
 from espalier.checkpoint.directory import ModelDirectory, read_json, resolve_model
-from espalier.checkpoint.stream import one_thread_each
 from espalier.checkpoint.safetensors_file import torch_dtype
+from espalier.checkpoint.stream import one_thread_each
 from espalier.delta import store
 from espalier.errors import EspalierError
 from espalier.exchange import difference, vocabulary

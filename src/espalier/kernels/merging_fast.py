@@ -54,13 +54,13 @@ def _load(numbers, row, begin, base, tile):  # type: ignore[no-untyped-def]
     address, width = numbers[row]
     strange = np.int32(0)
     if width == 2:
-        words = numba.carray(_pointer(address + 2 * begin), (len(tile),), np.uint16)
+        words = numba.carray(_pointer(address + 2 * begin), (len(tile),), np.uint16)  # type: ignore[call-arg]
         for i in range(len(tile)):
-            own = _as_float(np.uint32(np.uint32(words[i]) << np.uint32(16)))
+            own = _as_float(np.uint32(np.uint32(words[i]) << np.uint32(16)))  # type: ignore[call-arg]
             strange |= np.int32(not abs(own) <= LARGEST)
             tile[i] = own - base[i]
     else:
-        wide = numba.carray(_pointer(address + 4 * begin), (len(tile),), np.float32)
+        wide = numba.carray(_pointer(address + 4 * begin), (len(tile),), np.float32)  # type: ignore[call-arg]
         for i in range(len(tile)):
             own = wide[i]
             strange |= np.int32(not abs(own) <= LARGEST)

@@ -60,7 +60,7 @@ def pcb(
         inter: the official code's three ways to weigh models against each other: pairs (the paper's), normalized, raw
     """
     found: dict[str, Any] = parameter.survey
-    share = (found["cut"], found["factors"], parameter.weights, parameter.scale)
+    clamped, cut, factors, weights, scale = found["clamp"], found["cut"], found["factors"], parameter.weights, parameter.scale
     if inter == "pairs":
-        return lambda piece: blend(piece.stored, found["clamp"], *share)
-    return lambda piece: mean_by_scores(piece.origin, *balance(found["clamp"], piece, inter), *share)
+        return lambda piece: blend(piece.stored, clamped, cut, factors, weights, scale)
+    return lambda piece: mean_by_scores(piece.origin, *balance(clamped, piece, inter), cut, factors, weights, scale)
