@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -49,7 +50,7 @@ def test_there_are_no_more_entries_than_the_matrix_has() -> None:
 def test_the_error_of_the_decomposition_does_not_rise_from_round_to_round(seed: int) -> None:
     weight = random(40, 30, seed=seed) * 0.03
     U, V, support, errors = decompose(weight, 12, 9, Stream(seed, "w"))
-    assert len(errors) > 4 and all(b <= a * (1 + 1e-5) for a, b in zip(errors, errors[1:], strict=False))
+    assert len(errors) > 4 and all(b <= a * (1 + 1e-5) for a, b in itertools.pairwise(errors))
     assert V.shape == (12, 30) and U.shape == (40, 12) and len(support.unique()) == 9
     left = (weight - U @ V).flatten()
     left[support] = 0

@@ -80,7 +80,7 @@ def test_the_sequential_part_stays_in_the_columns_of_b_and_within_its_rank() -> 
 
 
 def test_without_the_sequential_branch_it_is_lora() -> None:
-    model, attachment = hydra("gpt2", rank=3, sequential_rank=0)
+    _, attachment = hydra("gpt2", rank=3, sequential_rank=0)
     assert {slot.update().form for slot in attachment.slots.values()} == {"low_rank"}
     assert not any(name.endswith("bias") for name in attachment.slots)
     lora = attachments(attach(tiny("gpt2"), "lora", name="d", rank=3))["d"].method

@@ -184,7 +184,7 @@ def test_large_weights_are_decomposed_at_random_the_same_way_for_a_seed() -> Non
 
 def test_what_is_learnt_is_not_lost_beside_a_large_start_in_bfloat16() -> None:
     """B0 is far from zero: a step of a thousandth of it is below the spacing of bf16, but not as a difference."""
-    model, attachment = lora(rank=4, initialization="pissa", targets="mlp.down")
+    _, attachment = lora(rank=4, initialization="pissa", targets="mlp.down")
     slot = next(iter(attachment.slots.values()))
     with torch.no_grad():
         slot.B.mul_(1.001)
