@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import tiny, tokens
 from torch import nn
 
@@ -19,6 +20,7 @@ from espalier.attach.load import load
 from espalier.checkpoint.safetensors_file import read_safetensors
 from espalier.errors import EspalierError
 from espalier.exchange.save import save
+from espalier.memory import language_loss
 
 
 @pytest.fixture(autouse=True)
@@ -169,3 +171,20 @@ def test_a_companion_that_is_a_target_itself_is_refused() -> None:
 
     with pytest.raises(EspalierError, match=r"hydra updates transformer\.h\.0\.attn\.c_attn\.bias with .*c_attn\.weight.*target one of them"):
         attach(tiny("gpt2"), Greedy(), targets="attention,attention.qkv.bias")
+
+
+def test_a_head_with_a_bias_trains_as_much_by_the_chunked_loss() -> None:
+    """Weight and bias are made of the same tensors there, which are counted once."""
+    config = transformers.PhiConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    model = attach(transformers.AutoModelForCausalLM.from_config(config), "hydra", targets="head").eval()
+    assert set(attachments(model)["hydra"].slots) == {"lm_head.weight", "lm_head.bias"}
+    nn.init.normal_(stored(model, "lm_head.bias"))
+    shake(model)
+    x = tokens(rows=1)
+    model(x, labels=x).loss.backward()
+    wanted = {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
+    model.zero_grad()
+    language_loss.install(model, 4)
+    model(input_ids=x, targets=torch.cat((x[0, 1:], torch.tensor([-100]))), scale=1 / (x.shape[1] - 1)).backward()
+    for name, parameter in trainable_parameters(model).items():
+        torch.testing.assert_close(parameter.grad, wanted[name], rtol=1e-4, atol=1e-6)

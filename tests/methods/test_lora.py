@@ -120,7 +120,7 @@ def test_dropout_acts_on_the_updates_input_alone_and_in_training_alone() -> None
         ({"rank": 0}, "rank is 0; it must be at least 1"),
         ({"rank": "many"}, "rank is 'many'"),
         ({"scaling": "cubic"}, "scaling is 'cubic'"),
-        ({"ranks": 3}, "ranks is no option of lora; did you mean 'rank'"),
+        ({"rnk": 3}, "rnk is no option of lora; did you mean 'rank'"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"initialization": "pissa", "alpha": 0.0}, "alpha is 0.0; with initialization 'pissa' it must be above 0"),
         ({"initialization": "olora", "rank": 40}, "rank is 40; .* has no more than 32 for initialization 'olora'"),
