@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import tiny, tokens
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from espalier.attach.attachment import Attachment, attach, attachments, stored, trainable_parameters
 from espalier.attach.load import load
@@ -128,6 +129,12 @@ def test_more_bits_are_nearer_to_lora_of_the_same_factors() -> None:
         plain = (slot.B @ slot.A).detach()
         errors.append(float((slot.update().materialize(stored(model, name)).detach() - plain).norm() / plain.norm()))
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.05
+
+
+def test_planning_first_leaves_no_tensor_without_numbers_behind() -> None:
+    with FakeTensorMode():
+        levels("normal", 5)
+    assert torch.equal(levels("normal", 5).sort().values, levels("normal", 5)) and type(levels("normal", 5)) is torch.Tensor
 
 
 def test_one_bit_learns() -> None:

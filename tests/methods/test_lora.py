@@ -13,6 +13,7 @@ from families import tiny, tokens
 
 from espalier.anatomy.parameters import parameters
 from espalier.attach.attachment import Attachment, attach, attachments, stored, trainable_parameters
+from espalier.attach.course import Course
 from espalier.attach.load import load
 from espalier.checkpoint.directory import ModelDirectory
 from espalier.delta import store
@@ -193,6 +194,16 @@ def test_what_is_learnt_is_not_lost_beside_a_large_start_in_bfloat16() -> None:
     as_published = LowRank(torch.cat((slot.B, -slot.B0), 1), torch.cat((slot.A, slot.A0)), slot.gain)
     errors = [float((update.matmul(x.bfloat16()) - exact).detach().norm() / exact.detach().norm()) for update in (slot.update(), as_published)]
     assert errors[0] < 0.02 and errors[1] > 0.2
+
+
+@from_the_weight
+def test_checkpoints_hold_what_was_computed_from_the_weight(kind: str) -> None:
+    """Another machine finds singular vectors of other signs: a B that was trained from the one is nothing beside the other."""
+    model, attachment = lora(rank=4, initialization=kind, targets="mlp.down")
+    found = Course(model, 1).kept()
+    for slot in attachment.slots.values():
+        assert {id(slot.B0), id(slot.A0)} <= {id(t) for t in found.values()}
+    assert not Course(lora()[0], 1).kept()
 
 
 @from_the_weight

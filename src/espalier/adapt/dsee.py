@@ -39,6 +39,7 @@ class DSEE(Adapter):
     """the update is multiplied by alpha / rank"""
     support: Literal["decomposition", "magnitude", "random"] = "decomposition"
     """where the entries are: of the weight's sparse part, its largest ones, or anywhere"""
+    kept = ("index",)
 
     def check(self) -> None:
         at_least("rank", self.rank, 1)

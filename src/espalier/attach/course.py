@@ -54,12 +54,13 @@ class Course:
         return found
 
     def kept(self) -> dict[str, torch.Tensor]:
-        """The tensors beside the trained ones that change in the run, by name."""
+        """The tensors beside the trained ones that a run cannot make again as they are now, by name."""
         return {
             f"{self._modules[id(part)]}.{local}": getattr(part, local)
             for attached, parts in self._with_parts()
             for part in parts
             for local in attached.method.kept
+            if local in part._buffers
         }
 
     def begin(self, step: int, learning_rate: float = 0.0) -> None:
