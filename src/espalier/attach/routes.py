@@ -76,7 +76,8 @@ class Adapted:
         for slot in slots:
             slot.held = slot.update()
         try:
-            yield [tensor for slot in slots for tensor in slot.update().tensors().values()]
+            tensors = [tensor for slot in slots for tensor in slot.update().tensors().values()]
+            yield list({id(tensor): tensor for tensor in tensors}.values())  # a weight's and its bias's may be the same
         finally:
             for slot in slots:
                 slot.held = None

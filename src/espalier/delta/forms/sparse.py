@@ -64,12 +64,13 @@ class Sparse(AtSupport):
         return y if onto is None else onto + y
 
     def lookup(self, ids: torch.Tensor, base: BaseWeight) -> torch.Tensor:
+        if self._is_thin:
+            rows, inputs = base.rows(ids), self.shape[-1]
+            of_row = ids.unsqueeze(-1) == self.positions // inputs  # (..., n)
+            return rows.index_add(-1, self.positions % inputs, of_row * (self.values * self.gain).to(rows.dtype))
         if torch.compiler.is_compiling():  # how many entries the rows have is no shape of a graph
             return super().lookup(ids, base)
         rows = base.rows(ids)
-        if self._is_thin:
-            of_row = ids.unsqueeze(-1) == self.positions // rows.shape[-1]  # (..., n)
-            return rows.index_add(-1, self.positions % rows.shape[-1], of_row * (self.values * self.gain).to(rows.dtype))
         place, entry = entries_of_rows(self.positions, ids.flatten(), rows.shape[-1])
         values = self.values[entry].to(rows.dtype) * gain_like(self.gain, rows)
         return rows.flatten().index_add(0, place, values).reshape(rows.shape)
