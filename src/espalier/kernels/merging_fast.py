@@ -16,8 +16,6 @@ from espalier.kernels.philox_fast import fill_words
 TILE = 1024
 """Numbers that are worked on at a time: what is made of them stays in the first-level cache."""
 
-ROW = TILE + 16
-"""Distance of tiles that lie in one array: at a power of two they would fall upon each other in the cache."""
 
 LANES = 256
 """Numbers that are compared at once."""
@@ -142,7 +140,7 @@ def _elect(numbers, are_changes, weights, below, limits, ties, by_mass, normaliz
     """
     count, strange = len(numbers) - 1, -1
     base, zeros = np.empty(TILE, np.float32), np.zeros(TILE, np.float32)
-    changes = np.empty((count, ROW), np.float32)
+    changes = np.empty((count, TILE), np.float32)
     votes = np.empty(TILE, np.float32)
     merged = np.empty(TILE, np.float32)
     divisor = np.empty(TILE, np.float32)
@@ -402,7 +400,7 @@ def _compete(numbers, begin, size, low, high, width, exponential, tiles):  # typ
 def _between_scores(numbers, length, low, high, width, exponential, models, lows, highs, counts, inside):  # type: ignore[no-untyped-def]
     """What of the scores of models lies between bounds: as :func:`_between_changes`."""
     strange, there = -1, np.empty(LANES, np.int32)
-    tiles = np.zeros((3 + 3 * len(low), ROW), np.float32)
+    tiles = np.zeros((3 + 3 * len(low), TILE), np.float32)
     for begin in range(0, length, TILE):
         size = min(TILE, length - begin)
         strange = max(strange, _compete(numbers, begin, size, low, high, width, exponential, tiles))
@@ -415,7 +413,7 @@ def _between_scores(numbers, length, low, high, width, exponential, models, lows
 def _blend(numbers, low, high, width, exponential, cut, factors, weights, scale, out):  # type: ignore[no-untyped-def]
     """The base plus what PCB-Merging makes of changes: see ``merging.blend``; which row is not finite, or -1."""
     strange, count, zero, tiny = -1, len(low), np.float32(0), np.float32(1e-12)
-    tiles = np.zeros((3 + 3 * count, ROW), np.float32)
+    tiles = np.zeros((3 + 3 * count, TILE), np.float32)
     merged, divisor = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     for begin in range(0, len(out), TILE):
         made, base = out[begin : begin + TILE], tiles[1]

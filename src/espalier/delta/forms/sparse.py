@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from espalier.delta.base import BaseWeight
 from espalier.delta.forms.low_rank import LowRank
-from espalier.delta.forms.support import AtSupport, entries_of_rows
+from espalier.delta.forms.support import AtSupport, entries_of_rows, put
 from espalier.delta.forms.update import (
     Gain,
     Update,
@@ -53,6 +53,18 @@ class Sparse(AtSupport):
     def _is_thin(self) -> bool:
         """Whether there are fewer entries than inputs: then they are handled one by one, with no dense gradient."""
         return len(self.values) <= self.shape[-1]
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            return super().apply(weight)
+        wide, positions = working_dtype(weight), self.positions
+        touched = weight.reshape(-1)[positions].to(wide) + self.values.to(wide) * self.gain
+        return put(weight, positions, touched.to(weight.dtype))
+
+    def linear(self, x: torch.Tensor, base: BaseWeight) -> torch.Tensor:
+        if self._is_thin:
+            return super().linear(x, base)
+        return functional.linear(x, self.apply(base.dense()).to(x.dtype), base.bias)  # one product, of W with its entries changed
 
     def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
         if self._is_thin:
