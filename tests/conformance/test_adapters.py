@@ -102,6 +102,7 @@ def test_the_trained_count_is_the_declared_formula(method: str, place: str) -> N
     model = fresh(place)
     attachment = put(model, method, place)
     declared = sum(attachment.method.count(target) for target in attachment.targets)
+    declared += attachment.method.count_shared(attachment.targets)
     if attachment.method.surveys_ranks:
         assert attachment.trainable() == pytest.approx(declared, rel=0.25)
     else:

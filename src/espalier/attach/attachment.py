@@ -183,7 +183,8 @@ def attach(
     for target in chosen:
         weight = _logical(model, target)
         tensors = made.start_from(findings.get(target.name), target, weight, streams(seed, target.name))
-        slots[target.name] = Slot(made, target, ready(tensors, weight.device), pool, dropout, weight)
+        bases = made.bases(target, streams(seed, target.name))
+        slots[target.name] = Slot(made, target, ready(tensors, weight.device), pool, dropout, weight, bases)
     settings = {"targets": patterns, "seed": seed, "dropout": dropout}
     attachment = Attachment(name, made, slots, pool, settings)
     if dropout:

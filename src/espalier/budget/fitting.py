@@ -28,7 +28,7 @@ def fit(method: Adapter, targets: Sequence[Target], numbers: int) -> Adapter:
         try:
             made = _with_size(method, value)
             made.check()
-            return sum(made.count(target) for target in targets)
+            return sum(made.count(target) for target in targets) + made.count_shared(targets)
         except EspalierError:
             return None
 

@@ -12,6 +12,7 @@ from espalier.delta.forms.low_rank import LowRank, Pooled
 from espalier.delta.forms.magnitude import Magnitude
 from espalier.delta.forms.permute import Permute
 from espalier.delta.forms.quantized import Quantized
+from espalier.delta.forms.random_bases import RandomBases
 from espalier.delta.forms.seeded import Seeded, SeededLowRank
 from espalier.delta.forms.sparse import Columns, Rows, Sparse
 from espalier.delta.forms.support import compact
@@ -35,6 +36,7 @@ __all__ = [
     "Permute",
     "Pooled",
     "Quantized",
+    "RandomBases",
     "Replace",
     "Rows",
     "Seeded",

@@ -32,14 +32,19 @@ from espalier.kernels.philox import Distribution, Stream
 from espalier.kernels.seeded import SeededMatrix, seeded_combination, seeded_linear, seeded_matmul
 
 
-def _described(matrix: SeededMatrix) -> dict[str, Any]:
+def described(matrix: SeededMatrix) -> dict[str, Any]:
     """A seeded matrix as JSON values; its shape follows from the update's."""
     kind, parameters = matrix.distribution.kind, list(matrix.distribution.parameters)
     place = {"seed": matrix.seed, "name": matrix.name, "position": matrix.position}
     return {**place, "distribution": kind, "parameters": parameters, "scale": matrix.scale}
 
 
-def _read(described: Mapping[str, Any], rows: int, columns: int) -> SeededMatrix:
+def read_described(described: Mapping[str, Any], rows: int, columns: int) -> SeededMatrix:
+    """The matrix of :func:`described`, of that shape.
+
+    Raises:
+        EspalierError: for values out of range.
+    """
     if columns < 1:
         raise EspalierError("there are no coefficients; a basis needs one at least")
     seed, name, position, scale = (described[key] for key in ("seed", "name", "position", "scale"))
@@ -75,10 +80,10 @@ class Seeded(Update):
     def from_tensors(cls, tensors, constants, shape, gain):  # type: ignore[no-untyped-def]
         coefficients = tensors["coefficients"]
         expect("coefficients", coefficients, (coefficients.numel(),))
-        return cls(coefficients, _read(constants, math.prod(shape), len(coefficients)), shape, gain)
+        return cls(coefficients, read_described(constants, math.prod(shape), len(coefficients)), shape, gain)
 
     def constants(self) -> dict[str, Any]:
-        return _described(self.matrix)
+        return described(self.matrix)
 
     def _part(self, start: int, stop: int) -> Seeded:
         """The update of ``W[start:stop]``."""
@@ -159,10 +164,10 @@ class SeededLowRank(Update):
             if factor in tensors:
                 expect(factor, tensors[factor], factor_shape)
             elif coefficients is None:
-                bases[factor] = _read(described[factor], math.prod(factor_shape[:-1]), factor_shape[-1])
+                bases[factor] = read_described(described[factor], math.prod(factor_shape[:-1]), factor_shape[-1])
             else:
                 expect(f"coefficients_{factor}", coefficients, (*lead, coefficients.shape[-1] if coefficients.ndim else -1))
-                bases[factor] = _read(described[factor], math.prod(factor_shape), coefficients.shape[-1])
+                bases[factor] = read_described(described[factor], math.prod(factor_shape), coefficients.shape[-1])
         for name, size in (("b", outputs), ("d", rank)):
             if name in tensors:
                 expect(name, tensors[name], (*lead, size))
@@ -171,7 +176,7 @@ class SeededLowRank(Update):
         return cls(tuple(shape), rank, bases, tensors, gain)
 
     def constants(self) -> dict[str, Any]:
-        return {"rank": self.rank, "bases": {factor: _described(basis) for factor, basis in self.bases.items()}}
+        return {"rank": self.rank, "bases": {factor: described(basis) for factor, basis in self.bases.items()}}
 
     def _over(self, shape: tuple[int, ...], bases: Mapping[str, SeededMatrix], tensors: Mapping[str, torch.Tensor]) -> SeededLowRank:
         other = copy.copy(self)
