@@ -18,7 +18,7 @@ from espalier.kernels.seeded import SeededMatrix
 from espalier.registry import adapter
 
 
-@adapter("randlora", ids=(169,), paper="arXiv:2502.00987", learning_rate=1e-3)
+@adapter("randlora", ids=(169,), paper="arXiv:2502.00987", learning_rate=1e-3, size="rank")
 class RandLoRA(Adapter):
     """Train diagonals between frozen random bases: ``W' = W + s sum_n B_n diag(lambda_n) A diag(gamma_n)``.
 

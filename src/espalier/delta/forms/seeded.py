@@ -125,7 +125,8 @@ class SeededLowRank(Update):
         rank: at least 1 and, where it is read from a file, at most ``min(out, in)``, so that no factor is larger than
             the weight.
         bases: ``B`` or ``A`` to the matrix of a factor that is no tensor: (its rows, its columns) where it is frozen,
-            (its entries, k) where ``coefficients_B`` or ``coefficients_A`` are given, experts one after the other.
+            (its entries, k) where ``coefficients_B`` or ``coefficients_A`` are given, experts one after the other. A frozen
+            basis with the rows of one expert is that of every one.
         tensors: any of ``B``, ``A``, ``coefficients_B``, ``coefficients_A``, ``b``, ``d``; at least one.
     """
 
@@ -164,7 +165,8 @@ class SeededLowRank(Update):
             if factor in tensors:
                 expect(factor, tensors[factor], factor_shape)
             elif coefficients is None:
-                bases[factor] = read_described(described[factor], math.prod(factor_shape[:-1]), factor_shape[-1])
+                one = described[factor].get("of_every_expert", False)
+                bases[factor] = read_described(described[factor], math.prod(factor_shape[-2 if one else 0 : -1]), factor_shape[-1])
             else:
                 expect(f"coefficients_{factor}", coefficients, (*lead, coefficients.shape[-1] if coefficients.ndim else -1))
                 bases[factor] = read_described(described[factor], math.prod(factor_shape), coefficients.shape[-1])
@@ -176,7 +178,12 @@ class SeededLowRank(Update):
         return cls(tuple(shape), rank, bases, tensors, gain)
 
     def constants(self) -> dict[str, Any]:
-        return {"rank": self.rank, "bases": {factor: described(basis) for factor, basis in self.bases.items()}}
+        every = {factor: {"of_every_expert": True} if self._of_every_expert(factor) else {} for factor in self.bases}
+        return {"rank": self.rank, "bases": {factor: described(basis) | every[factor] for factor, basis in self.bases.items()}}
+
+    def _of_every_expert(self, factor: str) -> bool:
+        *lead, outputs, _ = matrix_shape(self.shape)
+        return math.prod(lead) != 1 and self._is_frozen(factor) and self.bases[factor].rows == (outputs if factor == "B" else self.rank)
 
     def _over(self, shape: tuple[int, ...], bases: Mapping[str, SeededMatrix], tensors: Mapping[str, torch.Tensor]) -> SeededLowRank:
         other = copy.copy(self)
@@ -194,11 +201,13 @@ class SeededLowRank(Update):
     def unbind(self) -> list[Update]:
         count = self.shape[0]
         parts = {name: tensor.unbind(0) for name, tensor in self.tensors().items()}
-        bases = {f: (m.rows // count, m) for f, m in self.bases.items()}
+
+        def basis_of(expert: int, factor: str, matrix: SeededMatrix) -> SeededMatrix:
+            rows = matrix.rows // count
+            return matrix if self._of_every_expert(factor) else matrix.narrow(expert * rows, (expert + 1) * rows)
+
         return [
-            self._over(
-                self.shape[1:], {f: m.narrow(e * rows, (e + 1) * rows) for f, (rows, m) in bases.items()}, {n: t[e] for n, t in parts.items()}
-            )
+            self._over(self.shape[1:], {f: basis_of(e, f, m) for f, m in self.bases.items()}, {n: t[e] for n, t in parts.items()})
             for e in range(count)
         ]
 
@@ -212,7 +221,8 @@ class SeededLowRank(Update):
         coefficients = getattr(self, f"coefficients_{name}")
         if coefficients is None:
             device = next(iter(self.tensors().values())).device
-            return basis.dense(device).to(dtype).reshape(*lead, *size)
+            drawn = basis.dense(device).to(dtype)
+            return drawn.expand(*lead, *size) if self._of_every_expert(name) else drawn.reshape(*lead, *size)
         rows = math.prod(size)
         flat = coefficients.to(dtype).reshape(-1, coefficients.shape[-1])
         made = [seeded_combination(c, basis.narrow(e * rows, (e + 1) * rows), *size) for e, c in enumerate(flat.unbind(0))]
