@@ -10,7 +10,7 @@ from torch import nn
 
 from espalier.anatomy.target import Target
 from espalier.attach.method import Adapter, Tensors
-from espalier.delta.forms import LowRank, SeededLowRank
+from espalier.delta.forms import SeededLowRank
 from espalier.errors import at_least
 from espalier.kernels.philox import Distribution, Stream
 from espalier.kernels.seeded import SeededMatrix
@@ -62,20 +62,13 @@ class NOLA(Adapter):
         tensors: Tensors = {"b": nn.Parameter(torch.zeros(shape)), "a": nn.Parameter(stream.gaussian(*shape) * target.inputs**-0.5)}
         if self.keep:
             for name, basis in self.bases(target, stream).items():
-                drawn = stream.named(basis.name).draw(basis.distribution, basis.rows, basis.columns) * basis.scale
-                tensors[f"bases_{name}"] = drawn.view(*target.lead, -1, self.coefficients)
+                tensors[f"bases_{name}"] = stream.named(basis.name).draw(basis.distribution, basis.rows, basis.columns) * basis.scale
         return tensors
 
-    def update(self, part: Any, context: Any) -> LowRank | SeededLowRank:
-        if not self.keep:
-            return self.export(part, None)
-        rank, lead = self._rank(part.target), part.target.lead
-        B, A = (part.bases_B @ part.b.unsqueeze(-1)).squeeze(-1), (part.bases_A @ part.a.unsqueeze(-1)).squeeze(-1)
-        return LowRank(B.view(*lead, -1, rank), A.view(*lead, rank, -1), part.gain)
-
-    def export(self, part: Any, pool: Any) -> SeededLowRank:
+    def update(self, part: Any, context: Any) -> SeededLowRank:
         tensors = {"coefficients_B": part.b, "coefficients_A": part.a}
-        return SeededLowRank(part.target.shape, self._rank(part.target), part.bases, tensors, part.gain)
+        drawn = {"B": part.bases_B, "A": part.bases_A} if self.keep else None
+        return SeededLowRank(part.target.shape, self._rank(part.target), part.bases, tensors, part.gain, drawn)
 
     def count(self, target: Target) -> int:
         return math.prod(target.lead) * 2 * self.coefficients

@@ -61,14 +61,11 @@ class VeRA(Adapter):
         for target in targets:
             rank = self._rank(target)
             B, A = pool.B[: target.outputs * rank].view(-1, rank), pool.A[: rank * target.inputs].view(rank, -1)
-            made[target.name] = {"B": B.expand(*target.lead, *B.shape), "A": A.expand(*target.lead, *A.shape)}
+            made[target.name] = {"B": B, "A": A}
         return made
 
-    def update(self, part: Any, context: Mapping[str, torch.Tensor]) -> SeededLowRank:
-        return SeededLowRank(part.target.shape, self._rank(part.target), {}, {"b": part.b, "d": part.d, **context}, part.gain)
-
-    def export(self, part: Any, pool: Any) -> SeededLowRank:
-        return SeededLowRank(part.target.shape, self._rank(part.target), part.bases, {"b": part.b, "d": part.d}, part.gain)
+    def update(self, part: Any, context: Mapping[str, torch.Tensor] | None) -> SeededLowRank:
+        return SeededLowRank(part.target.shape, self._rank(part.target), part.bases, {"b": part.b, "d": part.d}, part.gain, context)
 
     def count(self, target: Target) -> int:
         return math.prod(target.lead) * (target.outputs + self._rank(target))

@@ -15,6 +15,7 @@ from espalier.delta.forms.quantized import Quantized
 from espalier.delta.forms.random_bases import RandomBases
 from espalier.delta.forms.seeded import Seeded, SeededLowRank
 from espalier.delta.forms.sparse import Columns, Rows, Sparse
+from espalier.delta.forms.subspace import Subspace
 from espalier.delta.forms.support import compact
 from espalier.delta.forms.ternary import Ternary
 from espalier.delta.forms.update import FORMS, Gain, Update, form, register_form, working_dtype
@@ -42,6 +43,7 @@ __all__ = [
     "Seeded",
     "SeededLowRank",
     "Sparse",
+    "Subspace",
     "Sum",
     "Ternary",
     "Update",

@@ -6,7 +6,6 @@ Seeds of other programs' generators mean nothing here: import their bases as ten
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -128,6 +127,7 @@ class SeededLowRank(Update):
             (its entries, k) where ``coefficients_B`` or ``coefficients_A`` are given, experts one after the other. A frozen
             basis with the rows of one expert is that of every one.
         tensors: any of ``B``, ``A``, ``coefficients_B``, ``coefficients_A``, ``b``, ``d``; at least one.
+        drawn: by factor, what its basis draws, where that is kept in memory; else it is drawn for every product.
     """
 
     form = "seeded_low_rank"
@@ -141,11 +141,13 @@ class SeededLowRank(Update):
     d: torch.Tensor | None
 
     def __init__(
-        self, shape: tuple[int, ...], rank: int, bases: Mapping[str, SeededMatrix], tensors: Mapping[str, torch.Tensor], gain: Gain = 1.0
-    ) -> None:
+        self, shape: tuple[int, ...], rank: int, bases: Mapping[str, SeededMatrix], tensors: Mapping[str, torch.Tensor], gain: Gain = 1.0,
+        drawn: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self.shape = tuple(shape)
         self.rank = rank
         self.bases = dict(bases)
+        self.drawn = dict(drawn or {})
         self.gain = gain
         for name in self.fields:
             setattr(self, name, tensors.get(name))
@@ -185,29 +187,26 @@ class SeededLowRank(Update):
         *lead, outputs, _ = matrix_shape(self.shape)
         return math.prod(lead) != 1 and self._is_frozen(factor) and self.bases[factor].rows == (outputs if factor == "B" else self.rank)
 
-    def _over(self, shape: tuple[int, ...], bases: Mapping[str, SeededMatrix], tensors: Mapping[str, torch.Tensor]) -> SeededLowRank:
-        other = copy.copy(self)
-        other.__init__(shape, self.rank, bases, tensors, self.gain)  # type: ignore[misc]
-        return other
+    def _over(self, shape: tuple[int, ...], rows: Mapping[str, tuple[int, int]], tensors: Mapping[str, torch.Tensor]) -> SeededLowRank:
+        """The update of a part of the weight: of that shape, those rows of the bases and those tensors."""
+        bases = {f: m.narrow(*rows[f]) if f in rows else m for f, m in self.bases.items()}
+        drawn = {f: t[slice(*rows[f])] if f in rows else t for f, t in self.drawn.items()}
+        return SeededLowRank(shape, self.rank, bases, tensors, self.gain, drawn)
 
     def _slice(self, start: int, stop: int) -> Update | None:
-        tensors, bases = self.tensors(), dict(self.bases)
+        tensors, rows = self.tensors(), {}
         tensors |= {name: tensors[name][start:stop] for name in ("B", "b") if name in tensors}
-        if "B" in bases:
-            rows = 1 if self.coefficients_B is None else self.rank  # of the basis, for one of the weight
-            bases["B"] = bases["B"].narrow(start * rows, stop * rows)
-        return self._over((stop - start, *self.shape[1:]), bases, tensors)
+        if "B" in self.bases:
+            each = 1 if self.coefficients_B is None else self.rank  # of the basis, for one of the weight
+            rows["B"] = (start * each, stop * each)
+        return self._over((stop - start, *self.shape[1:]), rows, tensors)
 
     def unbind(self) -> list[Update]:
         count = self.shape[0]
         parts = {name: tensor.unbind(0) for name, tensor in self.tensors().items()}
-
-        def basis_of(expert: int, factor: str, matrix: SeededMatrix) -> SeededMatrix:
-            rows = matrix.rows // count
-            return matrix if self._of_every_expert(factor) else matrix.narrow(expert * rows, (expert + 1) * rows)
-
+        each = {f: m.rows // count for f, m in self.bases.items() if not self._of_every_expert(f)}
         return [
-            self._over(self.shape[1:], {f: basis_of(e, f, m) for f, m in self.bases.items()}, {n: t[e] for n, t in parts.items()})
+            self._over(self.shape[1:], {f: (e * n, (e + 1) * n) for f, n in each.items()}, {n: t[e] for n, t in parts.items()})
             for e in range(count)
         ]
 
@@ -220,13 +219,21 @@ class SeededLowRank(Update):
         basis, size = self.bases[name], (outputs, self.rank) if name == "B" else (self.rank, inputs)
         coefficients = getattr(self, f"coefficients_{name}")
         if coefficients is None:
-            device = next(iter(self.tensors().values())).device
-            drawn = basis.dense(device).to(dtype)
+            drawn = self._drawn(name, dtype)
             return drawn.expand(*lead, *size) if self._of_every_expert(name) else drawn.reshape(*lead, *size)
+        if name in self.drawn:
+            bases = self._drawn(name, dtype).view(*lead, *size, basis.columns).flatten(-3, -2)
+            return (bases @ coefficients.to(dtype).unsqueeze(-1)).view(*lead, *size)
         rows = math.prod(size)
         flat = coefficients.to(dtype).reshape(-1, coefficients.shape[-1])
         made = [seeded_combination(c, basis.narrow(e * rows, (e + 1) * rows), *size) for e, c in enumerate(flat.unbind(0))]
         return torch.stack(made).reshape(*lead, *size)
+
+    def _drawn(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """What the basis of a factor draws, (its rows, its columns)."""
+        if name in self.drawn:
+            return self.drawn[name].to(dtype)
+        return self.bases[name].dense(next(iter(self.tensors().values())).device).to(dtype)
 
     def low_rank(self) -> LowRank:
         """The same update with both factors as tensors, in float32 (float64 where any of its tensors is)."""
@@ -246,17 +253,20 @@ class SeededLowRank(Update):
     def _is_frozen(self, name: str) -> bool:
         return name in self.bases and getattr(self, f"coefficients_{name}") is None
 
+    def _through(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """``x`` times a factor."""
+        if self._is_frozen(name) and name not in self.drawn:
+            return seeded_matmul(x, self.bases[name])
+        return functional.linear(x, self._factor(name, x.dtype))
+
     def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
-        if self._is_frozen("A"):
-            hidden = seeded_matmul(x, self.bases["A"])
-        else:
-            hidden = functional.linear(x, self._factor("A", x.dtype))
+        hidden = self._through("A", x)
         hidden = hidden * gain_like(self.gain, x)
         if self.d is not None:
             hidden = hidden * self.d.to(x.dtype)
         if not self._is_frozen("B") and self.b is None:
             return linear_onto(hidden, self._factor("B", x.dtype), onto)
-        y = seeded_matmul(hidden, self.bases["B"]) if self._is_frozen("B") else functional.linear(hidden, self._factor("B", x.dtype))
+        y = self._through("B", hidden)
         if self.b is not None:
             y = y * self.b.to(x.dtype)
         return y if onto is None else onto + y
