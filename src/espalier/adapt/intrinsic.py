@@ -54,6 +54,8 @@ class Intrinsic(Adapter):
         return {"z": nn.Parameter(torch.zeros(self.count_shared(targets)))}
 
     def start(self, target: Target, weight: torch.Tensor, stream: Stream) -> Tensors:
+        if self.projection == "sparse" and target.size >= 2**31:
+            raise EspalierError(f"{target.name} has {target.size:,} numbers; a sparse projection takes fewer than {2**31:,}")
         return {"lam": nn.Parameter(torch.ones(1))} if self.structure else {}
 
     def bases(self, target: Target, stream: Stream) -> Stream:

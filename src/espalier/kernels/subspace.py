@@ -19,19 +19,22 @@ BLOCK = 1 << 20
 """Numbers of P that are held at a time; at least those of one transform."""
 
 
-def fastfood(z: torch.Tensor, key: tuple[int, int], entries: int) -> torch.Tensor:
-    """``P z`` with blocks ``H G_i Pi H B`` below each other, (dimensions,) to (entries,), each column of a block of unit norm.
+def fastfood(z: torch.Tensor, key: tuple[int, int], first: int, entries: int) -> torch.Tensor:
+    """``entries`` rows of ``P z`` from the ``first`` on, with blocks ``H G_i Pi H B`` below each other, each of whose columns is of unit length.
 
     B are signs, Pi a permutation, G_i Gaussian numbers divided by the root of their mean square, H the orthonormal Hadamard
     transform of :func:`padded` size (Q. Le, T. Sarlos, A. Smola, "Fastfood", ICML 2013, where each block has its own B and
     Pi). The last block is cut off.
     """
-    return _subspace(z, *key, entries, len(z), 0, False)
+    return _subspace(z, *key, first, entries, 0, len(z), 0, False)
 
 
-def sparse(z: torch.Tensor, key: tuple[int, int], entries: int, nonzeros: int) -> torch.Tensor:
-    """``P z`` with ``nonzeros`` entries +-1 at uniform places, added where they coincide, (dimensions,) to (entries,)."""
-    return _subspace(z, *key, entries, len(z), nonzeros, False)
+def sparse(z: torch.Tensor, key: tuple[int, int], first: int, entries: int, rows: int, nonzeros: int) -> torch.Tensor:
+    """``entries`` of the ``rows`` (fewer than 2^31) of ``P z`` from the ``first`` on; P has ``nonzeros`` entries +-1.
+
+    Their places are uniform, and what falls on one place is added.
+    """
+    return _subspace(z, *key, first, entries, rows, len(z), nonzeros, False)
 
 
 def padded(dimensions: int) -> int:
@@ -40,15 +43,20 @@ def padded(dimensions: int) -> int:
 
 
 @torch.library.custom_op("espalier::subspace", mutates_args=())
-def _subspace(x: torch.Tensor, key0: int, key1: int, entries: int, dimensions: int, nonzeros: int, transposed: bool) -> torch.Tensor:
-    """``P x``, or ``P.T x`` where ``transposed``; of ``nonzeros`` places, or of Fastfood where that is 0."""
+def _subspace(
+    x: torch.Tensor, key0: int, key1: int, first: int, entries: int, rows: int, dimensions: int, nonzeros: int, transposed: bool
+) -> torch.Tensor:
+    """``P x``, or ``P.T x`` where ``transposed``, of some rows of P; that of ``nonzeros`` places, or Fastfood's where that is 0."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    made = _sparse if nonzeros else _fastfood
-    return made(wide, (key0, key1), entries, dimensions, nonzeros, transposed).to(x.dtype)
+    if nonzeros:
+        made = _sparse(wide, (key0, key1), first, entries, rows, dimensions, nonzeros, transposed)
+    else:
+        made = _fastfood(wide, (key0, key1), first, entries, dimensions, transposed)
+    return made.to(x.dtype)
 
 
 @_subspace.register_fake
-def _(x, key0, key1, entries, dimensions, nonzeros, transposed):  # type: ignore[no-untyped-def]
+def _(x, key0, key1, first, entries, rows, dimensions, nonzeros, transposed):  # type: ignore[no-untyped-def]
     return x.new_empty(dimensions if transposed else entries)
 
 
@@ -64,12 +72,17 @@ def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
 _subspace.register_autograd(_backward, setup_context=_setup)
 
 
-def _sparse(x: torch.Tensor, key: tuple[int, int], entries: int, dimensions: int, nonzeros: int, transposed: bool) -> torch.Tensor:
+def _sparse(
+    x: torch.Tensor, key: tuple[int, int], first: int, entries: int, rows: int, dimensions: int, nonzeros: int, transposed: bool
+) -> torch.Tensor:
     y = x.new_zeros(dimensions if transposed else entries)
-    for first in range(0, nonzeros, BLOCK):
-        count = min(BLOCK, nonzeros - first)
-        words = numbers(key, 2 * first, 2 * count, INTEGERS32, x.device).view(count, 2)
-        row = words[:, 0] * entries >> 32
+    for begin in range(0, nonzeros, BLOCK):
+        count = min(BLOCK, nonzeros - begin)
+        words = numbers(key, 2 * begin, 2 * count, INTEGERS32, x.device).view(count, 2)
+        row = (words[:, 0] * rows >> 32) - first
+        if entries < rows:
+            here = (row >= 0) & (row < entries)
+            words, row = words[here], row[here]
         column = (words[:, 1] & 0x7FFFFFFF) * dimensions >> 31
         sign = ((words[:, 1] >> 31) * 2 - 1).to(x.dtype)
         to, of = (column, row) if transposed else (row, column)
@@ -77,28 +90,25 @@ def _sparse(x: torch.Tensor, key: tuple[int, int], entries: int, dimensions: int
     return y
 
 
-def _fastfood(x: torch.Tensor, key: tuple[int, int], entries: int, dimensions: int, nonzeros: int, transposed: bool) -> torch.Tensor:
-    length = padded(dimensions)
+def _fastfood(x: torch.Tensor, key: tuple[int, int], first: int, entries: int, dimensions: int, transposed: bool) -> torch.Tensor:
+    length, end = padded(dimensions), first + entries
     signs = numbers(key, 0, length, RADEMACHER, x.device).to(x.dtype)
     order = torch.argsort(numbers(key, length, length, INTEGERS32, x.device), stable=True)
-    if transposed:
-        total = x.new_zeros(length)
-    else:
-        spread = hadamard(functional.pad(x, (0, length - dimensions)) * signs)[order]
-        y = x.new_empty(entries)
-    blocks = max(1, BLOCK // length)
-    for first in range(0, entries, blocks * length):
-        last = min(first + blocks * length, entries)
-        count = -(-(last - first) // length)
-        G = numbers(key, 2 * length + first, count * length, GAUSSIAN, x.device).view(count, length).to(x.dtype)
+    spread = None if transposed else hadamard(functional.pad(x, (0, length - dimensions)) * signs)[order]
+    y = x.new_zeros(length if transposed else entries)
+    step = max(1, BLOCK // length) * length
+    for begin in range(first // length * length, end, step):
+        stop = min(begin + step, -(-end // length) * length)
+        G = numbers(key, 2 * length + begin, stop - begin, GAUSSIAN, x.device).view(-1, length).to(x.dtype)
         G *= math.sqrt(length) / torch.linalg.vector_norm(G, dim=-1, keepdim=True)
-        if transposed:
-            part = functional.pad(x[first:last], (0, count * length - (last - first))).view(count, length)
-            total += (hadamard(part) * G).sum(0)
+        low, high = max(begin, first), min(stop, end)  # of these blocks' rows, those that are asked for
+        if spread is None:
+            part = functional.pad(x[low - first : high - first], (low - begin, stop - high)).view(-1, length)
+            y += (hadamard(part) * G).sum(0)
         else:
-            y[first:last] = hadamard(G * spread).flatten()[: last - first]
-    if not transposed:
+            y[low - first : high - first] = hadamard(G * spread).flatten()[low - begin : high - begin]
+    if spread is not None:
         return y
-    gathered = torch.empty_like(total)
-    gathered[order] = total
+    gathered = torch.empty_like(y)
+    gathered[order] = y
     return (hadamard(gathered) * signs)[:dimensions]
