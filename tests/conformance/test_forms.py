@@ -431,7 +431,7 @@ def subspace(projection: str, structure: bool) -> Maker:
             tensors["z"], Stream(n.seed, "x"), projection, shape, scale=0.5, nonzeros=2 * entries if projection == "sparse" else 0,
         )  # fmt: skip
         P = torch.stack([update.with_tensors({"z": unit}).materialize(torch.zeros(shape).double()) for unit in torch.eye(3).double()], -1)
-        return tensors, update.constants(), additive(tensors, lambda z, lam=torch.ones(1).double(): P @ (z * lam))[2]
+        return tensors, update.constants(), additive(tensors, lambda z, lam=1.0: P @ (z * lam))[2]
 
     return make
 

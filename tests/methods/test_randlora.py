@@ -135,7 +135,7 @@ def test_the_update_is_made_only_where_that_is_cheaper() -> None:
     for count, made in ((20, False), (30, True)):
         with Sizes() as sizes:
             product(torch.zeros(count, 60), base, update)
-        assert ((90, 60) in sizes.made) == made == (90 * 60 < count * (90 + 2 * 60))
+        assert ((90, 60) in sizes.made) == made == (count * (90 + 2 * 60) > 90 * 60)
         assert len(sizes.made) == (2 if made else 3)
 
 

@@ -26,7 +26,7 @@ class Intrinsic(Adapter):
 
     - ``dense``: Gaussian, times D^(-1/2): time D d;
     - ``sparse``: a share D^(-1/2) of the entries is +-1, times D^(-1/4): time d sqrt(D);
-    - ``fastfood``: blocks H G Pi H B: time D log d.
+    - ``fastfood``: blocks S H G Pi H B: time D log d.
 
     Columns of P have unit length over all parameters together, exactly so for whole blocks and on average else, where the
     first paper divides by the lengths that were drawn. The second normalises each parameter's rows by themselves (there z

@@ -20,11 +20,12 @@ BLOCK = 1 << 20
 
 
 def fastfood(z: torch.Tensor, key: tuple[int, int], first: int, entries: int) -> torch.Tensor:
-    """``entries`` rows of ``P z`` from the ``first`` on, with blocks ``H G_i Pi H B`` below each other, each of whose columns is of unit length.
+    """``entries`` rows of ``P z`` from the ``first`` on, with blocks ``S H G_i Pi H B`` below each other, each of whose columns is of unit length.
 
-    B are signs, Pi a permutation, G_i Gaussian numbers divided by the root of their mean square, H the orthonormal Hadamard
-    transform of :func:`padded` size (Q. Le, T. Sarlos, A. Smola, "Fastfood", ICML 2013, where each block has its own B and
-    Pi). The last block is cut off.
+    B and S are signs, Pi a permutation, G_i Gaussian numbers divided by the root of their mean square, H the orthonormal
+    Hadamard transform of :func:`padded` size; the last block is cut off. In Fastfood (Q. Le, T. Sarlos, A. Smola, ICML
+    2013) each block has its own B and Pi, and there is no S. Without S and with one Pi, the sum of each block's rows would
+    be a multiple of one and the same number.
     """
     return _subspace(z, *key, first, entries, 0, len(z), 0, False)
 
@@ -92,21 +93,21 @@ def _sparse(
 
 def _fastfood(x: torch.Tensor, key: tuple[int, int], first: int, entries: int, dimensions: int, transposed: bool) -> torch.Tensor:
     length, end = padded(dimensions), first + entries
-    signs = numbers(key, 0, length, RADEMACHER, x.device).to(x.dtype)
-    order = torch.argsort(numbers(key, length, length, INTEGERS32, x.device), stable=True)
+    signs, after = numbers(key, 0, 2 * length, RADEMACHER, x.device).to(x.dtype).view(2, length)
+    order = torch.argsort(numbers(key, 2 * length, length, INTEGERS32, x.device), stable=True)
     spread = None if transposed else hadamard(functional.pad(x, (0, length - dimensions)) * signs)[order]
     y = x.new_zeros(length if transposed else entries)
     step = max(1, BLOCK // length) * length
     for begin in range(first // length * length, end, step):
         stop = min(begin + step, -(-end // length) * length)
-        G = numbers(key, 2 * length + begin, stop - begin, GAUSSIAN, x.device).view(-1, length).to(x.dtype)
+        G = numbers(key, 3 * length + begin, stop - begin, GAUSSIAN, x.device).view(-1, length).to(x.dtype)
         G *= math.sqrt(length) / torch.linalg.vector_norm(G, dim=-1, keepdim=True)
         low, high = max(begin, first), min(stop, end)  # of these blocks' rows, those that are asked for
         if spread is None:
             part = functional.pad(x[low - first : high - first], (low - begin, stop - high)).view(-1, length)
-            y += (hadamard(part) * G).sum(0)
+            y += (hadamard(part * after) * G).sum(0)
         else:
-            y[low - first : high - first] = hadamard(G * spread).flatten()[low - begin : high - begin]
+            y[low - first : high - first] = (hadamard(G * spread) * after).flatten()[low - begin : high - begin]
     if spread is not None:
         return y
     gathered = torch.empty_like(y)
