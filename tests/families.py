@@ -7,6 +7,7 @@ nearly uniform and biases are zero, and a test that mixes up two heads would pas
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -113,7 +114,7 @@ def statistics_of(model: torch.nn.Module, seed: int = 7) -> Callable[[str, str],
 
     def statistic(name: str, which: str) -> torch.Tensor:
         target = targets[name]
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
         made = []
         for _ in range(math.prod(target.lead)):
             rows = torch.randn(64, target.inputs, generator=generator) * torch.linspace(2, 0.1, target.inputs)

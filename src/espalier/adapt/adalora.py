@@ -29,8 +29,8 @@ class AdaLoRA(Adapter):
     the mean of ``||B^T B - I||_F`` and ``||A A^T - I||_F`` (eq. 4). Every step, the sensitivity ``|w dL/dw|`` of each number
     enters two moving averages, of itself and of its deviation, whose product is its importance (eqs. 8 to 10); a triplet's is
     that of e_k plus the means over its column of B and row of A (eq. 7). The budget of triplets falls cubically from R to
-    ``rank`` a matrix between the warm-up and the final phase (eq. 11): those beyond it get e = 0, and may come back until the
-    final phase, in which the pattern stands. Saved as LoRA of the ranks that are left. The divisor stays R. Unlike in the
+    ``rank`` a matrix between ``begin`` and ``end`` (eq. 11): those beyond it get e = 0, and may come back until the end, after
+    which the pattern stands. Saved as LoRA of the ranks that are left. The divisor stays R. Unlike in the
     official code, exactly as many triplets stay as the budget says.
     """
 
@@ -42,10 +42,10 @@ class AdaLoRA(Adapter):
     """the update is multiplied by alpha / R"""
     orthogonality: float = 0.1
     """weight of the penalty, at least 0"""
-    warmup: float = 0.1
-    """share of the steps before the budget begins to fall, in [0, 1]"""
-    final: float = 0.3
-    """share of the steps after it has fallen, in [0, 1]"""
+    begin: float = 0.1
+    """share of the steps after which the budget begins to fall, in [0, 1]"""
+    end: float = 0.7
+    """share of the steps after which it has fallen and the pattern stands, in [begin, 1]"""
     interval: int = 10
     """steps between prunings while it falls"""
     decay: float = 0.85
@@ -58,10 +58,8 @@ class AdaLoRA(Adapter):
             at_least(name, getattr(self, name), 1)
         at_least("orthogonality", self.orthogonality, 0)
         at_least("initial_rank", self.most, self.rank)
-        for name in ("warmup", "final", "decay"):
-            within(name, getattr(self, name), 0, 1)
-        if self.warmup + self.final > 1:
-            raise EspalierError(f"warmup and final are {self.warmup} and {self.final}; they are shares of one run, and together at most 1")
+        for name, least in (("begin", 0.0), ("end", self.begin), ("decay", 0.0)):
+            within(name, getattr(self, name), least, 1)
 
     @property
     def most(self) -> int:
@@ -93,24 +91,23 @@ class AdaLoRA(Adapter):
     def budget(self, moment: Moment, triplets: int) -> int:
         """How many of ``triplets`` stay after a step: eq. 11."""
         least = triplets * self.rank // self.most
-        begin, end = self.warmup * moment.steps, (1 - self.final) * moment.steps
+        begin, end = self.begin * moment.steps, self.end * moment.steps
         left = 1 - (moment.step + 1 - begin) / max(end - begin, 1)
+        left = 0.0 if moment.step + 1 == moment.steps else left
         return least + int((triplets - least) * min(max(left, 0.0), 1.0) ** 3)
 
     def after_step(self, parts: Sequence[Any], moment: Moment, before: Any) -> None:
-        step, is_final = moment.step + 1, moment.step + 1 >= (1 - self.final) * moment.steps or moment.step + 1 == moment.steps
-        for part in parts if step <= (1 - self.final) * moment.steps or step == 1 else ():
+        step, end = moment.step + 1, self.end * moment.steps
+        for part in parts if step < end or step == 1 else ():
             for name in _TRAINED:
                 tensor, mean, deviation = (getattr(part, key) for key in (name, f"sensitivity_{name}", f"uncertainty_{name}"))
                 sensitivity = whole(tensor * tensor.grad).abs()
                 mean.lerp_(sensitivity, 1 - self.decay)
                 deviation.lerp_((sensitivity - mean).abs(), 1 - self.decay)
-        if not (is_final or (step > self.warmup * moment.steps and step % self.interval == 0)):
-            return
-        scores = [self._scores(part) for part in parts]
-        count = self.budget(Moment(moment.steps, moment.steps) if is_final else moment, sum(score.numel() for score in scores))
-        for part, mask in zip(parts, largest(scores, count), strict=True):
-            put(part.e, whole(part.e) * mask)
+        if step >= end or step == moment.steps or (step > self.begin * moment.steps and step % self.interval == 0):
+            scores = [self._scores(part) for part in parts]
+            for part, mask in zip(parts, largest(scores, self.budget(moment, sum(s.numel() for s in scores))), strict=True):
+                put(part.e, whole(part.e) * mask)
 
     def _scores(self, part: Any) -> torch.Tensor:
         B, e, A = (getattr(part, f"sensitivity_{name}") * getattr(part, f"uncertainty_{name}") for name in _TRAINED)

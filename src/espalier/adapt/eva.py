@@ -58,7 +58,8 @@ class EVA(Adapter):
         found, items = {}, []
         for target in targets:
             if target.route in ("linear", "experts"):
-                vectors, norm = statistic(target.name, "singular_vectors"), statistic(target.name, "norm")
+                vectors = statistic(target.name, "singular_vectors")[..., : round(self.spread * self.rank), :]
+                norm = statistic(target.name, "norm")
                 shares = vectors.square().sum(-1) / norm.square().sum(-1, keepdim=True).clamp_min(1e-300)
                 left = 1 - shares.reshape(-1, shares.shape[-1]).mean(0).cumsum(0)
                 items.append(Item(target.name, tuple(range(len(left) + 1)), (1.0, *left.tolist())))

@@ -15,7 +15,7 @@ from espalier.anatomy.parameters import parameters, select
 from espalier.anatomy.target import Target
 from espalier.attach.method import Adapter
 from espalier.attach.routes import rebuild
-from espalier.attach.slot import Pool, Slot, Whole
+from espalier.attach.slot import Companion, Pool, Slot, Whole
 from espalier.delta.forms import Update
 from espalier.delta.gather import by_parameter
 from espalier.errors import EspalierError
@@ -37,13 +37,14 @@ class Attachment:
 
     @property
     def targets(self) -> list[Target]:
-        return [slot.target for slot in self.slots.values()]
+        """The parameters that were chosen; the slots of those that only go with one of them come after theirs."""
+        return [slot.target for slot in self.slots.values() if not isinstance(slot, Companion)]
 
     def updates(self) -> dict[str, Update]:
         """The update of every parameter in the form in which it is stored, gathered whole where it is sharded."""
         pool = Whole(self.pool) if self.pool is not None else None
         with torch.no_grad():
-            return {name: self.method.export(Whole(slot), pool) for name, slot in self.slots.items()}
+            return {name: slot.export(pool) for name, slot in self.slots.items()}
 
     def trainable(self) -> int:
         """How many numbers are trained."""
@@ -155,7 +156,8 @@ def attach(
     if not 0 <= dropout < 1:
         raise EspalierError(f"dropout is {dropout}; it must be at least 0 and less than 1")
     patterns = _patterns(targets if targets is not None else made.targets)
-    chosen = select(parameters(model), patterns)
+    present = parameters(model)
+    chosen = select(present, patterns)
     if refused := [t.name for t in chosen if not made.accepts(t)]:
         raise EspalierError(
             f"{made.name} takes {made.takes}; --targets {','.join(patterns)} also names {refused[0]} "
@@ -185,6 +187,12 @@ def attach(
         tensors = made.start_from(findings.get(target.name), target, weight, streams(seed, target.name))
         bases = made.bases(target, streams(seed, target.name))
         slots[target.name] = Slot(made, target, ready(tensors, weight.device), pool, dropout, weight, bases)
+    aliases = {alias: target for target in present for alias in target.names}
+    for leader in list(slots.values()):
+        for companion in {aliases[n].name: aliases[n] for n in made.companions(leader.target) if n in aliases}.values():
+            if companion.name in slots:
+                raise EspalierError(f"{made.name} updates {companion.name} with {leader.target.name} and {slots[companion.name].target.name}; target one of them")
+            slots[companion.name] = Companion(leader, companion, _logical(model, companion))
     settings = {"targets": patterns, "seed": seed, "dropout": dropout}
     attachment = Attachment(name, made, slots, pool, settings)
     if dropout:

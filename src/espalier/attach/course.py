@@ -24,7 +24,7 @@ from torch import nn
 
 from espalier.attach.attachment import Attachment, attachments, trainable_parameters
 from espalier.attach.method import Moment
-from espalier.attach.slot import put, whole
+from espalier.attach.slot import Companion, put, whole
 
 
 class Course:
@@ -40,7 +40,7 @@ class Course:
         self._modules = {id(m): name for name, m in model.named_modules()}
 
     def _with_parts(self) -> Iterator[tuple[Attachment, list[Any]]]:
-        return ((attached, list(attached.slots.values())) for attached in self._attached)
+        return ((attached, [slot for slot in attached.slots.values() if not isinstance(slot, Companion)]) for attached in self._attached)
 
     def optimizer_options(self) -> dict[str, dict[str, float]]:
         """Options of the optimizer by parameter name, of those that their method gives any."""

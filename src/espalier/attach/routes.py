@@ -13,6 +13,8 @@ old class. Which route a parameter takes depends on its module alone; no method 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -50,7 +52,7 @@ class Adapted:
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             self._espalier_cache.pop(local, None)
             return self._under(weight, slots)
-        key = versions([weight, *(t for s in slots for t in (*s.parameters(), *s.buffers()))])
+        key = versions([weight, *(t for s in slots for t in s.sources())])
         pools = versions([t for s in slots if s.pool is not None for t in s.pool.parameters()])
         cached = self._espalier_cache.get(local)
         if key is None or pools is None or cached is None or cached[0] != (key, pools):
@@ -58,10 +60,17 @@ class Adapted:
             self._espalier_cache[local] = cached
         return cached[1]
 
-    def espalier_leaves(self) -> list[torch.Tensor]:
-        """The tensors that this module's forward takes gradients to: those that its updates are made of."""
-        updates = [slot.update() for slots in self._espalier.values() for slot in slots]
-        return [tensor for update in updates for tensor in update.tensors().values()]
+    @contextlib.contextmanager
+    def espalier_held(self) -> Iterator[list[torch.Tensor]]:
+        """Make this module's updates once for several forward passes of it; gives the tensors that they are made of."""
+        slots = [slot for slots in self._espalier.values() for slot in slots]
+        for slot in slots:
+            slot.held = slot.update()
+        try:
+            yield [tensor for slot in slots for tensor in slot.update().tensors().values()]
+        finally:
+            for slot in slots:
+                slot.held = None
 
     @staticmethod
     def _under(weight: torch.Tensor, slots: list[Slot]) -> torch.Tensor:

@@ -242,7 +242,7 @@ class FusedLoss(nn.Module):
             part = targets[start : start + self.chunk]
             kept = part >= 0
             large, base, *experts = [
-                head_of(voice.speaking())[0](states[start : start + self.chunk][kept]) for voice, states in zip(self._voices, hidden, strict=True)
+                head_of(voice.speaking())(states[start : start + self.chunk][kept]) for voice, states in zip(self._voices, hidden, strict=True)
             ]
             if not len(large):
                 continue

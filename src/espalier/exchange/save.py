@@ -15,7 +15,7 @@ from espalier.checkpoint.directory import ModelDirectory, resolve_model
 from espalier.data.encode import Encoder
 from espalier.delta import store
 from espalier.errors import EspalierError
-from espalier.exchange import peft_lora
+from espalier.exchange import peft_kinds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,8 +90,8 @@ def describe(
 
 
 def write(model: PreTrainedModel, attachment: Attachment, manifest: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Write a delta with its card, and PEFT's files where it is plain LoRA."""
-    targets = {t.name: t for t in attachment.targets}
+    """Write a delta with its card, and PEFT's files where PEFT has its kind."""
+    targets = {name: slot.target for name, slot in attachment.slots.items()}
     updates = attachment.updates()
     delta = store.Delta(updates, {name: store.Layout.of(t) for name, t in targets.items()}, manifest)
     if not _is_writer():
@@ -99,7 +99,7 @@ def write(model: PreTrainedModel, attachment: Attachment, manifest: dict[str, An
     if store.is_delta(out):
         peft_adapter.remove(out)  # the old delta's files: PEFT may not be able to hold the new one
     size = store.save(out, delta, card(manifest))
-    return {"bytes": size, "peft": peft_lora.export(out, delta, targets, str(manifest["base"]["name"]), model)}
+    return {"bytes": size, "peft": peft_kinds.export(out, delta, targets, str(manifest["base"]["name"]), model)}
 
 
 def _is_writer() -> bool:

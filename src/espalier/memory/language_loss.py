@@ -7,6 +7,8 @@ shared factors, compilation).
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,10 +42,11 @@ class LanguageLoss:
         hidden = hidden.reshape(-1, hidden.shape[-1])
         if rows is not None:
             hidden = hidden[rows]
-        project, leaves = head_of(self)  # type: ignore[arg-type]
-        return chunked_cross_entropy(
-            hidden, targets, project, leaves, scale, self.espalier_chunk, entropy=entropy, label_smoothing=label_smoothing, confidence=confidence
-        )
+        with _tensors_of(self.get_output_embeddings()) as leaves:  # type: ignore[attr-defined]
+            return chunked_cross_entropy(
+                hidden, targets, head_of(self), leaves, scale, self.espalier_chunk, entropy=entropy, label_smoothing=label_smoothing,  # type: ignore[arg-type]
+                confidence=confidence,
+            )  # fmt: skip
 
 
 _made: dict[Any, Any] = {}
@@ -72,8 +75,15 @@ def remove(model: nn.Module) -> None:
         del model.__dict__["espalier_chunk"]
 
 
-def head_of(model: PreTrainedModel) -> tuple[Any, list[torch.Tensor]]:
-    """The map from final hidden states to logits, and the tensors in it that need gradients.
+@contextlib.contextmanager
+def _tensors_of(head: Any) -> Iterator[list[torch.Tensor]]:
+    """The tensors in a head that need gradients, the same ones in every call meanwhile."""
+    with head.espalier_held() if hasattr(head, "espalier_held") else contextlib.nullcontext(list(head.parameters())) as own:
+        yield [tensor for tensor in own if tensor.requires_grad]
+
+
+def head_of(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The map from final hidden states to logits.
 
     Soft caps and scales of logits are read from the config, as the families of transformers name them.
     """
@@ -89,8 +99,7 @@ def head_of(model: PreTrainedModel) -> tuple[Any, list[torch.Tensor]]:
             logits = logits * (scale / divide)
         return torch.tanh(logits / cap) * cap if cap else logits
 
-    own = head.espalier_leaves() if hasattr(head, "espalier_leaves") else list(head.parameters())
-    return project, [tensor for tensor in own if tensor.requires_grad]
+    return project
 
 
 def run_batch(
@@ -114,5 +123,5 @@ def matches_logits(model: PreTrainedModel, vocabulary: int) -> bool:
     backbone = getattr(model, model.base_model_prefix, None)
     if backbone is None:
         return False
-    ours = head_of(model)[0](backbone(input_ids=ids, use_cache=False).last_hidden_state)
+    ours = head_of(model)(backbone(input_ids=ids, use_cache=False).last_hidden_state)
     return own.shape == ours.shape and bool((own - ours).abs().max() <= 1e-5 * own.abs().max().clamp_min(1))

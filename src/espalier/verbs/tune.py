@@ -13,6 +13,7 @@ def tune(
     *,
     method: str = "lora",
     targets: str | None = None,
+    trainable: str | None = None,
     steps: int | None = None,
     epochs: float | None = None,
     batch_size: int = 8,
@@ -47,6 +48,7 @@ def tune(
         out: directory of the delta (and, under run/, of checkpoints and metrics)
         method: what is trained (see `espalier methods`)
         targets: parameters to update: roles such as attention,mlp,embedding or globs; default: the method's own
+        trainable: train at most so many numbers (such as 200k) or bytes of them (2MiB): sets the method's rank, or what stands for it
         steps: optimizer steps; give this or --epochs (default: 1 epoch)
         epochs: passes over the data
         batch_size: sequences per step, each of --sequence-length tokens (packed full)
