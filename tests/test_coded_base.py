@@ -13,9 +13,9 @@ from test_loop import model, run, text  # noqa: F401
 from espalier import registry
 from espalier.anatomy.parameters import parameters, select
 from espalier.attach.attachment import attach, detach, stored, trainable_parameters
+from espalier.attach.coded import CodedWeight
 from espalier.attach.coded_base import quantize_base
 from espalier.attach.method import Adapter
-from espalier.delta.coded import CodedWeight
 from espalier.delta.forms import Dense, Quantized
 from espalier.errors import EspalierError
 

@@ -109,7 +109,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "AdaLoRA": ("AdaLora", {"init_r": 4, "target_r": 2, "total_step": 10}, "low_rank"),
     "IA3": ("IA3", {"feedforward_modules": r".*(down_proj|c_proj|intermediate\.dense)"}, "diagonal"),
     "VeRA": ("Vera", {"r": 5}, "low_rank"),
-    "RandLoRA": ("RandLora", {"r": 5, "randlora_alpha": 20}, "dense"),
+    "RandLoRA": ("RandLora", {"r": 5, "randlora_alpha": 20}, "random_bases"),
     "LoHa": ("LoHa", {"r": 3, "alpha": 4}, "hadamard"),
     "LoHa of full rank": ("LoHa", {"r": 6, "alpha": 4}, "hadamard"),
     "LoKr": ("LoKr", {"r": 2, "alpha": 4}, "kronecker"),

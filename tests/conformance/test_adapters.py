@@ -109,6 +109,7 @@ def test_the_trained_count_is_the_declared_formula(method: str, place: str) -> N
     model = fresh(place)
     attachment = put(model, method, place)
     declared = sum(attachment.method.count(target) for target in attachment.targets)
+    declared += attachment.method.count_shared(attachment.targets)
     if attachment.method.surveys_ranks:
         assert attachment.trainable() == pytest.approx(declared, rel=0.25)
     else:
@@ -127,7 +128,8 @@ def test_planning_counts_the_same_and_draws_no_random_number(method: str, place:
         config(family), registry.make(method, "adapter"), {"targets": targets}, dtype=torch.float32, tokens=8, sequence_length=8,
         recompute=False, chunk=8,
     )  # fmt: skip
-    assert step.trained == sum(attachment.method.count(target) for target in attachment.targets) and step.peak > 0
+    method_, chosen = attachment.method, attachment.targets
+    assert step.trained == sum(map(method_.count, chosen)) + method_.count_shared(chosen) and step.peak > 0
     with pytest.raises(pytest.fail.Exception, match="a number was drawn"):
         philox.Stream(0, "a").uniform(1)
 

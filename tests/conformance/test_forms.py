@@ -29,8 +29,10 @@ from espalier.delta.forms import (
     Chain,
     LowRank,
     Quantized,
+    RandomBases,
     Seeded,
     SeededLowRank,
+    Subspace,
     Sum,
     Update,
     compact,
@@ -416,6 +418,59 @@ def seeded_low_rank(n: Numbers, shape: tuple[int, ...]) -> Made:
     return tensors, constants, additive(tensors, update)[2]
 
 
+def frozen_low_rank(n: Numbers, shape: tuple[int, ...]) -> Made:
+    """B and A frozen, the same for all experts: VeRA."""
+    *lead, outputs, inputs = shape if len(shape) <= 3 else (shape[0], math.prod(shape[1:]))
+    rank = n.pick(1, min(2, outputs, inputs))
+    (B, B_numbers), (A, A_numbers) = basis(n, "B", outputs, rank), basis(n, "A", rank, inputs)
+    tensors = {"b": n.floats(*lead, outputs), "d": n.floats(*lead, rank)}
+    constants = SeededLowRank(shape, rank, {"B": B, "A": A}, tensors).constants()
+
+    def update(b: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+        return (b[..., None] * B_numbers * d[..., None, :] @ A_numbers).reshape(shape)
+
+    return tensors, constants, additive(tensors, update)[2]
+
+
+def random_bases(seeds: bool) -> Maker:
+    """Bases of which there are enough for full rank, or one fewer."""
+
+    def make(n: Numbers, shape: tuple[int, ...]) -> Made:
+        *lead, outputs, inputs = shape if len(shape) <= 3 else (shape[0], math.prod(shape[1:]))
+        large, small = max(outputs, inputs), min(outputs, inputs)
+        rank = n.pick(1, min(2, small), small)
+        count = max(1, -(-small // rank) - n.pick(0, 1))
+        tensors = {"lam": n.floats(*lead, count, rank), "gamma": n.floats(*lead, count, small)}
+        (B, B_numbers), (A, A_numbers) = basis(n, "B", large, count * rank), basis(n, "A", rank, small)
+        constants = RandomBases(tensors, {"B": B, "A": A} if seeds else {}, shape).constants()
+        if not seeds:
+            tensors |= {"B": n.floats(large, count * rank), "A": n.floats(rank, small)}
+
+        def update(lam: torch.Tensor, gamma: torch.Tensor, B: torch.Tensor = B_numbers, A: torch.Tensor = A_numbers) -> torch.Tensor:
+            terms = [B[:, k * rank : (k + 1) * rank] @ (lam[..., k, :, None] * A * gamma[..., k, None, :]) for k in range(count)]
+            total = torch.stack(terms).sum(0)
+            return (total if outputs >= inputs else total.mT).reshape(shape)
+
+        return tensors, constants, additive(tensors, update)[2]
+
+    return make
+
+
+def subspace(projection: str, structure: bool) -> Maker:
+    """The matrix of the projection is what it makes of unit vectors."""
+
+    def make(n: Numbers, shape: tuple[int, ...]) -> Made:
+        tensors = {"z": n.floats(3), **({"lam": n.floats(1)} if structure else {})}
+        entries = math.prod(shape)
+        update = Subspace(
+            tensors["z"], Stream(n.seed, "x"), projection, shape, scale=0.5, nonzeros=2 * entries if projection == "sparse" else 0,
+        )  # fmt: skip
+        P = torch.stack([update.with_tensors({"z": unit}).materialize(torch.zeros(shape).double()) for unit in torch.eye(3).double()], -1)
+        return tensors, update.constants(), additive(tensors, lambda z, lam=1.0: P @ (z * lam))[2]
+
+    return make
+
+
 ENTRIES: dict[str, Maker] = {
     "dense": dense,
     "replace": replace,
@@ -448,6 +503,12 @@ ENTRIES: dict[str, Maker] = {
     "golomb": golomb,
     "seeded": seeded,
     "seeded_low_rank": seeded_low_rank,
+    "seeded_low_rank of one basis": frozen_low_rank,
+    "random_bases": random_bases(seeds=True),
+    "random_bases of tensors": random_bases(seeds=False),
+    "subspace dense": subspace("dense", structure=False),
+    "subspace sparse": subspace("sparse", structure=True),
+    "subspace fastfood": subspace("fastfood", structure=True),
     "magnitude of low_rank": magnitude("low_rank"),
     "magnitude of sparse": magnitude("sparse at an index"),
     "magnitude of columns": magnitude("columns"),
@@ -466,7 +527,7 @@ ENTRIES: dict[str, Maker] = {
     "quantized magnitude": quantized("magnitude of low_rank", 8, 5, "uniform"),
     "quantized sum": quantized("sum of low_rank and sparse", 5, 16, "normal"),
 }
-EVERY_SHAPE = [name for name in ENTRIES if name.startswith(("dense", "replace", "sparse", "ternary", "golomb", "quantized dense"))]
+EVERY_SHAPE = [name for name in ENTRIES if name.startswith(("dense", "replace", "sparse", "ternary", "golomb", "quantized dense", "subspace"))]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 properties = settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.differing_executors])
 every_entry = pytest.mark.parametrize("name", ENTRIES)
@@ -727,7 +788,7 @@ def test_slices_of_rows_are_rows_of_the_updated_weight(
     torch.testing.assert_close(again.apply(weight[start : start + again.shape[0]]), update.apply(weight)[start : start + again.shape[0]], **close)
 
 
-LOW_RANK = ("low_rank", "pooled", "tucker", "singular_scale", "columns", "rows", "sum of rows, columns and kronecker", "kronecker", "kronecker of products", "quantized low_rank", "factored golomb on a start", "factored dense and sparse", "seeded_low_rank", "tiled", "hadamard")
+LOW_RANK = ("low_rank", "pooled", "tucker", "singular_scale", "columns", "rows", "sum of rows, columns and kronecker", "kronecker", "kronecker of products", "quantized low_rank", "factored golomb on a start", "factored dense and sparse", "seeded_low_rank", "seeded_low_rank of one basis", "tiled", "hadamard")
 
 
 @every_entry

@@ -189,7 +189,8 @@ def attach(
     for target in chosen:
         weight = _logical(model, target)
         tensors = made.start_from(findings.get(target.name), target, weight, streams(seed, target.name))
-        slots[target.name] = Slot(made, target, ready(tensors, weight.device), pool, dropout, weight)
+        bases = made.bases(target, streams(seed, target.name))
+        slots[target.name] = Slot(made, target, ready(tensors, weight.device), pool, dropout, weight, bases)
     aliases = {alias: target for target in present for alias in target.names}
     for leader in list(slots.values()):
         for companion in {aliases[n].name: aliases[n] for n in made.companions(leader.target) if n in aliases}.values():

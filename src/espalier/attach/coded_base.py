@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from espalier.anatomy.parameters import parameters
+from espalier.attach.coded import CodedWeight
 from espalier.attach.routes import rebuild
-from espalier.delta.coded import CodedWeight
 from espalier.errors import one_of
 
 

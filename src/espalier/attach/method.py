@@ -104,12 +104,20 @@ class Adapter:
         """What the update is multiplied by, such as alpha / rank."""
         return 1.0
 
+    def bases(self, target: Target, stream: Stream) -> Any:
+        """What the update of one parameter is made of that is no tensor, such as seeded matrices: made once, ``part.bases``.
+
+        Args:
+            stream: as that of ``start``.
+        """
+        return None
+
     def update(self, part: Any, context: Any) -> Update:
         """The update that the tensors make now.
 
         Args:
-            part: has every tensor of ``start`` as an attribute, plus ``target``, ``gain`` (0-d tensor) and
-                ``base_dtype``.
+            part: has every tensor of ``start`` as an attribute, plus ``target``, ``gain`` (0-d tensor),
+                ``base_dtype`` and ``bases``.
             context: what ``prepare`` returned for this parameter, or ``None``.
         """
         raise NotImplementedError
@@ -144,6 +152,10 @@ class Adapter:
     def count(self, target: Target) -> int:
         """Trained numbers for one parameter (its part of the shared ones included): the planner's formula."""
         raise NotImplementedError
+
+    def count_shared(self, targets: Sequence[Target]) -> int:
+        """Trained numbers of the shared tensors that are no single parameter's part."""
+        return 0
 
     # in the course of a run; ``parts`` are those of all parameters
 

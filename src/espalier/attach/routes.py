@@ -22,9 +22,9 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from espalier.attach.coded import CodedBase, CodedWeight
 from espalier.attach.slot import Slot, versions
 from espalier.delta.base import BaseWeight, DenseBase, UpdatedBase, product
-from espalier.delta.coded import CodedBase, CodedWeight
 
 Slots = dict[str, list[Slot]]
 """Local parameter name -> the updates on it, innermost first."""

@@ -55,7 +55,21 @@ class Whole:
         return whole(value) if isinstance(value, torch.Tensor) else value
 
 
-class Pool(nn.Module):
+class Holder(nn.Module):
+    """A module of tensors whose buffers keep their dtype."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move with the model; what is not trained keeps its dtype, for scales and stored values are exact as they are."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+class Pool(Holder):
     """A method's shared tensors, at the root of the model, and the context of the forward pass under way."""
 
     def __init__(self, method: Adapter, targets: Sequence[Target], tensors: Tensors) -> None:
@@ -79,7 +93,7 @@ class Pool(nn.Module):
         return self.context[target.name]
 
 
-class Slot(nn.Module):
+class Slot(Holder):
     """One update on one parameter: its tensors, its gain, and how to make the update of this forward pass.
 
     In evaluation the update object is cached until one of its tensors changes, so that what a form derives
@@ -90,8 +104,9 @@ class Slot(nn.Module):
     pool: Pool | None
 
     def __init__(
-        self, method: Adapter, target: Target, tensors: Tensors, pool: Pool | None, dropout: float, weight: torch.Tensor
-    ) -> None:
+        self, method: Adapter, target: Target, tensors: Tensors, pool: Pool | None, dropout: float, weight: torch.Tensor,
+        bases: Any = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         gain = tensors.pop("gain", None)
         register(self, tensors)
@@ -99,20 +114,11 @@ class Slot(nn.Module):
         self.register_buffer("gain", torch.tensor(method.gain(target), device=weight.device) if gain is None else gain)
         self.method = method
         self.target = target
+        self.bases = bases
         self.dropout = dropout
         self.__dict__["pool"] = pool  # owned by the root: not a child of this module
         self.held: Update | None = None
         self._cached: tuple[Any, Update] | None = None
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Slot:
-        """Move with the model; what is not trained keeps its dtype, for scales and stored values are exact as they are."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            moved = self._buffers[name]
-            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
 
     def sources(self) -> list[torch.Tensor]:
         """The tensors that the update is made of, shared ones left out."""

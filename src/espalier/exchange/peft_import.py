@@ -31,6 +31,7 @@ from espalier.delta.forms import (
     LowRank,
     Magnitude,
     Permute,
+    RandomBases,
     Replace,
     Sparse,
     Tiled,
@@ -209,7 +210,7 @@ def vera(part: Part) -> Updates:
 
 
 def randlora(part: Part) -> Updates:
-    """A sum of scaled random bases; there are enough of them for full rank, so that it is kept dense."""
+    """A sum of scaled random bases; what is cut from those of all modules is kept once for each size."""
     outputs, inputs = part.matrix
     small, large = min(outputs, inputs), max(outputs, inputs)
     lamb = part.take("randlora_lambda", None, None).float()
@@ -223,10 +224,13 @@ def randlora(part: Part) -> Updates:
     expect_sizes(part.adapter, "base_model", "randlora_B", B, (None, None, rank))
     if A.shape[2] < small or B.shape[0] < large or B.shape[1] < bases:
         raise part.refuse(f"needs {bases} bases of {large} x {small}; those of the adapter are {tuple(B.shape)} and {tuple(A.shape)}")
-    right = (lamb[:, :, None] * A[:, :, :small] * gamma).flatten(0, 1)  # (rank bases, small)
-    update = B[:large, :bases].flatten(1) @ right  # (large, small), in PEFT's order of the flattened sides
+    # PEFT flattens B basis by basis and A row by row: its term (n, k) pairs what lies at k * bases + n of both
+    B = B[:large, :bases].flatten(1).unflatten(1, (rank, bases)).transpose(1, 2).flatten(1)
+    tensors = {"lam": lamb.T.contiguous(), "gamma": gamma, "B": B.contiguous(), "A": A[:, 0, :small].contiguous()}
     gain = part.adapter.number("randlora_alpha", 640) / rank
-    return {"weight": Dense((update if small == inputs else update.T).contiguous().reshape(part.target.shape), gain)}
+    update = RandomBases.from_tensors(tensors, {"bases": {}}, part.target.shape, gain)
+    update.shared = {"B": f"randlora_B.{large}.{bases}", "A": f"randlora_A.{small}"}
+    return {"weight": update}
 
 
 def shira(part: Part) -> Updates:

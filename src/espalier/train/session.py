@@ -14,6 +14,7 @@ import yaml
 from torch import nn
 
 from espalier.attach.attachment import Attachment
+from espalier.attach.coded import CodedWeight
 from espalier.attach.course import Course
 from espalier.checkpoint.atomic import require_free_space, write_text
 from espalier.checkpoint.directory import read_json
@@ -21,7 +22,6 @@ from espalier.data.batches import Order
 from espalier.data.encode import MASK_POLICY, Encoder
 from espalier.data.store import TokenStore
 from espalier.delta import store as delta_store
-from espalier.delta.coded import CodedWeight
 from espalier.display import Display
 from espalier.errors import EspalierError, at_least
 from espalier.memory import language_loss, packed_attention

@@ -25,7 +25,7 @@ from espalier.attach.coded_base import quantize_base
 from espalier.attach.course import Course
 from espalier.attach.device import pick_device
 from espalier.attach.load import DTYPES, MALFORMED, empty_model, load_model, load_tokenizer, torch_dtype
-from espalier.budget.fitting import fit, parse_numbers
+from espalier.budget.fitting import fit, parse_numbers, trained
 from espalier.calibrate.make import make as make_calibration
 from espalier.calibrate.statistics import parse_want
 from espalier.calibrate.store import Request
@@ -164,7 +164,7 @@ class Job:
             raise EspalierError(f"give --{self.method.size} or --trainable, not both")
         targets = select(parameters(empty_model(config_at)), [part.strip() for part in self.a["targets"].split(",")])
         self.method = fit(self.method, targets, numbers)
-        value, count = getattr(self.method, self.method.size), sum(self.method.count(target) for target in targets)
+        value, count = getattr(self.method, self.method.size), trained(self.method, targets)
         self.hyperparameters[self.method.size] = value
         self.display.note(f"--trainable {self.a['trainable']}: {self.method.size} {value} trains {count:,} numbers")
 

@@ -14,9 +14,11 @@ from espalier.delta.forms.magnitude import Magnitude
 from espalier.delta.forms.output_map import OutputMap
 from espalier.delta.forms.permute import Permute
 from espalier.delta.forms.quantized import Quantized
+from espalier.delta.forms.random_bases import RandomBases
 from espalier.delta.forms.seeded import Seeded, SeededLowRank
 from espalier.delta.forms.singular_scale import SingularScale
 from espalier.delta.forms.sparse import Columns, Rows, Sparse
+from espalier.delta.forms.subspace import Subspace
 from espalier.delta.forms.support import compact
 from espalier.delta.forms.ternary import Ternary
 from espalier.delta.forms.tiled import Tiled
@@ -42,12 +44,14 @@ __all__ = [
     "Permute",
     "Pooled",
     "Quantized",
+    "RandomBases",
     "Replace",
     "Rows",
     "Seeded",
     "SeededLowRank",
     "SingularScale",
     "Sparse",
+    "Subspace",
     "Sum",
     "Ternary",
     "Tiled",

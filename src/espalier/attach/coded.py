@@ -6,9 +6,9 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 
+from espalier.attach.slot import Holder
 from espalier.delta.base import BaseWeight
 from espalier.delta.forms.bits import pack_bits, unpack_bits
 
@@ -16,7 +16,7 @@ GROUP = 64
 """Inputs that share a step and a lowest value, or fewer where 64 does not divide a weight's."""
 
 
-class CodedWeight(nn.Module):
+class CodedWeight(Holder):
     """The codes of one weight of logical shape (out, in): ``W = low + codes * step``, low and step by group of inputs."""
 
     codes: torch.Tensor
@@ -33,14 +33,6 @@ class CodedWeight(nn.Module):
         self.register_buffer("codes", codes if bits == 8 else pack_bits(codes, bits))
         self.register_buffer("step", step)
         self.register_buffer("low", low)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> CodedWeight:
-        """Move with the model; steps and lowest values keep their float32."""
-        before = {name: getattr(self, name) for name in ("step", "low")}
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            self._buffers[name] = buffer.to(getattr(self, name).device)
-        return self
 
     def dense(self) -> torch.Tensor:
         """The weight, (out, in), in the dtype that it had."""
