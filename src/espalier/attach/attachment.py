@@ -43,7 +43,7 @@ class Attachment:
         """The update of every parameter in the form in which it is stored, gathered whole where it is sharded."""
         pool = Whole(self.pool) if self.pool is not None else None
         with torch.no_grad():
-            return {name: self.method.export(Whole(slot), pool) for name, slot in self.slots.items()}
+            return {name: slot.method.export(Whole(slot), pool if slot.pool is not None else None) for name, slot in self.slots.items()}
 
     def trainable(self) -> int:
         """How many numbers are trained."""
@@ -116,6 +116,7 @@ def attach(
     method: str | Adapter = "lora",
     *,
     targets: str | Sequence[str] | None = None,
+    full: str | Sequence[str] = (),
     name: str | None = None,
     seed: int = 0,
     dropout: float = 0.0,
@@ -130,6 +131,8 @@ def attach(
         model: any transformers model.
         method: name of a registered adaptation method, or one made by ``registry.make``.
         targets: roles or name patterns (see ``anatomy.parameters.select``); default: the method's own.
+        full: roles or name patterns of parameters that train whole beside the method's updates, such as a new head's or the
+            norms; the method leaves them alone where ``targets`` names them too.
         name: of the delta on this model; default: the method's name.
         seed: of the starting values.
         dropout: probability of dropping entries of the updates' inputs in training, in [0, 1).
@@ -154,8 +157,12 @@ def attach(
         made = method
     if not 0 <= dropout < 1:
         raise EspalierError(f"dropout is {dropout}; it must be at least 0 and less than 1")
-    patterns = _patterns(targets if targets is not None else made.targets)
-    chosen = select(parameters(model), patterns)
+    patterns, beside = _patterns(targets if targets is not None else made.targets), _patterns(full)
+    present = parameters(model)
+    whole = select(present, beside, "--full") if beside else []
+    chosen = [target for target in select(present, patterns) if target not in whole]
+    if not chosen and made.name != "full":
+        raise EspalierError(f"--full {','.join(beside)} leaves nothing of --targets {','.join(patterns)} to {made.name}; --method full trains them")
     if refused := [t.name for t in chosen if not made.accepts(t)]:
         raise EspalierError(
             f"{made.name} takes {made.takes}; --targets {','.join(patterns)} also names {refused[0]} "
@@ -184,7 +191,12 @@ def attach(
         weight = _logical(model, target)
         tensors = made.start_from(findings.get(target.name), target, weight, streams(seed, target.name))
         slots[target.name] = Slot(made, target, ready(tensors, weight.device), pool, dropout, weight)
-    settings = {"targets": patterns, "seed": seed, "dropout": dropout}
+    whole_method: Adapter = registry.make("full", "adapter")
+    for target in whole:
+        weight = _logical(model, target)
+        tensors = whole_method.start(target, weight, streams(seed, target.name))
+        slots[target.name] = Slot(whole_method, target, ready(tensors, weight.device), None, 0.0, weight)
+    settings = {"targets": patterns, "seed": seed, "dropout": dropout, **({"full": beside} if beside else {})}
     attachment = Attachment(name, made, slots, pool, settings)
     if dropout:
         _refuse_dropout(attachment)
@@ -209,14 +221,15 @@ def _fresh_name(model: nn.Module, name: str) -> str:
 def _refuse_dropout(attachment: Attachment) -> None:
     if attachment.pool is not None:
         attachment.pool.prepare()
-    first = next(iter(attachment.slots.values()))  # one method: what holds for one update holds for all
+    dropping = [slot for slot in attachment.slots.values() if slot.dropout] or list(attachment.slots.values())
+    first = dropping[0]  # one method: what holds for one update holds for all
     with torch.no_grad():
         if first.update().depends_on_base:
             raise EspalierError(
                 f"dropout {first.dropout} does not go with {attachment.method.name}: its update depends on the base, "
                 "so the update's input is the base's; set dropout to 0"
             )
-    for slot in attachment.slots.values():
+    for slot in dropping:
         if "weight" in slot.target.routes or "lookup" in slot.target.routes:
             raise EspalierError(
                 f"dropout {slot.dropout} cannot act on {slot.target.name}, which is no plain product; set dropout to 0"

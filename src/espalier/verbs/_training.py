@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from espalier import registry
+from espalier.anatomy.classification import labels_of
+from espalier.anatomy.parameters import parameters
 from espalier.attach.attachment import (
     Statistics,
     attach,
@@ -22,20 +24,18 @@ from espalier.attach.attachment import (
 )
 from espalier.attach.course import Course
 from espalier.attach.device import pick_device
-from espalier.attach.load import DTYPES, MALFORMED, load_model, load_tokenizer, torch_dtype
+from espalier.attach.load import DTYPES, MALFORMED, empty_of, load_as, load_model, load_tokenizer, torch_dtype
 from espalier.calibrate.make import make as make_calibration
 from espalier.calibrate.statistics import parse_want
 from espalier.calibrate.store import Request
 from espalier.checkpoint.atomic import write_text
 from espalier.checkpoint.directory import ModelDirectory, read_json, resolve_model
 from espalier.checkpoint.safetensors_file import dtype_name
-from espalier.data.batches import Order
 from espalier.data.encode import MASK_POLICY, Encoder
 from espalier.data.sources import open_source
 from espalier.data.store import TokenStore, open_store
 from espalier.display import Display
 from espalier.errors import EspalierError, at_least
-from espalier.evaluate.perplexity import score
 from espalier.exchange import save as saving
 from espalier.memory.joined_optimizer import build
 from espalier.memory.meter import format_bytes, parse_bytes, peak_memory, resident_memory
@@ -44,6 +44,7 @@ from espalier.plan import memory as planning
 from espalier.plan.trace import Traced, trace_step
 from espalier.train import session
 from espalier.train.loop import Settings
+from espalier.verbs._tasks import Classification, Language, Task, new_classifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +56,7 @@ class Job:
     def __init__(self, verb: str, arguments: dict[str, Any], options: dict[str, Any], method: str) -> None:
         self.verb = verb
         arguments = {key: _plain(value) for key, value in arguments.items()}
-        self.a = {"targets": None, "dropout": 0.0, "floor": 0.0, "label_smoothing": 0.0, "model": None, **arguments}
+        self.a = {"targets": None, "full": None, "dropout": 0.0, "floor": 0.0, "label_smoothing": 0.0, "model": None, **arguments}
         self.display = Display(arguments["quiet"])
         self.out = Path(arguments["out"])
         self._check_arguments()
@@ -146,10 +147,30 @@ class Job:
             )
         self.store = self._open(a["data"])
         self.eval_stores = {name: self._open(name) for name in a["eval_data"] or ()}
-        self.order = Order(self.store, a["sequence_length"], a["seed"])
+        self._choose_task()
+        self.order = self.task.order(self.store, a["sequence_length"], a["seed"])
         if a["steps"] is None:
-            step_tokens = a["batch_size"] * a["sequence_length"]
-            a["steps"] = math.ceil((a["epochs"] or 1.0) * self.order.predictions / step_tokens)
+            a["steps"] = math.ceil((a["epochs"] or 1.0) * self.order.steps_of_epoch(a["batch_size"] * a["sequence_length"]))
+
+    def _choose_task(self) -> None:
+        """Labels are classified, and the head that does it trains whole; anything else is text."""
+        self.task: Task = Language(self.encoder)
+        self.full: list[str] = self.a["full"].split(",") if self.a["full"] else []
+        self.new_head: list[str] = []
+        for name, store in {self.a["data"]: self.store, **self.eval_stores}.items():
+            if (store.kind == "label") != (self.store.kind == "label"):
+                raise EspalierError(f"--data {self.a['data']} and --eval-data {name}: either both have labels or neither has")
+        if self.store.kind != "label":
+            return
+        if self.directory is None or self.verb != "tune":
+            raise EspalierError(f"--data {self.a['data']} has labels, which {self.verb} does not learn; use espalier tune, or give text")
+        self.config, is_new = new_classifier(self.config, self.store, self.encoder, self.display)
+        self.task = Classification(self.encoder, labels_of(self.config), self.config.pad_token_id)
+        for store in self.eval_stores.values():
+            self.task.order(store, self.a["sequence_length"])
+        head = [t.name for t in parameters(empty_of(self.config, self.directory.path)) if t.role.startswith("head")]
+        self.full += head
+        self.new_head = [name for name in head if "pooler" not in name] if is_new else []
 
     def _open(self, data: str) -> TokenStore:
         source = open_source(data)
@@ -168,7 +189,7 @@ class Job:
             resolved = read_json(folder / "run.json")["resolved"]
             for key in ("micro_batch_size", "recompute", "logits_chunk"):
                 a[key] = resolved[key]
-        options = {"targets": a["targets"], "dropout": a["dropout"]}
+        options = {"targets": a["targets"], "full": self.full, "dropout": a["dropout"]}
 
         @functools.cache
         def traced(micro: int, recompute: bool, chunk: int) -> Traced:
@@ -215,8 +236,10 @@ class Job:
 
     def load_model(self) -> None:
         """The model, with base values only where training needs them."""
-        if self.directory is not None:
-            self.model: PreTrainedModel = load_model(self.directory.path, self.dtype, str(self.device))
+        if self.directory is not None and self.store.kind == "label":
+            self.model: PreTrainedModel = self._load_classifier(self.directory)
+        elif self.directory is not None:
+            self.model = load_model(self.directory.path, self.dtype, str(self.device))
         else:
             import transformers
 
@@ -224,7 +247,13 @@ class Job:
             torch.manual_seed(self.a["seed"])
             self.model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
             torch.nn.Module.to(self.model, self.device, self.dtype)
-        self.padded = session.must_pad(self.model, self.config.vocab_size, self.display)
+        self.padded = self.task.must_pad(self.model, self.display)
+
+    def _load_classifier(self, directory: ModelDirectory) -> PreTrainedModel:
+        model, missing = load_as(directory.path, self.config, self.dtype, str(self.device), new=self.new_head, seed=self.a["seed"])
+        if lost := sorted(set(missing) - set(self.full)):
+            raise EspalierError(f"{directory.path} lacks {lost[0]!r} ({len(lost)} tensors in all), which {type(model).__name__} needs")
+        return model
 
     def attach(self) -> None:
         """The method's updates; says what trains, and shows what is learnt of the data."""
@@ -233,7 +262,7 @@ class Job:
         record = session.Record(self.verb, self.given, resolved, self._facts())
         self.run, self.record = session.open_run(self.out, record, a["resume"])
         attach(
-            self.model, self.method, targets=a["targets"], seed=a["seed"], dropout=a["dropout"], statistics=self._statistics(),
+            self.model, self.method, targets=a["targets"], full=self.full, seed=a["seed"], dropout=a["dropout"], statistics=self._statistics(),
         )  # fmt: skip
         (self.attachment,) = attachments(self.model).values()
         release_base(self.model)
@@ -274,12 +303,9 @@ class Job:
                 self.evaluations.setdefault(name, {})[when] = self._score(name, held_out, when)
 
     def _score(self, name: str, held_out: TokenStore, when: str) -> dict[str, Any]:
-        with self.display.bar(f"measuring {name}", held_out.predictions, "tokens") as update:
-            found = score(
-                self.model, held_out, self.a["sequence_length"], self.plan.micro_tokens, padded=self.padded,
-                pad_token=session.pad_token(self.tokenizer), progress=update,
-            )  # fmt: skip
-        self.display.note(f"{name} {when}: perplexity {found.perplexity:.3f}, {found.bits_per_byte:.4f} bits per byte")
+        with self.display.bar(f"measuring {name}", self.task.size(held_out), self.task.unit) as update:
+            found = self.task.score(self.model, held_out, self.a["sequence_length"], self.plan.micro_tokens, self.padded, update)
+        self.display.note(f"{name} {when}: {self.task.in_words(found)}")
         return found.as_json()
 
     def train(self) -> None:
@@ -289,7 +315,7 @@ class Job:
             steps=a["steps"], batch_tokens=a["batch_size"] * a["sequence_length"], micro_tokens=self.plan.micro_tokens,
             learning_rate=a["learning_rate"], schedule=a["schedule"], warmup=round(a["warmup"] * a["steps"]),
             floor=a["floor"], clip=a["clip"], label_smoothing=a["label_smoothing"], checkpoint_every=a["checkpoint_every"], evaluate_every=a["eval_every"],
-            padded=self.padded, pad_token=session.pad_token(self.tokenizer),
+            padded=self.padded, pad_token=self.task.pad_token,
             resident_between=planning.resident_between(self.budget, self.plan) if self.budget else 0,
         )  # fmt: skip
         parameters = trainable_parameters(self.model)
@@ -324,7 +350,7 @@ class Job:
         keys = ("data", "batch_size", "sequence_length", "learning_rate", "schedule", "seed", *(["label_smoothing"] if a["label_smoothing"] else []))
         training = {"steps": self.run.state.step, "tokens": self.run.state.tokens, **{key: a[key] for key in keys}}
         manifest = saving.describe(self.attachment, base, self.encoder, MASK_POLICY[self.store.kind], training)
-        return saving.write(self.model, self.attachment, manifest, folder)
+        return saving.write(self.model, self.attachment, manifest, folder, self.directory)
 
     def save_delta(self, out: Path) -> None:
         """The delta, and PEFT's files beside it where it is plain LoRA."""

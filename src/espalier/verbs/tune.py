@@ -13,6 +13,7 @@ def tune(
     *,
     method: str = "lora",
     targets: str | None = None,
+    full: str | None = None,
     steps: int | None = None,
     epochs: float | None = None,
     batch_size: int = 8,
@@ -43,10 +44,11 @@ def tune(
 
     Args:
         model: a directory, `seedling`, or a hub id
-        data: text file, folder of text files, .jsonl file, or stdlib:NAME
+        data: text file, folder of text files, .jsonl file, or stdlib:NAME; records with a label make a classifier
         out: directory of the delta (and, under run/, of checkpoints and metrics)
         method: what is trained (see `espalier methods`)
         targets: parameters to update: roles such as attention,mlp,embedding or globs; default: the method's own
+        full: parameters that train whole beside the method's updates, such as norm,head: roles or globs
         steps: optimizer steps; give this or --epochs (default: 1 epoch)
         epochs: passes over the data
         batch_size: sequences per step, each of --sequence-length tokens (packed full)

@@ -1,0 +1,108 @@
+"""What a delta must bring where its model is a sequence classifier and its base is not: the head, and the config that has it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from espalier.anatomy.classification import classifies, is_classifier, labels_of
+from espalier.anatomy.layout import locate
+from espalier.anatomy.parameters import parameters
+from espalier.anatomy.target import Target
+from espalier.attach.load import load_config
+from espalier.checkpoint.atomic import write_text
+from espalier.checkpoint.directory import ModelDirectory
+from espalier.checkpoint.fingerprint import file_digest
+from espalier.checkpoint.safetensors_file import dtype_name
+from espalier.delta.forms import Replace, Update
+from espalier.delta.store import FILES, Layout
+from espalier.errors import EspalierError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """How a live classifier goes beyond its base: parameters that the base lacks (or has in another shape), tensors of the
+    base that it has no use for, and whether its config says otherwise."""
+
+    lacking: frozenset[str]
+    unused: tuple[str, ...]
+    other_config: bool
+
+
+def beyond(model: PreTrainedModel, base: ModelDirectory) -> Beyond | None:
+    """Compare a model with its base by names and shapes; ``None`` for a model that is no classifier, or is all in its base."""
+    if not is_classifier(model):
+        return None
+    used: set[str] = set()
+    lacking = []
+    for target in parameters(model):
+        names = _found(target, base)
+        if not names:
+            lacking.append(target.name)
+        used.update(names)
+    config = load_config(base.path)
+    same = classifies(config) and labels_of(config) == labels_of(model.config) and config.pad_token_id == model.config.pad_token_id
+    if same and not lacking:
+        return None
+    buffers = {name for name, _ in model.named_buffers()}
+    return Beyond(frozenset(lacking), tuple(name for name in base if name not in used and name not in buffers), not same)
+
+
+def _found(target: Target, base: ModelDirectory) -> list[str]:
+    """The tensors of the base that hold a parameter in its shape."""
+    try:
+        pieces = locate(target.name, target.names, target.shape[0] if len(target.shape) == 3 else None, base)
+    except EspalierError:
+        return []
+    if pieces[0].expert is None:
+        stored = (*target.shape[:-2], target.shape[-1], target.shape[-2]) if target.transposed else target.shape
+        if any(tuple(base.info(piece.names[0]).shape) != stored for piece in pieces):
+            return []
+    return [name for piece in pieces for name in piece.names]
+
+
+def as_whole(head: Beyond, updates: dict[str, Update], layouts: dict[str, Layout]) -> None:
+    """Say of the updates that set what the base lacks that they do so.
+
+    Raises:
+        EspalierError: when nothing sets such a parameter: nobody else would ever have its values.
+    """
+    for name in sorted(head.lacking):
+        update = updates.get(name)
+        if not (isinstance(update, Replace) and update.ignores_base):
+            raise EspalierError(f"the base does not have {name!r}, so a delta must hold it whole: train it with --full {name}")
+        layouts[name].dtype = dtype_name(update.dtype)
+
+
+def bring(head: Beyond, model: PreTrainedModel, base: ModelDirectory, out: Path) -> dict[str, Any]:
+    """Write the classifier's ``config.json`` into a delta's directory; what ``delta.json`` says of the head.
+
+    Raises:
+        EspalierError: when the config does not say what rows are filled with.
+    """
+    if not head.other_config:
+        return {}
+    config = model.config
+    if config.pad_token_id is None:
+        raise EspalierError(f"the config of this {type(model).__name__} has no pad_token_id, without which it cannot run on batches; set it")
+    labels = labels_of(config)
+    content = {key: value for key, value in base.config.items() if key != "num_labels"} | {
+        "architectures": [type(model).__name__],
+        "id2label": {str(number): name for number, name in enumerate(labels)},
+        "label2id": {name: number for number, name in enumerate(labels)},
+        "problem_type": config.problem_type,
+        "pad_token_id": config.pad_token_id,
+    }
+    path = out / FILES / "config.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(content, indent=2) + "\n")
+    return {
+        "classifier": {"labels": labels, "pad_token": config.pad_token_id},
+        "removed": list(head.unused),
+        "files": {"config.json": file_digest(path)},
+    }
