@@ -157,17 +157,18 @@ def _named_docstrings(tree: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 
 def _packages(split: str) -> Path:
     files = [(name, path) for name, path in source_files().items() if name.split("/")[0] in LABELLED]
-    digest = hashlib.sha256("".join(hashes()[name] for name, _ in files).encode()).hexdigest()[:16]
-    target = cache_directory() / "stdlib" / f"packages-{split}-{digest}.jsonl"
-    if not target.exists():
+    digest = hashlib.sha256("".join(hashlib.sha256(path.read_bytes()).hexdigest() for _, path in files).encode()).hexdigest()[:16]
+    targets = {half: cache_directory() / "stdlib" / f"packages-{half}-{digest}.jsonl" for half in ("train", "heldout")}
+    if not targets[split].exists():
         seen: set[str] = set()
-        lines = []
+        lines: dict[str, list[str]] = {half: [] for half in targets}
         for file, path in files:
             for name, docstring in _named_docstrings(ast.parse(path.read_text(encoding="utf-8")), file):
                 if docstring in seen or len(docstring) < 20:
                     continue
                 seen.add(docstring)
-                if ("heldout" if _share(name, 4) == 0 else "train") == split:
-                    lines.append(json.dumps({"text": docstring, "label": file.split("/")[0]}) + "\n")
-        write_text(target, "".join(lines))
-    return target
+                half = "heldout" if _share(name, 4) == 0 else "train"
+                lines[half].append(json.dumps({"text": docstring, "label": file.split("/")[0]}) + "\n")
+        for half, target in targets.items():
+            write_text(target, "".join(lines[half]))
+    return targets[split]

@@ -120,7 +120,7 @@ def _export(folder: Any, delta: Any, model: str | None) -> None:
     name = model or str(delta.manifest.get("base", {}).get("name", ""))
     if not name:
         raise EspalierError("the delta does not name its base; pass --model DIR")
-    live = empty_model(resolve_model(name))
+    live = empty_model(resolve_model(name), [folder])
     if reason := export(folder, delta, {t.name: t for t in parameters(live)}, name, live):
         raise EspalierError(f"PEFT cannot hold this delta: {reason}")
 
