@@ -245,7 +245,7 @@ def test_delta_and_applied_model_and_transformers_agree(
     ours = load(base, [out])
     ids = tokenizer(records[1]["text"], return_tensors="pt").input_ids
     torch.testing.assert_close(ours(input_ids=ids).logits, theirs(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
-    with pytest.raises(EspalierError, match="as a whole, which cannot be scaled by 0.5; use it with scale 1"):
+    with pytest.raises(EspalierError, match=r"as a whole, which cannot be scaled by 0\.5; use it with scale 1"):
         measured(base, data, out, scale=0.5)
 
 
@@ -281,7 +281,7 @@ def test_a_linear_probe_trains_the_head_alone(family: str, bases: Callable[[str]
 def test_a_classifier_keeps_its_head_for_labels_that_it_knows_and_gets_a_new_one_for_others(
     learnt: Callable[[str], Any], bases: Callable[[str], Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, result = learnt("bert")
+    out, _ = learnt("bert")
     model = tmp_path / "applied"
     apply(str(bases("bert")), [str(out)], str(model), quiet=True)
     two = write(tmp_path / "two.jsonl", [r for r in animals() if r["label"] != "cat"])

@@ -72,7 +72,7 @@ def test_dropout_is_for_the_methods_own_updates(tmp_path: Path) -> None:
     model = attach(load_model(base_of("llama", tmp_path)), "lora", rank=2, dropout=0.5, full="norm,embedding,head")
     model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
     assert {slot.dropout for slot in attachments(model)["lora"].slots.values()} == {0.0, 0.5}
-    with pytest.raises(EspalierError, match="dropout 0.5 cannot act on model.embed_tokens.weight"):
+    with pytest.raises(EspalierError, match=r"dropout 0.5 cannot act on model\.embed_tokens.weight"):
         attach(tiny("llama"), "lora", targets="linear,embedding", dropout=0.5, full="norm")
 
 
@@ -135,3 +135,33 @@ def test_a_classifier_is_pefts_with_its_head_and_back(family: str, tmp_path: Pat
     assert config["task_type"] == "SEQ_CLS"
     theirs = quietly(peft.PeftModel.from_pretrained, fresh(1), tmp_path / "delta")
     torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
+    for file in ("delta.json", "delta.safetensors"):
+        (tmp_path / "delta" / file).unlink()
+    convert(str(tmp_path / "delta"), str(tmp_path / "back"), model=str(base), quiet=True)
+    back = store.load(tmp_path / "back")
+    assert back.manifest["classifier"] == {"labels": ["LABEL_0", "LABEL_1", "LABEL_2"], "pad_token": 0}
+    torch.testing.assert_close(logits(load(base, [tmp_path / "back"])), logits(model), rtol=1e-5, atol=1e-5)
+    assert (tmp_path / "back" / "adapter_config.json").exists()
+
+
+def test_a_classifiers_adapter_that_peft_wrote_is_imported_with_its_head(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = base_of("llama", tmp_path)
+    torch.manual_seed(0)
+    theirs = quietly(AutoModelForSequenceClassification.from_pretrained, base, num_labels=5, pad_token_id=0)
+    theirs = moved(peft.get_peft_model(theirs, peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["q_proj", "down_proj"])))
+    quietly(theirs.save_pretrained, tmp_path / "adapter")
+    convert(str(tmp_path / "adapter"), str(tmp_path / "delta"), model=str(base), quiet=True)
+    assert len(store.load(tmp_path / "delta").manifest["classifier"]["labels"]) == 5
+    torch.testing.assert_close(logits(load(base, [tmp_path / "delta"])), logits(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_of_a_classifier_without_its_head_is_refused(tmp_path: Path) -> None:
+    base = base_of("llama", tmp_path)
+    model = moved(attach(load_model(base), "lora", rank=2))
+    assert save(model, tmp_path / "delta")["peft"] is None
+    path = tmp_path / "delta" / "adapter_config.json"
+    path.write_text(path.read_text().replace("CAUSAL_LM", "SEQ_CLS"))
+    (tmp_path / "delta" / "delta.json").unlink()
+    with pytest.raises(EspalierError, match=r"is of a sequence classifier and does not hold its head 'score\.weight'"):
+        convert(str(tmp_path / "delta"), str(tmp_path / "back"), model=str(base), quiet=True)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier.anatomy.classification import classifies, is_classifier, labels_of
+from espalier.anatomy.classification import (
+    classifies,
+    is_classifier,
+    labels_of,
+    with_labels,
+)
 from espalier.anatomy.layout import locate
 from espalier.anatomy.parameters import parameters
 from espalier.anatomy.target import Target
-from espalier.attach.load import load_config
+from espalier.attach.load import empty_model, empty_of, load_config
+from espalier.checkpoint import peft_adapter
 from espalier.checkpoint.atomic import write_text
 from espalier.checkpoint.directory import ModelDirectory
 from espalier.checkpoint.fingerprint import file_digest
-from espalier.checkpoint.safetensors_file import dtype_name
+from espalier.checkpoint.safetensors_file import SafetensorsFile, dtype_name
 from espalier.delta.forms import Replace, Update
 from espalier.delta.store import FILES, Layout
 from espalier.errors import EspalierError
@@ -41,7 +48,7 @@ def beyond(model: PreTrainedModel, base: ModelDirectory) -> Beyond | None:
     used: set[str] = set()
     lacking = []
     for target in parameters(model):
-        names = _found(target, base)
+        names = found_in(base, target)
         if not names:
             lacking.append(target.name)
         used.update(names)
@@ -53,8 +60,8 @@ def beyond(model: PreTrainedModel, base: ModelDirectory) -> Beyond | None:
     return Beyond(frozenset(lacking), tuple(name for name in base if name not in used and name not in buffers), not same)
 
 
-def _found(target: Target, base: ModelDirectory) -> list[str]:
-    """The tensors of the base that hold a parameter in its shape."""
+def found_in(base: ModelDirectory, target: Target) -> list[str]:
+    """The tensors of the base that hold a parameter in its shape; none where it has none."""
     try:
         pieces = locate(target.name, target.names, target.shape[0] if len(target.shape) == 3 else None, base)
     except EspalierError:
@@ -66,7 +73,7 @@ def _found(target: Target, base: ModelDirectory) -> list[str]:
     return [name for piece in pieces for name in piece.names]
 
 
-def as_whole(head: Beyond, updates: dict[str, Update], layouts: dict[str, Layout]) -> None:
+def as_whole(head: Beyond, updates: Mapping[str, Update], layouts: dict[str, Layout]) -> None:
     """Say of the updates that set what the base lacks that they do so.
 
     Raises:
@@ -106,3 +113,29 @@ def bring(head: Beyond, model: PreTrainedModel, base: ModelDirectory, out: Path)
         "removed": list(head.unused),
         "files": {"config.json": file_digest(path)},
     }
+
+
+def model_of_adapter(folder: Path, config: Mapping[str, Any], base: ModelDirectory) -> PreTrainedModel:
+    """The empty model that a PEFT adapter is for: a classifier of as many labels as its head has where it is one, else the base's own.
+
+    Args:
+        config: content of adapter_config.json.
+
+    Raises:
+        EspalierError: when the adapter of a classifier does not hold the head.
+    """
+    if config.get("task_type") != "SEQ_CLS":
+        return empty_model(base.path)
+    own = load_config(base.path)
+    pad_token = next((token for token in (own.pad_token_id, own.eos_token_id) if isinstance(token, int)), 0)
+    likely = empty_of(with_labels(own, ["0", "1"], pad_token), base.path)
+    head = [t.name for t in parameters(likely) if t.role == "head.classifier" and len(t.shape) == 2][-1]
+    with SafetensorsFile(folder / peft_adapter.TENSORS) as file:
+        if (stored := f"{peft_adapter.PREFIX}{head}") not in file.tensors:
+            if classifies(own):
+                return empty_model(base.path)
+            raise EspalierError(f"{folder} is of a sequence classifier and does not hold its head {head!r}, which the base does not have either")
+        count = file.info(stored).shape[0]
+    if classifies(own) and len(own.id2label) == count:
+        return empty_model(base.path)
+    return empty_of(with_labels(own, [f"LABEL_{number}" for number in range(count)], pad_token), base.path)
