@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from families import tiny, tokens
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from espalier import apply, attach, convert, detach, load, save
+from espalier import apply, attach, convert, detach, load, save, tune
 from espalier.attach.attachment import attachments, trainable_parameters
 from espalier.attach.load import load_model
+from espalier.checkpoint.directory import resolve_model
 from espalier.delta import store
 from espalier.errors import EspalierError
 
@@ -82,6 +83,20 @@ def test_what_cannot_train_is_refused() -> None:
     with pytest.raises(EspalierError, match="--full head leaves nothing of --targets head to lora; --method full trains them"):
         attach(tiny("llama"), "lora", targets="head", full="head")
     assert attachments(attach(tiny("llama"), "full", targets="head", full="head,norm"))["full"].trainable() == 96 * 32 + 5 * 32
+
+
+@pytest.mark.parametrize("method", ["adalora", "sora", "lora"])
+def test_methods_with_a_course_of_their_own_leave_whole_parameters_alone(method: str, tmp_path: Path) -> None:
+    base = base_of("llama", tmp_path)
+    AutoTokenizer.from_pretrained(resolve_model("seedling")).save_pretrained(base)
+    tiny("llama", vocab_size=4096, tie_word_embeddings=False).save_pretrained(base)
+    (tmp_path / "text.txt").write_text("def add(a, b):\n    return a + b\n" * 40)
+    options = {"steps": 4, "batch_size": 2, "sequence_length": 32, "learning_rate": 0.01, "quiet": True}
+    result = tune(str(base), str(tmp_path / "text.txt"), str(tmp_path / "out"), method=method, full="norm,head", eval_data=[str(tmp_path / "text.txt")], **options)
+    scores = result["evaluation"][str(tmp_path / "text.txt")]
+    assert scores["after"]["loss"] < scores["before"]["loss"]
+    found = store.load(tmp_path / "out").updates
+    assert found["model.norm.weight"].form == found["lm_head.weight"].form == "replace"
 
 
 # PEFT

@@ -40,7 +40,8 @@ class Course:
         self._modules = {id(m): name for name, m in model.named_modules()}
 
     def _with_parts(self) -> Iterator[tuple[Attachment, list[Any]]]:
-        return ((attached, list(attached.slots.values())) for attached in self._attached)
+        """Each delta with the slots of its method; those that train whole beside it have no course."""
+        return ((attached, [s for s in attached.slots.values() if s.method is attached.method]) for attached in self._attached)
 
     def optimizer_options(self) -> dict[str, dict[str, float]]:
         """Options of the optimizer by parameter name, of those that their method gives any."""
