@@ -14,6 +14,7 @@ from espalier import registry
 from espalier.anatomy.parameters import parameters, select
 from espalier.anatomy.target import Target
 from espalier.attach.method import Adapter
+from espalier.attach.new_tokens import NewRows, mean_of_others, places
 from espalier.attach.routes import rebuild
 from espalier.attach.slot import Pool, Slot, Whole
 from espalier.delta.forms import Update
@@ -117,6 +118,7 @@ def attach(
     *,
     targets: str | Sequence[str] | None = None,
     full: str | Sequence[str] = (),
+    new_tokens: Sequence[int] = (),
     name: str | None = None,
     seed: int = 0,
     dropout: float = 0.0,
@@ -133,6 +135,8 @@ def attach(
         targets: roles or name patterns (see ``anatomy.parameters.select``); default: the method's own.
         full: roles or name patterns of parameters that train whole beside the method's updates, such as a new head's or the
             norms; the method leaves them alone where ``targets`` names them too.
+        new_tokens: ids of tokens whose rows of the embedding and the head train beside the method's updates, from the mean
+            of the other rows on; the model has these rows (see ``attach.new_tokens.grow``).
         name: of the delta on this model; default: the method's name.
         seed: of the starting values.
         dropout: probability of dropping entries of the updates' inputs in training, in [0, 1).
@@ -196,7 +200,16 @@ def attach(
         weight = _logical(model, target)
         tensors = whole_method.start(target, weight, streams(seed, target.name))
         slots[target.name] = Slot(whole_method, target, ready(tensors, weight.device), None, 0.0, weight)
+    for target in places(present, slots, new_tokens) if new_tokens else ():
+        weight = _logical(model, target)
+        if target.name in slots:  # which trains whole
+            index = torch.tensor(new_tokens, device=weight.device)
+            slots[target.name].get_parameter("values").data[index] = mean_of_others(weight, index).to(dtype)
+            continue
+        rows = NewRows(new_tokens)
+        slots[target.name] = Slot(rows, target, ready(rows.start(target, weight, streams(seed, target.name)), weight.device), None, 0.0, weight)
     settings = {"targets": patterns, "seed": seed, "dropout": dropout, **({"full": beside} if beside else {})}
+    settings |= {"new_tokens": list(new_tokens)} if new_tokens else {}
     attachment = Attachment(name, made, slots, pool, settings)
     if dropout:
         _refuse_dropout(attachment)

@@ -15,6 +15,7 @@ from torch import nn
 from espalier.anatomy.classification import classifies, with_labels
 from espalier.attach.attachment import attach_updates, attachments
 from espalier.attach.device import pick_device
+from espalier.attach.new_tokens import grow
 from espalier.checkpoint.directory import ModelDirectory, resolve_model
 from espalier.delta import store
 from espalier.errors import EspalierError
@@ -68,7 +69,31 @@ def load_model(
     loaded, missing = load_as(path, head.config if head else load_config(path), dtype, device)
     if missing := sorted(set(missing) - (head.whole if head else set())):  # transformers would train or sample with random numbers in their place
         raise EspalierError(f"{path} lacks {missing[0]!r} ({len(missing)} tensors in all), which {type(loaded).__name__} needs")
+    if (more := _with_tokens(deltas)) is not None:
+        grow(loaded, _vocabulary(more, loaded.config.vocab_size))
     return loaded
+
+
+def _with_tokens(folders: Sequence[str | Path]) -> Path | None:
+    """The delta that adds tokens, if one does.
+
+    Raises:
+        EspalierError: when two add other tokens.
+    """
+    found = [folder for folder in map(Path, folders) if store.manifest_of(folder).get("vocabulary") is not None]
+    said = [store.manifest_of(folder) for folder in found]
+    if any(one["vocabulary"] != said[0]["vocabulary"] or one.get("added_tokens") != said[0].get("added_tokens") for one in said):
+        raise EspalierError(f"the deltas in {found[0]} and {found[-1]} add different tokens; apply one, and tune the other on what comes of it")
+    return found[0] if found else None
+
+
+def _vocabulary(folder: Path, before: int) -> int:
+    """Rows of the vocabulary under a delta that adds tokens to ``before``."""
+    manifest = store.manifest_of(folder)
+    rows, added = manifest["vocabulary"], manifest.get("added_tokens", [])
+    if rows - before > len(added):
+        raise EspalierError(f"{folder / store.MANIFEST}: vocabulary is {rows}, the base's {before}; it adds {len(added)} tokens")
+    return max(rows, before)
 
 
 def _auto(config: Any) -> Any:
@@ -178,7 +203,10 @@ def empty_model(path: Path, deltas: Sequence[str | Path] = ()) -> PreTrainedMode
         EspalierError: when transformers cannot make one of it.
     """
     head = head_of(path, deltas)
-    return empty_of(head.config if head else load_config(path), path)
+    config = head.config if head else load_config(path)
+    if (more := _with_tokens(deltas)) is not None:
+        config.vocab_size = _vocabulary(more, config.vocab_size)
+    return empty_of(config, path)
 
 
 def empty_of(config: Any, path: Path) -> PreTrainedModel:
@@ -195,15 +223,18 @@ def empty_of(config: Any, path: Path) -> PreTrainedModel:
         raise EspalierError(f"transformers cannot make a {what} of {path}: {_one_line(error)}") from error
 
 
-def load_tokenizer(model: str | Path) -> Any:
-    """The tokenizer of a model directory.
+def load_tokenizer(model: str | Path, deltas: Sequence[str | Path] = ()) -> Any:
+    """The tokenizer of a model directory, or that of a delta which adds tokens.
 
     Raises:
-        EspalierError: when the directory has none.
+        EspalierError: when the directory has none, or a delta's is damaged.
     """
     import transformers
 
     path = resolve_model(model)
+    if (more := _with_tokens(deltas)) is not None:
+        store.brought_files(store.Delta({}, {}, store.manifest_of(more)), more)  # they are what was recorded
+        path = more / store.FILES
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except MALFORMED as error:

@@ -18,6 +18,7 @@ from espalier.anatomy.layout import locate
 from espalier.anatomy.parameters import parameters
 from espalier.anatomy.target import Target
 from espalier.attach.load import empty_model, empty_of, load_config
+from espalier.attach.new_tokens import holds_tokens
 from espalier.checkpoint import peft_adapter
 from espalier.checkpoint.atomic import write_text
 from espalier.checkpoint.directory import ModelDirectory
@@ -48,7 +49,7 @@ def beyond(model: PreTrainedModel, base: ModelDirectory) -> Beyond | None:
     used: set[str] = set()
     lacking = []
     for target in parameters(model):
-        names = found_in(base, target)
+        names = found_in(base, target, may_grow=holds_tokens(target))
         if not names:
             lacking.append(target.name)
         used.update(names)
@@ -60,15 +61,16 @@ def beyond(model: PreTrainedModel, base: ModelDirectory) -> Beyond | None:
     return Beyond(frozenset(lacking), tuple(name for name in base if name not in used and name not in buffers), not same)
 
 
-def found_in(base: ModelDirectory, target: Target) -> list[str]:
-    """The tensors of the base that hold a parameter in its shape; none where it has none."""
+def found_in(base: ModelDirectory, target: Target, may_grow: bool = False) -> list[str]:
+    """The tensors of the base that hold a parameter in its shape (``may_grow``: or with fewer rows); none where it has none."""
     try:
         pieces = locate(target.name, target.names, target.shape[0] if len(target.shape) == 3 else None, base)
     except EspalierError:
         return []
     if pieces[0].expert is None:
         stored = (*target.shape[:-2], target.shape[-1], target.shape[-2]) if target.transposed else target.shape
-        if any(tuple(base.info(piece.names[0]).shape) != stored for piece in pieces):
+        shapes = {tuple(base.info(piece.names[0]).shape) for piece in pieces}
+        if shapes != {stored} and not (may_grow and all(s[1:] == stored[1:] and s[:1] <= stored[:1] for s in shapes)):
             return []
     return [name for piece in pieces for name in piece.names]
 

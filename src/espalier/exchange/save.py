@@ -15,7 +15,7 @@ from espalier.checkpoint.directory import ModelDirectory, resolve_model
 from espalier.data.encode import Encoder
 from espalier.delta import store
 from espalier.errors import EspalierError
-from espalier.exchange import new_head, peft_lora
+from espalier.exchange import new_head, new_tokens, peft_lora
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,7 +59,7 @@ def save(
         "model_type": model.config.model_type,
     }
     manifest = describe(attachment, facts, Encoder(tokenizer) if tokenizer is not None else None, "all tokens", training or {})
-    return write(model, attachment, manifest, Path(out), directory)
+    return write(model, attachment, manifest, Path(out), directory, tokenizer)
 
 
 def _one(model: nn.Module, name: str | None) -> Attachment:
@@ -91,12 +91,14 @@ def describe(
 
 
 def write(
-    model: PreTrainedModel, attachment: Attachment, manifest: dict[str, Any], out: Path, base: ModelDirectory | None = None
-) -> dict[str, Any]:
+    model: PreTrainedModel, attachment: Attachment, manifest: dict[str, Any], out: Path, base: ModelDirectory | None = None,
+    tokenizer: Any = None,
+) -> dict[str, Any]:  # fmt: skip
     """Write a delta with its card, and PEFT's files where it is plain LoRA.
 
     Args:
-        base: what the model was made of, if it is on disk; a head that it does not have is brought along.
+        base: what the model was made of, if it is on disk; a head or tokens that it does not have are brought along.
+        tokenizer: the model's, where it has new tokens.
 
     Raises:
         EspalierError: when the model has a parameter that neither the base nor the delta sets.
@@ -111,6 +113,9 @@ def write(
         return {"bytes": 0, "peft": "another process writes"}
     if head is not None and base is not None:
         manifest = manifest | new_head.bring(head, model, base, out)
+    if base is not None and (tokens := new_tokens.tokens_of(attachment)):
+        new_tokens.as_whole(base, targets, updates, layouts)
+        manifest = manifest | new_tokens.bring(tokens, tokenizer, model, base, manifest, out)
     delta = store.Delta(updates, layouts, manifest)
     if store.is_delta(out):
         peft_adapter.remove(out)  # the old delta's files: PEFT may not be able to hold the new one

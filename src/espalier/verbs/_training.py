@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
@@ -25,6 +26,7 @@ from espalier.attach.attachment import (
 from espalier.attach.course import Course
 from espalier.attach.device import pick_device
 from espalier.attach.load import DTYPES, MALFORMED, empty_of, load_as, load_model, load_tokenizer, torch_dtype
+from espalier.attach.new_tokens import grow
 from espalier.calibrate.make import make as make_calibration
 from espalier.calibrate.statistics import parse_want
 from espalier.calibrate.store import Request
@@ -56,7 +58,7 @@ class Job:
     def __init__(self, verb: str, arguments: dict[str, Any], options: dict[str, Any], method: str) -> None:
         self.verb = verb
         arguments = {key: _plain(value) for key, value in arguments.items()}
-        self.a = {"targets": None, "full": None, "dropout": 0.0, "floor": 0.0, "label_smoothing": 0.0, "model": None, **arguments}
+        self.a = {"targets": None, "full": None, "add_tokens": None, "dropout": 0.0, "floor": 0.0, "label_smoothing": 0.0, "model": None, **arguments}
         self.display = Display(arguments["quiet"])
         self.out = Path(arguments["out"])
         self._check_arguments()
@@ -139,12 +141,14 @@ class Job:
             tokenizer_at, config_at = a["tokenizer"], Path(a["architecture"])
         self.config = _config(config_at)
         self.tokenizer = load_tokenizer(tokenizer_at)
+        known = len(self.tokenizer)
+        self.new_tokens = _add_tokens(self.tokenizer, a["add_tokens"]) if a["add_tokens"] else []
         self.encoder = Encoder(self.tokenizer)
         a["sequence_length"] = session.fitting_length(a["sequence_length"], self.config)
-        if len(self.tokenizer) > self.config.vocab_size:
-            raise EspalierError(
-                f"the tokenizer in {tokenizer_at} has {len(self.tokenizer)} tokens, the model {self.config.vocab_size}"
-            )
+        if known > self.config.vocab_size:
+            raise EspalierError(f"the tokenizer in {tokenizer_at} has {known} tokens, the model {self.config.vocab_size}")
+        if self.new_tokens:
+            self.config.vocab_size = max(self.config.vocab_size, len(self.tokenizer))
         self.store = self._open(a["data"])
         self.eval_stores = {name: self._open(name) for name in a["eval_data"] or ()}
         self._choose_task()
@@ -189,7 +193,7 @@ class Job:
             resolved = read_json(folder / "run.json")["resolved"]
             for key in ("micro_batch_size", "recompute", "logits_chunk"):
                 a[key] = resolved[key]
-        options = {"targets": a["targets"], "full": self.full, "dropout": a["dropout"]}
+        options = {"targets": a["targets"], "full": self.full, "new_tokens": self.new_tokens, "dropout": a["dropout"]}
 
         @functools.cache
         def traced(micro: int, recompute: bool, chunk: int) -> Traced:
@@ -247,10 +251,13 @@ class Job:
             torch.manual_seed(self.a["seed"])
             self.model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
             torch.nn.Module.to(self.model, self.device, self.dtype)
+        grow(self.model, self.config.vocab_size)
         self.padded = self.task.must_pad(self.model, self.display)
 
     def _load_classifier(self, directory: ModelDirectory) -> PreTrainedModel:
-        model, missing = load_as(directory.path, self.config, self.dtype, str(self.device), new=self.new_head, seed=self.a["seed"])
+        as_stored = copy.deepcopy(self.config)
+        as_stored.vocab_size = _config(directory.path).vocab_size
+        model, missing = load_as(directory.path, as_stored, self.dtype, str(self.device), new=self.new_head, seed=self.a["seed"])
         if lost := sorted(set(missing) - set(self.full)):
             raise EspalierError(f"{directory.path} lacks {lost[0]!r} ({len(lost)} tensors in all), which {type(model).__name__} needs")
         return model
@@ -262,7 +269,8 @@ class Job:
         record = session.Record(self.verb, self.given, resolved, self._facts())
         self.run, self.record = session.open_run(self.out, record, a["resume"])
         attach(
-            self.model, self.method, targets=a["targets"], full=self.full, seed=a["seed"], dropout=a["dropout"], statistics=self._statistics(),
+            self.model, self.method, targets=a["targets"], full=self.full, new_tokens=self.new_tokens, seed=a["seed"], dropout=a["dropout"],
+            statistics=self._statistics(),
         )  # fmt: skip
         (self.attachment,) = attachments(self.model).values()
         release_base(self.model)
@@ -350,7 +358,7 @@ class Job:
         keys = ("data", "batch_size", "sequence_length", "learning_rate", "schedule", "seed", *(["label_smoothing"] if a["label_smoothing"] else []))
         training = {"steps": self.run.state.step, "tokens": self.run.state.tokens, **{key: a[key] for key in keys}}
         manifest = saving.describe(self.attachment, base, self.encoder, MASK_POLICY[self.store.kind], training)
-        return saving.write(self.model, self.attachment, manifest, folder, self.directory)
+        return saving.write(self.model, self.attachment, manifest, folder, self.directory, self.tokenizer)
 
     def save_delta(self, out: Path) -> None:
         """The delta, and PEFT's files beside it where it is plain LoRA."""
@@ -401,6 +409,28 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _add_tokens(tokenizer: Any, given: str) -> list[int]:
+    """Give a tokenizer the tokens of a file (one a line) or of a list with commas; their ids.
+
+    Raises:
+        EspalierError: when there is none, or one twice, or the tokenizer has it already.
+    """
+    from transformers import AddedToken
+
+    try:
+        tokens = Path(given).read_text(encoding="utf-8").splitlines() if Path(given).is_file() else given.split(",")
+    except UnicodeDecodeError as error:
+        raise EspalierError(f"--add-tokens {given} is not UTF-8 text; give a file of one token a line") from error
+    tokens = [token for token in tokens if token.strip()]
+    known = tokenizer.get_vocab()
+    wrong = next((token for number, token in enumerate(tokens) if token in known or token in tokens[:number]), None)
+    if not tokens or wrong is not None:
+        why = f"names {wrong!r}, which the tokenizer has already" if wrong in known else f"names {wrong!r} twice" if tokens else "names no token"
+        raise EspalierError(f"--add-tokens {given} {why}; give new tokens, as a,b,c or as a file of one a line")
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    return tokenizer.convert_tokens_to_ids(tokens)
 
 
 def _config(path: Path) -> Any:

@@ -42,7 +42,7 @@ def compare(
         EspalierError: when the text is empty, or the two disagree by more than the rounding of the weights explains.
     """
     try:
-        ids = load_tokenizer(model)(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[:, :LARGEST]
+        ids = load_tokenizer(model, deltas)(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[:, :LARGEST]
     except UnicodeDecodeError as error:
         raise EspalierError(f"--verify {text} is not UTF-8 text; give a text file") from error
     ids = ids[:, : getattr(load_config(resolve_model(model)), "max_position_embeddings", LARGEST)]

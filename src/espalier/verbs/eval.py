@@ -76,7 +76,7 @@ def eval(
     display = Display(quiet)
     session.seed_everything(0, threads)
     directory = ModelDirectory(resolve_model(model))
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, delta or ())
     encoder = Encoder(tokenizer)
     store = open_store(open_source(data), encoder)
     loaded = load_model(directory.path, dtype, device, delta or ())
