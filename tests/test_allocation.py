@@ -140,5 +140,5 @@ def test_a_method_is_fitted_to_the_largest_size_under_a_bound(method: str) -> No
     fitted = fit(made, targets, bound)
     assert sum(fitted.count(target) for target in targets) <= bound
     assert sum(fitted.count(target) for target in targets) >= bound - 5
-    with pytest.raises(EspalierError, match="trains [0-9,]+ numbers at least"):
+    with pytest.raises(EspalierError, match=r"trains [0-9,]+ numbers at least"):
         fit(made, targets, 0)

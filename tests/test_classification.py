@@ -439,7 +439,7 @@ def test_the_bundled_task_tells_packages_by_docstrings_and_its_halves_are_apart(
     assert 0.15 < found["heldout"].documents / (found["heldout"].documents + found["train"].documents) < 0.35
 
 
-def test_the_command_tunes_and_measures_a_classifier_and_says_what_it_does(data: Path, tmp_path: Path) -> None:
+def test_the_command_tunes_and_measures_a_classifier_and_says_what_it_does(bases: Callable[[str], Path], data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = espalier(
         "tune", "--model", "seedling", "--data", data, "--out", out, "--steps", 8, "--batch-size", 8, "--sequence-length", 32, "--threads", 1,
@@ -452,4 +452,11 @@ def test_the_command_tunes_and_measures_a_classifier_and_says_what_it_does(data:
     assert "LOAD REPORT" not in done.stderr
     again = json.loads(espalier("eval", "--model", "seedling", "--delta", out, "--data", data, "--sequence-length", 32, "--json").stdout)
     assert again["accuracy"] == scores["after"]["accuracy"]
+    shown = espalier("eval", "--model", "seedling", "--delta", out, "--data", data, "--sequence-length", 32, "--quiet").stdout
+    assert "macro f1" in shown and "accuracy" in shown
+    done = espalier(
+        "tune", "--model", bases("bert"), "--data", data, "--out", tmp_path / "shown", "--steps", 1, "--batch-size", 2, "--sequence-length", 16,
+        "--eval-data", data, "--quiet",
+    )  # fmt: skip
+    assert f"{data}: accuracy " in done.stdout and "(was " in done.stdout
     assert "which the model does not know" not in error_of("eval", "--model", "seedling", "--data", data)

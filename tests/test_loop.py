@@ -160,6 +160,35 @@ def test_metrics_are_one_line_a_step_after_stopping_and_resuming(model: Path, te
     assert (cut / "delta.safetensors").read_bytes() == (whole / "delta.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("adalora", {"rank": 2, "interval": 1}), ("increlora", {"rank": 2, "matrices": 8}), ("sora", {"threshold": 0.02}),
+        ("lamda", {"rank": 4, "freeze": 0.5}), ("allora", {}), ("eva", {"rank": 2, "tokens": 256}), ("lora", {"ratio": 16.0}),
+    ],
+)  # fmt: skip
+def test_a_method_with_a_course_resumes_to_the_same_bits(method: str, options: dict[str, Any], model: Path, text: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(model, text, whole, method=method, **{**options, "steps": 8, "checkpoint_every": 3})
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(loop, "accumulate", failing(loop.accumulate, 6))
+        run(model, text, cut, method=method, **{**options, "steps": 8, "checkpoint_every": 3})
+    run(model, text, cut, method=method, resume=True, **{**options, "steps": 8, "checkpoint_every": 3})
+    assert losses(cut) == losses(whole)
+    assert (cut / "delta.safetensors").read_bytes() == (whole / "delta.safetensors").read_bytes()
+
+
+def test_a_method_is_as_large_as_the_trained_numbers_may_be(model: Path, text: Path, tmp_path: Path) -> None:
+    few = run(model, text, tmp_path / "few", steps=1, trainable="5k")
+    assert 4_000 < few["trained"] <= 5_000 and json.loads((tmp_path / "few" / "delta.json").read_text())["hyperparameters"]["rank"] > 1
+    assert run(model, text, tmp_path / "bytes", steps=1, trainable="20kB")["trained"] == few["trained"]
+    for given, options, message in (
+        ("5k", {"rank": 3}, "give --rank or --trainable, not both"), ("a few", {}, "trainable is 'a few'"), ("3", {}, "3 are allowed"),
+    ):  # fmt: skip
+        with pytest.raises(EspalierError, match=message):
+            run(model, text, tmp_path / "bad", steps=1, trainable=given, **options)
+
+
 # numbers that are not finite
 
 

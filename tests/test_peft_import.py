@@ -110,8 +110,8 @@ KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "IA3": ("IA3", {"feedforward_modules": r".*(down_proj|c_proj|intermediate\.dense)"}, "diagonal"),
     "VeRA": ("Vera", {"r": 5}, "low_rank"),
     "RandLoRA": ("RandLora", {"r": 5, "randlora_alpha": 20}, "dense"),
-    "LoHa": ("LoHa", {"r": 3, "alpha": 4}, "low_rank"),
-    "LoHa of full rank": ("LoHa", {"r": 6, "alpha": 4}, "dense"),
+    "LoHa": ("LoHa", {"r": 3, "alpha": 4}, "hadamard"),
+    "LoHa of full rank": ("LoHa", {"r": 6, "alpha": 4}, "hadamard"),
     "LoKr": ("LoKr", {"r": 2, "alpha": 4}, "kronecker"),
     "LoKr of two products": ("LoKr", {"r": 1, "alpha": 4, "decompose_both": True, "decompose_factor": 4}, "kronecker"),
     "LoKr of whole factors": ("LoKr", {"r": 8, "alpha": 4}, "kronecker"),
@@ -121,9 +121,9 @@ KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "constrained OFT": ("OFT", {"r": 0, "oft_block_size": 8, "coft": True, "eps": 0.3}, "block_affine"),
     "BOFT": ("BOFT", {"boft_block_size": 8}, "chain"),
     "SHiRA": ("Shira", {"r": 3}, "sparse"),
-    "MiSS": ("Miss", {"r": 4}, "low_rank"),
-    "MiSS that does not divide": ("Miss", {"r": 5}, "low_rank"),
-    "MiSS, mini": ("Miss", {"r": 4, "init_weights": "mini", "mini_r": 2}, "low_rank"),
+    "MiSS": ("Miss", {"r": 4}, "tiled"),
+    "MiSS that does not divide": ("Miss", {"r": 5}, "tiled"),
+    "MiSS, mini": ("Miss", {"r": 4, "init_weights": "mini", "mini_r": 2}, "tiled"),
     "MiSS, bat": ("Miss", {"r": 4, "init_weights": "bat"}, "block_affine"),
 }
 TRANSPOSED = ("Lora", "AdaLora", "IA3", "Vera", "RandLora")

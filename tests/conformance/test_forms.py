@@ -187,6 +187,41 @@ def kronecker_of_products(n: Numbers, outputs: int, inputs: int) -> Made:
     return additive(tensors, lambda A, A_in, B, B_in: torch.kron((A @ A_in)[0], (B @ B_in)[0]))
 
 
+def tucker(n: Numbers, shape: tuple[int, ...]) -> Made:
+    ranks = [n.pick(1, min(2, d), d) for d in shape]
+    tensors = {"core": n.floats(*ranks) / 2, **{f"factor_{i}": n.floats(d, r) for i, (d, r) in enumerate(zip(shape, ranks, strict=True))}}
+    letters, summed = "abcd"[: len(shape)], "rstu"[: len(shape)]
+    equation = ",".join([summed, *map("".join, zip(letters, summed, strict=True))]) + "->" + letters
+    return additive(tensors, lambda core, **factors: torch.einsum(equation, core, *factors.values()))
+
+
+@matrices
+def singular_scale(n: Numbers, outputs: int, inputs: int) -> Made:
+    r = n.pick(1, 2, min(outputs, inputs))
+    return additive({"U": n.floats(outputs, r), "s": n.floats(r), "V": n.floats(r, inputs) / 2}, lambda U, s, V: U @ torch.diag(s) @ V)
+
+
+@matrices
+def output_map(n: Numbers, outputs: int, inputs: int) -> Made:
+    r = n.pick(1, 2, 3)
+    tensors = {"B": n.floats(outputs, r), "A": n.floats(r, outputs) / 3}
+    return tensors, {}, lambda weight: weight + tensors["B"].double() @ tensors["A"].double() @ weight
+
+
+@matrices
+def tiled(n: Numbers, outputs: int, inputs: int) -> Made:
+    """A block of any size, and one that a side does not divide."""
+    b1, b2 = n.pick(outputs, 1, -(-outputs // 2)), n.pick(1, -(-inputs // 2), -(-inputs // 3), inputs)
+    return additive({"values": n.floats(b1, b2)}, lambda values: torch.stack([torch.stack([values[i % b1, j % b2] for j in range(inputs)]) for i in range(outputs)]))
+
+
+@matrices
+def hadamard(n: Numbers, outputs: int, inputs: int) -> Made:
+    rank = n.pick(1, 2, 3)
+    tensors = {"B1": n.floats(outputs, rank), "A1": n.floats(rank, inputs) / 2, "B2": n.floats(outputs, rank), "A2": n.floats(rank, inputs) / 2}
+    return additive(tensors, lambda B1, A1, B2, A2: torch.einsum("or,ri,os,si->oi", B1, A1, B2, A2))
+
+
 def block_affine(side: str) -> Maker:
     @matrices
     def make(n: Numbers, outputs: int, inputs: int) -> Made:
@@ -392,8 +427,13 @@ ENTRIES: dict[str, Maker] = {
     "rows": rows,
     "sparse at an index": at_support(False, "index"),
     "sparse at a mask": at_support(False, "mask"),
+    "tucker": tucker,
+    "singular_scale": singular_scale,
+    "output_map": output_map,
     "kronecker": kronecker,
     "kronecker of products": kronecker_of_products,
+    "tiled": tiled,
+    "hadamard": hadamard,
     "block_affine input": block_affine("input"),
     "block_affine output": block_affine("output"),
     "block_affine row": block_affine("row"),
@@ -415,6 +455,7 @@ ENTRIES: dict[str, Maker] = {
     "sum of low_rank and sparse": combined("low_rank", "sparse at a mask", in_order=False),
     "sum of rows, columns and kronecker": combined("rows", "columns", "kronecker", in_order=False),
     "chain of permute and block_affine": combined("permute columns", "block_affine input", in_order=True),
+    "chain of output_map and low_rank": combined("output_map", "low_rank", in_order=True),
     "chain of low_rank and diagonal": combined("low_rank", "diagonal rows", in_order=True),
     "blocks of low_rank and replace": blocks("low_rank", "replace"),
     "blocks of sparse and diagonal": blocks("sparse at an index", "diagonal rows"),
@@ -673,7 +714,7 @@ def test_slices_of_rows_are_rows_of_the_updated_weight(
         update, shape = update[0], shape[1:]
         start, stop = min(start, shape[0]), min(stop, shape[0])
         sliced = update.slice_rows(start, stop)
-    needs_the_whole = name in ("permute rows", "permute both", "block_affine output")
+    needs_the_whole = name in ("permute rows", "permute both", "block_affine output") or "output_map" in name
     assert (sliced is None) == needs_the_whole == (update.slice_rows(0, 0) is None)
     if sliced is None:
         return
@@ -686,7 +727,7 @@ def test_slices_of_rows_are_rows_of_the_updated_weight(
     torch.testing.assert_close(again.apply(weight[start : start + again.shape[0]]), update.apply(weight)[start : start + again.shape[0]], **close)
 
 
-LOW_RANK = ("low_rank", "pooled", "columns", "rows", "sum of rows, columns and kronecker", "kronecker", "kronecker of products", "quantized low_rank", "factored golomb on a start", "factored dense and sparse", "seeded_low_rank")
+LOW_RANK = ("low_rank", "pooled", "tucker", "singular_scale", "columns", "rows", "sum of rows, columns and kronecker", "kronecker", "kronecker of products", "quantized low_rank", "factored golomb on a start", "factored dense and sparse", "seeded_low_rank", "tiled", "hadamard")
 
 
 @every_entry
@@ -698,7 +739,7 @@ def test_low_rank_factors_are_the_same_update(name: str, shape: tuple[int, ...],
     if name not in LOW_RANK:
         assert factors is None
     elif factors is None:
-        assert "kronecker" in name, "only a Kronecker product may be of full rank"
+        assert "kronecker" in name or name == "hadamard", "only products of products may be of full rank"
     else:
         assert factors.shape == shape and isinstance(factors, LowRank)
         weight = torch.zeros(shape)

@@ -43,6 +43,8 @@ class MoS(Adapter):
     alpha: float = 32.0
     """the update is multiplied by alpha / rank"""
 
+    size = "equivalent_rank"
+
     def check(self) -> None:
         for name in ("rank", "equivalent_rank", "shards"):
             at_least(name, getattr(self, name), 1)

@@ -182,7 +182,7 @@ def select(targets: Iterable[Target], patterns: Sequence[str], option: str = "--
         if not matched:
             roles = sorted({role for target in targets for role in target.roles})
             heads = sorted({role.split(".")[0] for role in roles} | set(roles))
-            hint = suggestion(pattern, [*heads, "linear", "all", "bias"])
+            hint = suggestion(pattern, [known for known in (*heads, "linear", "all", "bias") if known != pattern])
             if pattern in ("attention.q", "attention.k", "attention.v") and "attention.qkv" in roles:
                 hint = "; this model keeps q, k and v in one matrix: use attention.qkv"
             raise EspalierError(f"{option} {pattern!r} matches no parameter of this model{hint} (roles: {', '.join(roles)})")

@@ -16,7 +16,7 @@ from espalier.anatomy.target import Target
 from espalier.attach.method import Adapter
 from espalier.attach.new_tokens import NewRows, mean_of_others, places
 from espalier.attach.routes import rebuild
-from espalier.attach.slot import Pool, Slot, Whole
+from espalier.attach.slot import Companion, Pool, Slot, Whole
 from espalier.delta.forms import Update
 from espalier.delta.gather import by_parameter
 from espalier.errors import EspalierError
@@ -38,13 +38,14 @@ class Attachment:
 
     @property
     def targets(self) -> list[Target]:
-        return [slot.target for slot in self.slots.values()]
+        """The parameters that were chosen; the slots of those that only go with one of them come after theirs."""
+        return [slot.target for slot in self.slots.values() if not isinstance(slot, Companion)]
 
     def updates(self) -> dict[str, Update]:
         """The update of every parameter in the form in which it is stored, gathered whole where it is sharded."""
         pool = Whole(self.pool) if self.pool is not None else None
         with torch.no_grad():
-            return {name: slot.method.export(Whole(slot), pool if slot.pool is not None else None) for name, slot in self.slots.items()}
+            return {name: slot.export(pool) for name, slot in self.slots.items()}
 
     def trainable(self) -> int:
         """How many numbers are trained."""
@@ -195,8 +196,16 @@ def attach(
         weight = _logical(model, target)
         tensors = made.start_from(findings.get(target.name), target, weight, streams(seed, target.name))
         slots[target.name] = Slot(made, target, ready(tensors, weight.device), pool, dropout, weight)
+    aliases = {alias: target for target in present for alias in target.names}
+    for leader in list(slots.values()):
+        for companion in {aliases[n].name: aliases[n] for n in made.companions(leader.target) if n in aliases}.values():
+            if companion.name in slots:
+                raise EspalierError(f"{made.name} updates {companion.name} with {leader.target.name} and {slots[companion.name].target.name}; target one of them")
+            slots[companion.name] = Companion(leader, companion, _logical(model, companion))
     whole_method: Adapter = registry.make("full", "adapter")
     for target in whole:
+        if target.name in slots:
+            raise EspalierError(f"{made.name} updates {target.name} with its matrix; leave it out of --full")
         weight = _logical(model, target)
         tensors = whole_method.start(target, weight, streams(seed, target.name))
         slots[target.name] = Slot(whole_method, target, ready(tensors, weight.device), None, 0.0, weight)

@@ -24,7 +24,7 @@ from torch import nn
 
 from espalier.attach.attachment import Attachment, attachments, trainable_parameters
 from espalier.attach.method import Moment
-from espalier.attach.slot import put, whole
+from espalier.attach.slot import Companion, put, whole
 
 
 class Course:
@@ -41,7 +41,8 @@ class Course:
 
     def _with_parts(self) -> Iterator[tuple[Attachment, list[Any]]]:
         """Each delta with the slots of its method; those that train whole beside it have no course."""
-        return ((attached, [s for s in attached.slots.values() if s.method is attached.method]) for attached in self._attached)
+        for attached in self._attached:
+            yield attached, [s for s in attached.slots.values() if s.method is attached.method and not isinstance(s, Companion)]
 
     def optimizer_options(self) -> dict[str, dict[str, float]]:
         """Options of the optimizer by parameter name, of those that their method gives any."""

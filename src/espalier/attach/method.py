@@ -118,6 +118,21 @@ class Adapter:
         """The update in the form in which it is stored; by default the one that it makes now."""
         return self.update(part, None)
 
+    def companions(self, target: Target) -> Sequence[str]:
+        """Names of further parameters that the tensors of this one update too, as far as the model has them.
+
+        Such a parameter is no target of its own: :meth:`accompany` makes its update.
+        """
+        return ()
+
+    def accompany(self, part: Any, companion: Target) -> Update:
+        """The update of a companion, of the tensors of the parameter that it goes with (``part``, as for :meth:`update`)."""
+        raise NotImplementedError
+
+    def start_bound(self, target: Target) -> float:
+        """The largest magnitude that an entry of the update has at the start; by default 0: the start is the base."""
+        return 0.0
+
     def start_shared(self, targets: Sequence[Target], stream: Stream) -> Tensors:
         """Tensors that several parameters' updates read; owned once, at the model's root."""
         return {}

@@ -114,14 +114,44 @@ class Slot(nn.Module):
                 self._buffers[name] = buffer.to(moved.device)
         return self
 
+    def sources(self) -> list[torch.Tensor]:
+        """The tensors that the update is made of, shared ones left out."""
+        return [*self.parameters(), *self.buffers()]
+
     def update(self) -> Update:
         """The update that the tensors make now."""
         if self.held is not None:
             return self.held
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.pool is not None:
             self._cached = None
-            return self.method.update(self, self.pool.context_of(self.target) if self.pool is not None else None)
-        key = versions([*self.parameters(), *self.buffers()])
+            return self._make()
+        key = versions(self.sources())
         if key is None or self._cached is None or self._cached[0] != key:
-            self._cached = (key, self.method.update(self, None))
+            self._cached = (key, self._make())
         return self._cached[1]
+
+    def _make(self) -> Update:
+        return self.method.update(self, self.pool.context_of(self.target) if self.pool is not None else None)
+
+    def export(self, pool: Any) -> Update:
+        """The update in the form in which it is stored, of tensors that are gathered whole."""
+        return self.method.export(Whole(self), pool)
+
+
+class Companion(Slot):
+    """The update of a parameter that goes with another one's: made of that one's tensors, which stay where they are."""
+
+    leader: Slot
+
+    def __init__(self, leader: Slot, target: Target, weight: torch.Tensor) -> None:
+        super().__init__(leader.method, target, {}, None, 0.0, weight)
+        self.__dict__["leader"] = leader  # its tensors have one owner: it is not a child of this module
+
+    def sources(self) -> list[torch.Tensor]:
+        return self.leader.sources()
+
+    def _make(self) -> Update:
+        return self.method.accompany(self.leader, self.target)
+
+    def export(self, pool: Any) -> Update:
+        return self.method.accompany(Whole(self.leader), self.target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,19 @@ from espalier.errors import EspalierError
 if TYPE_CHECKING:
     from espalier.anatomy.target import Target
     from espalier.attach.method import Adapter
+
+
+def parse_numbers(text: str) -> int:
+    """How many float32 numbers ``"200k"``, ``"1.5M"``, ``"40000"`` or, in bytes, ``"2MiB"``, ``"800kB"`` are.
+
+    Raises:
+        EspalierError: for anything else.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMG]?)(i?)(B?)\s*", str(text))
+    if not found or (found[3] and not found[4]):
+        raise EspalierError(f"trainable is {text!r}; write it like 200k or 1.5M (numbers), or 2MiB (bytes)")
+    number = float(found[1]) * (1024 if found[3] else 1000) ** " kMG".index(found[2].replace("K", "k") or " ")
+    return int(number / 4 if found[4] else number)
 
 
 def fit(method: Adapter, targets: Sequence[Target], numbers: int) -> Adapter:

@@ -26,12 +26,14 @@ from espalier.delta.forms import (
     Chain,
     Dense,
     Diagonal,
+    Hadamard,
     Kronecker,
     LowRank,
     Magnitude,
     Permute,
     Replace,
     Sparse,
+    Tiled,
     Update,
 )
 from espalier.delta.forms.support import compact
@@ -154,18 +156,13 @@ def _lycoris_gain(part: Part, rank: int | None) -> float:
 
 
 def loha(part: Part) -> Updates:
-    """``(B1 A1) * (B2 A2)`` entry by entry: of rank r^2, by the products of the rows of B and of the columns of A."""
+    """``(B1 A1) * (B2 A2)`` entry by entry."""
     outputs, inputs = part.matrix
-    B1 = part.take("hada_w1_a", outputs, None).float()
+    B1 = part.take("hada_w1_a", outputs, None)
     rank = B1.shape[1]
-    B2 = part.take("hada_w2_a", outputs, rank).float()
-    A1, A2 = (part.take(f"hada_w{n}_b", rank, inputs).float() for n in (1, 2))
-    gain = _lycoris_gain(part, rank)
-    if rank**2 >= min(outputs, inputs):
-        return {"weight": Dense(((B1 @ A1) * (B2 @ A2)).reshape(part.target.shape), gain)}
-    B = (B1[:, :, None] * B2[:, None, :]).flatten(1)  # (out, r^2)
-    A = (A1[:, None, :] * A2[None, :, :]).flatten(0, 1)  # (r^2, in)
-    return {"weight": _product(part, B, A, gain)}
+    B2 = part.take("hada_w2_a", outputs, rank)
+    A1, A2 = (part.take(f"hada_w{n}_b", rank, inputs) for n in (1, 2))
+    return {"weight": Hadamard(B1, A1, B2, A2, _lycoris_gain(part, rank), part.target.shape)}
 
 
 def lokr(part: Part) -> Updates:
@@ -263,18 +260,17 @@ def miss(part: Part) -> Updates:
         if outputs % rank or inputs % rank:
             raise part.refuse(f"has blocks of {rank}, which do not divide {outputs} x {inputs}")
         return {"weight": BlockAffine(part.take("miss_block", outputs // rank, rank, rank), part.target.shape, "row")}
-    block = part.take("miss_block", None, None)
     if kind == "mini":
+        block = part.take("miss_block", None, None)
         if outputs % block.shape[1]:
             raise part.refuse(f"has blocks of {block.shape[1]} outputs, which do not divide {outputs}")
-        block = block.repeat(1, outputs // block.shape[1])
-    elif not isinstance(kind, bool):
+    elif isinstance(kind, bool):
+        block = part.take("miss_block", None, outputs)
+    else:
         raise EspalierError(f"{part.adapter.path}: init_weights is {kind!r}; it must be true, false, 'bat' or 'mini'")
-    expect_sizes(part.adapter, part.module, "miss_block", block, (None, outputs))
     if block.shape[0] > inputs:
         raise part.refuse(f"has a block of {block.shape[0]} rows; the layer has {inputs} inputs")
-    tiles = torch.eye(block.shape[0], dtype=block.dtype).repeat(1, -(-inputs // block.shape[0]))[:, :inputs]
-    return {"weight": _product(part, block.T, tiles)}
+    return {"weight": Tiled(block.T.contiguous(), part.target.shape)}
 
 
 def _skew(part: Part, vectors: torch.Tensor, size: int) -> torch.Tensor:

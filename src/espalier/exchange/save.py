@@ -15,7 +15,7 @@ from espalier.checkpoint.directory import ModelDirectory, resolve_model
 from espalier.data.encode import Encoder
 from espalier.delta import store
 from espalier.errors import EspalierError
-from espalier.exchange import new_head, new_tokens, peft_lora
+from espalier.exchange import new_head, new_tokens, peft_kinds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,7 +94,7 @@ def write(
     model: PreTrainedModel, attachment: Attachment, manifest: dict[str, Any], out: Path, base: ModelDirectory | None = None,
     tokenizer: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write a delta with its card, and PEFT's files where it is plain LoRA.
+    """Write a delta with its card, and PEFT's files where PEFT has its kind.
 
     Args:
         base: what the model was made of, if it is on disk; a head or tokens that it does not have are brought along.
@@ -103,7 +103,7 @@ def write(
     Raises:
         EspalierError: when the model has a parameter that neither the base nor the delta sets.
     """
-    targets = {t.name: t for t in attachment.targets}
+    targets = {name: slot.target for name, slot in attachment.slots.items()}
     updates = attachment.updates()
     layouts = {name: store.Layout.of(t) for name, t in targets.items()}
     head = new_head.beyond(model, base) if base is not None else None
@@ -120,7 +120,7 @@ def write(
     if store.is_delta(out):
         peft_adapter.remove(out)  # the old delta's files: PEFT may not be able to hold the new one
     size = store.save(out, delta, card(manifest))
-    return {"bytes": size, "peft": peft_lora.export(out, delta, targets, str(manifest["base"]["name"]), model)}
+    return {"bytes": size, "peft": peft_kinds.export(out, delta, targets, str(manifest["base"]["name"]), model)}
 
 
 def _is_writer() -> bool:

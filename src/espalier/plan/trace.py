@@ -41,12 +41,28 @@ def _even_counts(numbers: torch.Tensor, weights: Any = None, minlength: int = 0)
         return torch.arange(minlength).add(numbers.numel()).div(minlength, rounding_mode="floor")
 
 
+def _even_places(numbers: torch.Tensor, values: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+    """What ``searchsorted`` would give for bounds at even distances: where the experts' parts of one support begin."""
+    with unset_fake_temporarily():
+        return torch.arange(values.numel()).mul(numbers.numel()).div(max(1, values.numel() - 1), rounding_mode="floor")
+
+
+def _one_each(repeats: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+    """What ``repeat_interleave`` would give if rows of an embedding had one entry of a support each: they have few."""
+    return torch.arange(repeats.numel(), device=repeats.device)
+
+
 def _grouped_product(a: torch.Tensor, b: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
     """``_grouped_mm`` of any dtype: what torch knows of its shapes, it knows for bfloat16 only."""
     return torch.ops.aten._grouped_mm.default(a.bfloat16(), b.bfloat16(), *rest, **more).to(a.dtype)
 
 
-_STAND_INS = {torch.ops.aten.bincount.default: _even_counts, torch.ops.aten._grouped_mm.default: _grouped_product}
+_STAND_INS = {
+    torch.ops.aten.bincount.default: _even_counts,
+    torch.ops.aten.searchsorted.Tensor: _even_places,
+    torch.ops.aten.repeat_interleave.Tensor: _one_each,
+    torch.ops.aten._grouped_mm.default: _grouped_product,
+}
 """What runs in the place of operators that need numbers, or that fake tensors do not know well."""
 
 

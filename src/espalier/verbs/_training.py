@@ -14,7 +14,7 @@ import torch
 
 from espalier import registry
 from espalier.anatomy.classification import labels_of
-from espalier.anatomy.parameters import parameters
+from espalier.anatomy.parameters import parameters, select
 from espalier.attach.attachment import (
     Statistics,
     attach,
@@ -25,8 +25,18 @@ from espalier.attach.attachment import (
 )
 from espalier.attach.course import Course
 from espalier.attach.device import pick_device
-from espalier.attach.load import DTYPES, MALFORMED, empty_of, load_as, load_model, load_tokenizer, torch_dtype
+from espalier.attach.load import (
+    DTYPES,
+    MALFORMED,
+    empty_model,
+    empty_of,
+    load_as,
+    load_model,
+    load_tokenizer,
+    torch_dtype,
+)
 from espalier.attach.new_tokens import grow
+from espalier.budget.fitting import fit, parse_numbers
 from espalier.calibrate.make import make as make_calibration
 from espalier.calibrate.statistics import parse_want
 from espalier.calibrate.store import Request
@@ -58,7 +68,10 @@ class Job:
     def __init__(self, verb: str, arguments: dict[str, Any], options: dict[str, Any], method: str) -> None:
         self.verb = verb
         arguments = {key: _plain(value) for key, value in arguments.items()}
-        self.a = {"targets": None, "full": None, "add_tokens": None, "dropout": 0.0, "floor": 0.0, "label_smoothing": 0.0, "model": None, **arguments}
+        self.a = {
+            "targets": None, "full": None, "add_tokens": None, "dropout": 0.0, "floor": 0.0, "label_smoothing": 0.0, "model": None, "trainable": None,
+            **arguments,
+        }  # fmt: skip
         self.display = Display(arguments["quiet"])
         self.out = Path(arguments["out"])
         self._check_arguments()
@@ -140,6 +153,8 @@ class Job:
                 raise EspalierError("give --model DIR to go on from, or --architecture config.json and --tokenizer DIR to begin")
             tokenizer_at, config_at = a["tokenizer"], Path(a["architecture"])
         self.config = _config(config_at)
+        if a["trainable"] is not None:
+            self._fit_method(parse_numbers(a["trainable"]), config_at)
         self.tokenizer = load_tokenizer(tokenizer_at)
         known = len(self.tokenizer)
         self.new_tokens = _add_tokens(self.tokenizer, a["add_tokens"]) if a["add_tokens"] else []
@@ -175,6 +190,16 @@ class Job:
         head = [t.name for t in parameters(empty_of(self.config, self.directory.path)) if t.role.startswith("head")]
         self.full += head
         self.new_head = [name for name in head if "pooler" not in name] if is_new else []
+
+    def _fit_method(self, numbers: int, config_at: Path) -> None:
+        """Make the method as large as ``--trainable`` allows."""
+        if self.method.size in self.given:
+            raise EspalierError(f"give --{self.method.size} or --trainable, not both")
+        targets = select(parameters(empty_model(config_at)), [part.strip() for part in self.a["targets"].split(",")])
+        self.method = fit(self.method, targets, numbers)
+        value, count = getattr(self.method, self.method.size), sum(self.method.count(target) for target in targets)
+        self.hyperparameters[self.method.size] = value
+        self.display.note(f"--trainable {self.a['trainable']}: {self.method.size} {value} trains {count:,} numbers")
 
     def _open(self, data: str) -> TokenStore:
         source = open_source(data)

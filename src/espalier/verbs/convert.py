@@ -135,7 +135,7 @@ def _import(folder: Any, target: Any, model: str | None, display: Any) -> dict[s
     from espalier.errors import EspalierError
     from espalier.exchange import new_head
     from espalier.exchange.peft_import import import_adapter
-    from espalier.exchange.peft_lora import export
+    from espalier.exchange.peft_kinds import export
     from espalier.memory.meter import format_bytes
 
     named = model or read_config(folder).get("base_model_name_or_path")

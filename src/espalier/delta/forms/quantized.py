@@ -66,17 +66,38 @@ def encode(values: torch.Tensor, bits: int, group: int, codebook: Codebook) -> C
     table = levels(codebook, bits).to(flat.device)
     scales, means, codes = [flat[:0]], [flat[:0]], [flat[:0].to(torch.uint8)]
     for run in runs:
-        if codebook == "normal":
-            scale, mean = run.std(-1, correction=min(1, run.shape[-1] - 1)), run.mean(-1)
-        else:
-            low, high = run.aminmax(dim=-1)
-            scale, mean = (high - low) / 2, (high + low) / 2
-        # the paper divides by sd + 1e-5, which is not small beside the numbers of an adapter
-        z = (run - mean[:, None]) / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-        codes.append(torch.bucketize(z, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8).flatten())
+        z, scale, mean = _normalized(run, codebook)
+        codes.append(_nearest(z, table).to(torch.uint8).flatten())
         scales.append(scale)
         means.append(mean)
     return Coded(pack_bits(torch.cat(codes), bits), torch.cat(scales), torch.cat(means))
+
+
+def through_codes(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """What is left of a tensor by :func:`encode` with ``normal`` levels (``table``) and one scale, bit for bit, under autograd.
+
+    The gradient goes straight through the choice of the level, ``dq / dz = 1``; mean and deviation stay in the graph
+    (BinaryAdapter, ICCV 2023).
+    """
+    z, scale, mean = _normalized(values.float().reshape(1, -1), "normal")
+    q = table[_nearest(z.detach(), table)] + (z - z.detach())
+    return (q * scale + mean).reshape(values.shape)
+
+
+def _normalized(runs: torch.Tensor, codebook: Codebook) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Runs (groups, n) as multiples of a scale from a mean, and scales and means (groups,)."""
+    if codebook == "normal":
+        scale, mean = runs.std(-1, correction=min(1, runs.shape[-1] - 1)), runs.mean(-1)
+    else:
+        low, high = runs.aminmax(dim=-1)
+        scale, mean = (high - low) / 2, (high + low) / 2
+    # the paper divides by sd + 1e-5, which is not small beside the numbers of an adapter
+    return (runs - mean[:, None]) / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None], scale, mean
+
+
+def _nearest(z: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The codes (int32) of the levels that are nearest."""
+    return torch.bucketize(z, (table[1:] + table[:-1]) / 2, out_int32=True)
 
 
 @register_form

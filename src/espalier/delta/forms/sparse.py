@@ -49,13 +49,27 @@ class Sparse(AtSupport):
         dense = torch.zeros(torch.Size(self.shape).numel(), dtype=values.dtype, device=values.device)
         return dense.index_put((self.positions,), values).reshape(self.shape)
 
+    @property
+    def _is_thin(self) -> bool:
+        """Whether there are fewer entries than inputs: then they are handled one by one, with no dense gradient."""
+        return len(self.values) <= self.shape[-1]
+
     def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        if self._is_thin:
+            outputs, inputs = self.shape
+            y = x.index_select(-1, self.positions % inputs) * (self.values * self.gain).to(x.dtype)
+            return (x.new_zeros(*x.shape[:-1], outputs) if onto is None else onto).index_add(-1, self.positions // inputs, y)
         # one transient dense update; a sparse product would gather a float per entry and token
         y = functional.linear(x, self.materialize(x).to(x.dtype))
         return y if onto is None else onto + y
 
     def lookup(self, ids: torch.Tensor, base: BaseWeight) -> torch.Tensor:
+        if torch.compiler.is_compiling():  # how many entries the rows have is no shape of a graph
+            return super().lookup(ids, base)
         rows = base.rows(ids)
+        if self._is_thin:
+            of_row = ids.unsqueeze(-1) == self.positions // rows.shape[-1]  # (..., n)
+            return rows.index_add(-1, self.positions % rows.shape[-1], of_row * (self.values * self.gain).to(rows.dtype))
         place, entry = entries_of_rows(self.positions, ids.flatten(), rows.shape[-1])
         values = self.values[entry].to(rows.dtype) * gain_like(self.gain, rows)
         return rows.flatten().index_add(0, place, values).reshape(rows.shape)
