@@ -14,6 +14,7 @@ from espalier import registry
 from espalier.anatomy.parameters import parameters, select
 from espalier.anatomy.target import Target
 from espalier.attach.method import Adapter
+from espalier.attach.new_tokens import NewRows, mean_of_others, places
 from espalier.attach.routes import rebuild, stored_parameter
 from espalier.attach.slot import Companion, Pool, Slot, Whole
 from espalier.delta.forms import Update
@@ -37,8 +38,8 @@ class Attachment:
 
     @property
     def parts(self) -> list[Slot]:
-        """The slots of the parameters that were chosen; those of their companions come after them, and have no tensors."""
-        return [slot for slot in self.slots.values() if not isinstance(slot, Companion)]
+        """The slots of the parameters that the method was put on: not those of companions, nor of what trains whole beside it."""
+        return [slot for slot in self.slots.values() if slot.method is self.method and not isinstance(slot, Companion)]
 
     @property
     def targets(self) -> list[Target]:
@@ -121,6 +122,8 @@ def attach(
     method: str | Adapter = "lora",
     *,
     targets: str | Sequence[str] | None = None,
+    full: str | Sequence[str] = (),
+    new_tokens: Sequence[int] = (),
     name: str | None = None,
     seed: int = 0,
     dropout: float = 0.0,
@@ -135,6 +138,10 @@ def attach(
         model: any transformers model.
         method: name of a registered adaptation method, or one made by ``registry.make``.
         targets: roles or name patterns (see ``anatomy.parameters.select``); default: the method's own.
+        full: roles or name patterns of parameters that train whole beside the method's updates, such as a new head's or the
+            norms; the method leaves them alone where ``targets`` names them too.
+        new_tokens: ids of tokens whose rows of the embedding and the head train beside the method's updates, from the mean
+            of the other rows on; the model has these rows (see ``attach.new_tokens.grow``).
         name: of the delta on this model; default: the method's name.
         seed: of the starting values.
         dropout: probability of dropping entries of the updates' inputs in training, in [0, 1).
@@ -159,9 +166,12 @@ def attach(
         made = method
     if not 0 <= dropout < 1:
         raise EspalierError(f"dropout is {dropout}; it must be at least 0 and less than 1")
-    patterns = _patterns(targets if targets is not None else made.targets)
+    patterns, beside = _patterns(targets if targets is not None else made.targets), _patterns(full)
     present = parameters(model)
-    chosen = select(present, patterns)
+    whole = select(present, beside, "--full") if beside else []
+    chosen = [target for target in select(present, patterns) if target not in whole]
+    if not chosen and made.name != "full":
+        raise EspalierError(f"--full {','.join(beside)} leaves nothing of --targets {','.join(patterns)} to {made.name}; --method full trains them")
     if refused := [t.name for t in chosen if not made.accepts(t)]:
         raise EspalierError(
             f"{made.name} takes {made.takes}; --targets {','.join(patterns)} also names {refused[0]} "
@@ -197,7 +207,23 @@ def attach(
             if companion.name in slots:
                 raise EspalierError(f"{made.name} updates {companion.name} with {leader.target.name} and {slots[companion.name].target.name}; target one of them")
             slots[companion.name] = Companion(leader, companion, _logical(model, companion))
-    settings = {"targets": patterns, "seed": seed, "dropout": dropout}
+    whole_method: Adapter = registry.make("full", "adapter")
+    for target in whole:
+        if target.name in slots:
+            raise EspalierError(f"{made.name} updates {target.name} with its matrix; leave it out of --full")
+        weight = _logical(model, target)
+        tensors = whole_method.start(target, weight, streams(seed, target.name))
+        slots[target.name] = Slot(whole_method, target, ready(tensors, weight.device), None, 0.0, weight)
+    for target in places(present, slots, new_tokens) if new_tokens else ():
+        weight = _logical(model, target)
+        if target.name in slots:  # which trains whole
+            index = torch.tensor(new_tokens, device=weight.device)
+            slots[target.name].get_parameter("values").data[index] = mean_of_others(weight, index).to(dtype)
+            continue
+        rows = NewRows(new_tokens)
+        slots[target.name] = Slot(rows, target, ready(rows.start(target, weight, streams(seed, target.name)), weight.device), None, 0.0, weight)
+    settings = {"targets": patterns, "seed": seed, "dropout": dropout, **({"full": beside} if beside else {})}
+    settings |= {"new_tokens": list(new_tokens)} if new_tokens else {}
     attachment = Attachment(name, made, slots, pool, settings)
     if dropout:
         _refuse_dropout(attachment)
@@ -222,14 +248,15 @@ def _fresh_name(model: nn.Module, name: str) -> str:
 def _refuse_dropout(attachment: Attachment) -> None:
     if attachment.pool is not None:
         attachment.pool.prepare()
-    first = next(iter(attachment.slots.values()))  # one method: what holds for one update holds for all
+    dropping = attachment.parts
+    first = dropping[0]  # one method: what holds for one update holds for all
     with torch.no_grad():
         if first.update().depends_on_base:
             raise EspalierError(
                 f"dropout {first.dropout} does not go with {attachment.method.name}: its update depends on the base, "
                 "so the update's input is the base's; set dropout to 0"
             )
-    for slot in attachment.parts:
+    for slot in dropping:
         if "weight" in slot.target.routes or "lookup" in slot.target.routes:
             raise EspalierError(
                 f"dropout {slot.dropout} cannot act on {slot.target.name}, which is no plain product; set dropout to 0"

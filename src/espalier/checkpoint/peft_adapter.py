@@ -49,14 +49,18 @@ def _short_names(modules: list[str], others: list[str]) -> list[str]:
     return sorted(modules) if caught else tails
 
 
-def write(folder: Path, factors: dict[str, Factors], base: str, all_modules: list[str]) -> None:
+def write(
+    folder: Path, factors: dict[str, Factors], base: str, all_modules: list[str], copies: dict[str, dict[str, torch.Tensor]], task: str
+) -> None:
     """Write a LoRA adapter for modules by name, of any ranks.
 
     Args:
         base: name or path of the base model, as PEFT records it.
         all_modules: names of all modules of the model with a weight, to shorten the target names safely.
+        copies: modules that are held whole (``modules_to_save``): module to name in it to tensor.
+        task: PEFT's name of what the model does, such as ``CAUSAL_LM``.
     """
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    tensors: dict[str, dict[str, torch.Tensor]] = {module: dict(held) for module, held in copies.items()}
     for module, f in factors.items():
         kind = "embedding_{}" if f.is_embedding else "{}.weight"
         a, b = (f.B.T, f.A.T) if f.is_embedding else (f.A, f.B)
@@ -73,6 +77,8 @@ def write(folder: Path, factors: dict[str, Factors], base: str, all_modules: lis
         "use_rslora": False,
         "use_dora": any(f.magnitude is not None for f in factors.values()),
         "init_lora_weights": True,
+        "modules_to_save": list(copies) or None,
+        "task_type": task,
     }
     write_kind(folder, "LORA", tensors, base, settings)
 

@@ -41,6 +41,7 @@ from espalier.delta.forms.support import compact
 from espalier.delta.forms.update import matrix_shape
 from espalier.delta.store import Delta, Layout
 from espalier.errors import EspalierError, at_least
+from espalier.exchange.new_head import found_in
 
 
 @dataclass
@@ -504,7 +505,8 @@ def _put_copy(
         return
     if tuple(logical.shape) != target.shape:
         raise EspalierError(f"{adapter.folder / TENSORS}: {name} has shape {tuple(copy.shape)}; the model's {alias} has {target.shape}")
-    stored = torch_dtype(base.info(_pieces(target, base)[0].names[0]).dtype)
+    held = found_in(base, target)
+    stored = torch_dtype(base.info(held[0]).dtype) if held else copy.dtype
     if copy.is_floating_point() != stored.is_floating_point:
         raise EspalierError(f"{adapter.folder / TENSORS}: {name} is {copy.dtype}; the model's {alias} is {stored}")
     put(alias, Replace(logical.contiguous()))
@@ -531,7 +533,7 @@ def _of_tie(folder: Path, target: Target, sides: Mapping[str, Update], base: Mod
     """The one update of a parameter; ``None`` for a copy of what the base holds. All sides of a tie must change alike."""
 
     def unchanged(update: Update) -> bool:
-        return isinstance(update, Replace) and update.ignores_base and _is_base(update.values, target, base)
+        return isinstance(update, Replace) and update.ignores_base and bool(found_in(base, target)) and _is_base(update.values, target, base)
 
     changed = {alias: update for alias, update in sides.items() if not unchanged(update)}
     if not changed:

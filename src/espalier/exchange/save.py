@@ -15,7 +15,7 @@ from espalier.checkpoint.directory import ModelDirectory, resolve_model
 from espalier.data.encode import Encoder
 from espalier.delta import store
 from espalier.errors import EspalierError
-from espalier.exchange import peft_kinds
+from espalier.exchange import new_head, new_tokens, peft_kinds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,13 +52,14 @@ def save(
     source = str(base or getattr(model.config, "_name_or_path", "") or "")
     if not source:
         raise EspalierError("the model does not say where it was loaded from; pass base=DIR so that the delta can name its base")
+    directory = ModelDirectory(resolve_model(source))
     facts = {
         "name": source,
-        "fingerprint": ModelDirectory(resolve_model(source)).fingerprint(),
+        "fingerprint": directory.fingerprint(),
         "model_type": model.config.model_type,
     }
     manifest = describe(attachment, facts, Encoder(tokenizer) if tokenizer is not None else None, "all tokens", training or {})
-    return write(model, attachment, manifest, Path(out))
+    return write(model, attachment, manifest, Path(out), directory, tokenizer)
 
 
 def _one(model: nn.Module, name: str | None) -> Attachment:
@@ -89,13 +90,33 @@ def describe(
     }
 
 
-def write(model: PreTrainedModel, attachment: Attachment, manifest: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Write a delta with its card, and PEFT's files where PEFT has its kind."""
+def write(
+    model: PreTrainedModel, attachment: Attachment, manifest: dict[str, Any], out: Path, base: ModelDirectory | None = None,
+    tokenizer: Any = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write a delta with its card, and PEFT's files where PEFT has its kind.
+
+    Args:
+        base: what the model was made of, if it is on disk; a head or tokens that it does not have are brought along.
+        tokenizer: the model's, where it has new tokens.
+
+    Raises:
+        EspalierError: when the model has a parameter that neither the base nor the delta sets.
+    """
     targets = {name: slot.target for name, slot in attachment.slots.items()}
     updates = attachment.updates()
-    delta = store.Delta(updates, {name: store.Layout.of(t) for name, t in targets.items()}, manifest)
+    layouts = {name: store.Layout.of(t) for name, t in targets.items()}
+    head = new_head.beyond(model, base) if base is not None else None
+    if head is not None:
+        new_head.as_whole(head, updates, layouts)
     if not _is_writer():
         return {"bytes": 0, "peft": "another process writes"}
+    if head is not None and base is not None:
+        manifest = manifest | new_head.bring(head, model, base, out)
+    if base is not None and (tokens := new_tokens.tokens_of(attachment)):
+        new_tokens.as_whole(base, targets, updates, layouts)
+        manifest = manifest | new_tokens.bring(tokens, tokenizer, model, base, manifest, out)
+    delta = store.Delta(updates, layouts, manifest)
     if store.is_delta(out):
         peft_adapter.remove(out)  # the old delta's files: PEFT may not be able to hold the new one
     size = store.save(out, delta, card(manifest))

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from espalier.anatomy.classification import classifies
 from espalier.attach.attachment import attach, release_base, trainable_parameters
 from espalier.attach.coded_base import quantize_base
 from espalier.errors import EspalierError
@@ -131,7 +132,7 @@ def trace_step(
     chunk: int,
     base_bits: int | None = None,
 ) -> Traced:
-    """Run one step of ``tokens`` tokens without data, packed where the family can be, else padded.
+    """Run one step of ``tokens`` tokens without data, packed where the family can be, else padded, as classifiers are.
 
     Args:
         config: a transformers config.
@@ -142,9 +143,11 @@ def trace_step(
         base_bits: of the codes that the frozen weights are kept as, if they are.
 
     Raises:
-        EspalierError: when transformers cannot make a causal language model of the config.
+        EspalierError: when transformers cannot make the model of the config.
     """
     arguments = (config, method, options, dtype, tokens, sequence_length, recompute, chunk, base_bits)
+    if classifies(config):
+        return _trace(*arguments, padded=True)
     try:
         return _trace(*arguments, padded=False)
     except (RuntimeError, TypeError, ValueError):  # what attention that cannot be packed says: see packed_attention.packs
@@ -159,9 +162,11 @@ def _trace(
 
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         try:
-            model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+            auto: Any = transformers.AutoModelForSequenceClassification if classifies(config) else transformers.AutoModelForCausalLM
+            model = auto.from_config(copy.deepcopy(config), dtype=dtype)
         except (ValueError, KeyError) as error:
-            raise EspalierError(f"transformers cannot make a causal language model of this config: {error}") from error
+            what = "sequence classifier" if classifies(config) else "causal language model"
+            raise EspalierError(f"transformers cannot make a {what} of this config: {error}") from error
         if base_bits is not None:
             quantize_base(model, base_bits)
         attach(model, method, **options, streams=_NoNumbers)
@@ -178,6 +183,6 @@ def _trace(
         model.train()
         ledger = _Ledger()
         with training_form(model, chunk=chunk, recompute=recompute, padded=padded), ledger:
-            loss = model(input_ids=ids, targets=ids.reshape(-1), scale=1.0, **inputs)
+            loss = model(input_ids=ids, targets=ids[:, 0] if classifies(config) else ids.reshape(-1), scale=1.0, **inputs)
             loss.backward()
     return Traced(total, trained, ledger.peak)

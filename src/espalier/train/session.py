@@ -18,7 +18,6 @@ from espalier.attach.coded import CodedWeight
 from espalier.attach.course import Course
 from espalier.checkpoint.atomic import require_free_space, write_text
 from espalier.checkpoint.directory import read_json
-from espalier.data.batches import Order
 from espalier.data.encode import MASK_POLICY, Encoder
 from espalier.data.store import TokenStore
 from espalier.delta import store as delta_store
@@ -27,7 +26,7 @@ from espalier.errors import EspalierError, at_least
 from espalier.memory import language_loss, packed_attention
 from espalier.memory.meter import format_bytes
 from espalier.train import checkpoint
-from espalier.train.loop import Hooks, Run, Settings, Step, train
+from espalier.train.loop import Hooks, Order, Run, Settings, Step, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

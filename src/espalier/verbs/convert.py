@@ -120,7 +120,7 @@ def _export(folder: Any, delta: Any, model: str | None) -> None:
     name = model or str(delta.manifest.get("base", {}).get("name", ""))
     if not name:
         raise EspalierError("the delta does not name its base; pass --model DIR")
-    live = empty_model(resolve_model(name))
+    live = empty_model(resolve_model(name), [folder])
     if reason := export(folder, delta, {t.name: t for t in parameters(live)}, name, live):
         raise EspalierError(f"PEFT cannot hold this delta: {reason}")
 
@@ -128,12 +128,12 @@ def _export(folder: Any, delta: Any, model: str | None) -> None:
 def _import(folder: Any, target: Any, model: str | None, display: Any) -> dict[str, Any]:
     """A PEFT adapter as a delta."""
     from espalier.anatomy.parameters import parameters
-    from espalier.attach.load import empty_model
     from espalier.checkpoint.atomic import atomic_directory
     from espalier.checkpoint.directory import ModelDirectory, resolve_model
     from espalier.checkpoint.peft_adapter import read_config
     from espalier.delta import store
     from espalier.errors import EspalierError
+    from espalier.exchange import new_head
     from espalier.exchange.peft_import import import_adapter
     from espalier.exchange.peft_kinds import export
     from espalier.memory.meter import format_bytes
@@ -142,13 +142,17 @@ def _import(folder: Any, target: Any, model: str | None, display: Any) -> dict[s
     if not isinstance(named, str) or not named:
         raise EspalierError(f"{folder} does not name its base model; pass --model DIR")
     directory = ModelDirectory(resolve_model(named))
-    live = empty_model(directory.path)
+    live = new_head.model_of_adapter(folder, read_config(folder), directory)
     targets = {t.name: t for t in parameters(live)}
     delta = import_adapter(folder, targets, directory)
     delta.manifest["base"] = {"name": str(named), "fingerprint": directory.fingerprint(), "model_type": live.config.model_type}
     delta.manifest["training"] = {"imported_from": str(folder)}
     card = f"---\nlibrary_name: espalier\nbase_model: {named}\n---\n\n# A delta of {named}\n\nImported from the PEFT adapter `{folder}`.\n"
+    head = new_head.beyond(live, directory)
     with atomic_directory(target) as temporary:
+        if head is not None:
+            new_head.as_whole(head, delta.updates, delta.layouts)
+            delta.manifest |= new_head.bring(head, live, directory, temporary)
         size = store.save(temporary, delta, card)
         export(temporary, delta, targets, str(named), live)
     display.note(f"{len(delta.updates)} updates imported; the delta is in {target} ({format_bytes(size)})")
