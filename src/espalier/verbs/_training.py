@@ -23,6 +23,7 @@ from espalier.attach.attachment import (
     settle,
     trainable_parameters,
 )
+from espalier.attach.coded_base import quantize_base
 from espalier.attach.course import Course
 from espalier.attach.device import pick_device
 from espalier.attach.load import (
