@@ -27,6 +27,10 @@ def parse_numbers(text: str) -> int:
     return int(number / 4 if found[4] else number)
 
 
+MOST = 1 << 16
+"""The largest value that is tried for what is no side of a matrix."""
+
+
 def fit(method: Adapter, targets: Sequence[Target], numbers: int) -> Adapter:
     """The method with the value of its ``size`` hyperparameter that trains the most numbers, at most so many.
 
@@ -46,7 +50,8 @@ def fit(method: Adapter, targets: Sequence[Target], numbers: int) -> Adapter:
         except EspalierError:
             return None
 
-    highest = max(max(target.shape) for target in targets)
+    # a rank is at most a side of a matrix; numbers that are no rank may be as many as are allowed
+    highest = max(*(max(target.shape) for target in targets), min(numbers, MOST))
     tried = {value: found for value in _values(highest) if (found := count(value)) is not None}
     fitting = {value: found for value, found in tried.items() if found <= numbers}
     if not fitting:
