@@ -51,6 +51,12 @@ def test_entries_outside_the_support_are_bit_identical_and_the_rank_is_high() ->
         assert int(torch.linalg.matrix_rank((new - weight).double())) > 0.7 * min(slot.target.shape)
 
 
+def test_it_is_stored_in_at_most_8_bytes_for_a_trained_number() -> None:
+    for rank in (1, 2, 8):
+        _, attachment = shira(rank=rank, targets="mlp")
+        assert all(update.nbytes <= min(8 * n, 4 * n + update.shape[0] * update.shape[1] / 8) for update in attachment.updates().values() if (n := update.tensors()["values"].numel()))
+
+
 def test_the_support_is_drawn_by_the_seed_and_is_another_one_for_each_matrix() -> None:
     draws = []
     for seed in (0, 0, 1):

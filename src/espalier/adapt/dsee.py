@@ -15,10 +15,8 @@ from espalier.errors import at_least
 from espalier.kernels.philox import Stream
 from espalier.registry import adapter
 
-THRESHOLD = 0.01
-"""Entries of the sparse part below this magnitude are set to zero between the rounds, as in the authors' code."""
-STEP = 5
-"""Directions that the low-rank part gains in each round."""
+STEP, ROUNDS, LAST = 5, 2, 8
+"""Directions that the low-rank part gains at a time, rounds at each size, and rounds at the last."""
 
 
 @adapter("dsee", ids=(137,), paper="arXiv:2111.00160", learning_rate=2e-4)
@@ -26,9 +24,10 @@ class DSEE(Adapter):
     """Train a low-rank and a sparse update: ``W' = W + (alpha / r) (B A + P_Omega(s))``.
 
     B (out, r) and the n values s start at zero, so the start is the base. The support Omega is where the pretrained
-    weight is furthest from low rank: the n largest entries of S in ``W ~ U V + S``. The authors' greedy
-    decomposition takes 200 QR factorizations and several hundred directions; here it stops at rank r. Omega may also
-    be the largest entries of W, or random ones. alpha / r multiplies s too, so its effective learning rate
+    weight is furthest from low rank: the n entries of S in ``W ~ U V + S``, found greedily. The authors' S holds all
+    residuals above 0.01, nearly all there are at usual weights, so that U V stays what it was drawn as and Omega is little else
+    than W's largest entries; and they take 200 QR factorizations. Here S holds exactly n entries and U V has rank
+    r (GoDec). Omega may also be W's largest entries, or random ones. alpha / r multiplies s too, so its learning rate
     depends on r. Pruning by the update, the paper's second step, is a matter of pruning.
     """
 
@@ -40,6 +39,7 @@ class DSEE(Adapter):
     """the update is multiplied by alpha / rank"""
     support: Literal["decomposition", "magnitude", "random"] = "decomposition"
     """where the entries are: of the weight's sparse part, its largest ones, or anywhere"""
+    kept = ("index",)
 
     def check(self) -> None:
         at_least("rank", self.rank, 1)
@@ -59,9 +59,9 @@ class DSEE(Adapter):
         count = min(self.entries, weight.numel())
         if self.support == "random":
             return stream.choice(weight.numel(), count).to(weight.device)
-        scores = decompose(weight, self.rank, stream)[2] if self.support == "decomposition" else weight
-        # of the largest |S|, and of equal ones the first
-        return scores.flatten().abs().sort(descending=True, stable=True).indices[:count].sort().values
+        if self.support == "decomposition":
+            return decompose(weight, self.rank, count, stream)[2].sort().values
+        return weight.flatten().abs().sort(descending=True, stable=True).indices[:count].sort().values
 
     def gain(self, target: Target) -> float:
         return self.alpha / self.rank
@@ -76,22 +76,22 @@ class DSEE(Adapter):
         return math.prod(target.lead) * (self.rank * (target.outputs + target.inputs) + min(self.entries, size))
 
 
-def decompose(weight: torch.Tensor, rank: int, stream: Stream) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """``W ~ U V + S``, greedily: U (out, r), V (r, in), S (out, in), and the error ``||W - U V - S||`` of each round.
-
-    A round solves for U, V and S in turn, twice, then adds directions of what is left (GreBsmo).
-    """
+def decompose(
+    weight: torch.Tensor, rank: int, entries: int, stream: Stream
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """``W ~ U V + S``: U (out, r), V (r, in), the positions (entries,) of S, and the error ``||W - U V - S||`` of each round."""
     V, S, errors = stream.gaussian(1, weight.shape[1]).to(weight), torch.zeros_like(weight), []
     while True:
-        for _ in range(2):
+        more = min(STEP, rank - len(V), min(weight.shape) - len(V))
+        for _ in range(ROUNDS if more > 0 else LAST):
             rest = weight - S
             U = torch.linalg.qr(rest @ V.T).Q
             V = U.T @ rest
-            left = weight - U @ V
-            S = torch.where(left.abs() >= THRESHOLD, left, 0.0)
-            errors.append(torch.linalg.vector_norm(left - S))
-        more = min(STEP, rank - len(V), min(weight.shape) - len(V))
+            left = (weight - U @ V).flatten()
+            support = left.abs().topk(entries).indices
+            S = torch.zeros_like(left).scatter(0, support, left[support]).view_as(weight)
+            errors.append(torch.linalg.vector_norm(left - S.flatten()))
         if more <= 0:
-            return U, V, S, errors
-        residual = left - S
+            return U, V, support, errors
+        residual = weight - U @ V - S
         V = torch.cat((V, torch.linalg.qr(residual[:, :more]).Q.T @ residual))  # the first rows of its R factor

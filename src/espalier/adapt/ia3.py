@@ -15,7 +15,7 @@ from espalier.kernels.philox import Stream
 from espalier.registry import adapter
 
 
-@adapter("ia3", ids=(), paper="arXiv:2205.05638", learning_rate=3e-3, targets="attention.k,attention.v,mlp.down")
+@adapter("ia3", ids=(), paper="arXiv:2205.05638", learning_rate=3e-3, targets="attention.k,attention.v,mlp.down", size="")
 class IA3(Adapter):
     """Scale keys, values and the hidden features of the feed-forward: ``W' = diag(1 + s) W``, or ``W diag(1 + s)``.
 

@@ -43,6 +43,7 @@ class LoRA(Adapter):
     """learning rate of B over that of A (LoRA+, arXiv:2402.12354, takes 16)"""
     initialization: Literal["random", "pissa", "olora"] = "random"
     """B zero and A random, or both from the weight: its singular vectors (pissa), its QR decomposition (olora)"""
+    kept = ("B0", "A0")
 
     def check(self) -> None:
         at_least("rank", self.rank, 1)

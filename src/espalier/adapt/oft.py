@@ -16,7 +16,7 @@ from espalier.kernels.philox import Stream
 from espalier.registry import adapter
 
 
-@adapter("oft", ids=(), paper="arXiv:2306.07280", learning_rate=4e-4)
+@adapter("oft", ids=(), paper="arXiv:2306.07280", learning_rate=4e-4, size="block_size")
 class OFT(Adapter):
     """Rotate the inputs in blocks: ``W' = W blockdiag(R_1, ..., R_n)^T``, ``R_j = (I - Q_j) (I + Q_j)^-1``.
 

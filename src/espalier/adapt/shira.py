@@ -10,7 +10,7 @@ from torch import nn
 
 from espalier.anatomy.target import Target
 from espalier.attach.method import Adapter, Tensors
-from espalier.delta.forms import Sparse
+from espalier.delta.forms import Sparse, compact
 from espalier.errors import at_least
 from espalier.kernels.philox import Stream
 from espalier.registry import adapter
@@ -37,6 +37,10 @@ class SHiRA(Adapter):
 
     def update(self, part: Any, context: Any) -> Sparse:
         return Sparse(part.values, part.index, part.target.shape, part.gain)
+
+    def export(self, part: Any, pool: Any) -> Sparse:
+        where = compact(part.index, part.target.size)
+        return Sparse(part.values, where.get("index"), part.target.shape, part.gain, mask=where.get("mask"))
 
     def count(self, target: Target) -> int:
         return min(math.prod(target.lead) * self.rank * (target.outputs + target.inputs), target.size)

@@ -30,6 +30,7 @@ class SVFit(Adapter):
 
     rank: int = 256
     """r: singular values that train, at least 1; all of them where a matrix has fewer"""
+    kept = ("U", "V", "sigma")
 
     def check(self) -> None:
         at_least("rank", self.rank, 1)

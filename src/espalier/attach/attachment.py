@@ -14,7 +14,7 @@ from espalier import registry
 from espalier.anatomy.parameters import parameters, select
 from espalier.anatomy.target import Target
 from espalier.attach.method import Adapter
-from espalier.attach.routes import rebuild
+from espalier.attach.routes import rebuild, stored_parameter
 from espalier.attach.slot import Companion, Pool, Slot, Whole
 from espalier.delta.forms import Update
 from espalier.delta.gather import by_parameter
@@ -36,9 +36,14 @@ class Attachment:
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def parts(self) -> list[Slot]:
+        """The slots of the parameters that were chosen; those of their companions come after them, and have no tensors."""
+        return [slot for slot in self.slots.values() if not isinstance(slot, Companion)]
+
+    @property
     def targets(self) -> list[Target]:
-        """The parameters that were chosen; the slots of those that only go with one of them come after theirs."""
-        return [slot.target for slot in self.slots.values() if not isinstance(slot, Companion)]
+        """The parameters that were chosen."""
+        return [slot.target for slot in self.parts]
 
     def updates(self) -> dict[str, Update]:
         """The update of every parameter in the form in which it is stored, gathered whole where it is sharded."""
@@ -69,8 +74,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def stored(model: nn.Module, name: str) -> torch.Tensor:
     """The base parameter of that name, whether or not reading it gives an updated one."""
-    owner, local = _owner(model, name)
-    return owner._parameters[local]  # type: ignore[return-value]
+    return stored_parameter(*_owner(model, name))  # type: ignore[return-value]
 
 
 def _logical(model: nn.Module, target: Target) -> torch.Tensor:
@@ -225,7 +229,7 @@ def _refuse_dropout(attachment: Attachment) -> None:
                 f"dropout {first.dropout} does not go with {attachment.method.name}: its update depends on the base, "
                 "so the update's input is the base's; set dropout to 0"
             )
-    for slot in attachment.slots.values():
+    for slot in attachment.parts:
         if "weight" in slot.target.routes or "lookup" in slot.target.routes:
             raise EspalierError(
                 f"dropout {slot.dropout} cannot act on {slot.target.name}, which is no plain product; set dropout to 0"

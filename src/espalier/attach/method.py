@@ -160,7 +160,8 @@ class Adapter:
     # in the course of a run; ``parts`` are those of all parameters
 
     kept: ClassVar[tuple[str, ...]] = ()
-    """Names of tensors of a part that are not trained and change in a run; checkpoints hold them."""
+    """Names of tensors of a part that are not trained, and that checkpoints hold: they change in a run, or were computed
+    from the base (a decomposition, say), which another machine does to other bits."""
 
     def optimizer_options(self) -> Mapping[str, Mapping[str, float]]:
         """Tensor name -> options of the optimizer for it; ``rate`` is a factor on the learning rate."""

@@ -55,7 +55,7 @@ class Whole:
         return whole(value) if isinstance(value, torch.Tensor) else value
 
 
-class _Holder(nn.Module):
+class Holder(nn.Module):
     """A module of tensors whose buffers keep their dtype."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -69,7 +69,7 @@ class _Holder(nn.Module):
         return self
 
 
-class Pool(_Holder):
+class Pool(Holder):
     """A method's shared tensors, at the root of the model, and the context of the forward pass under way."""
 
     def __init__(self, method: Adapter, targets: Sequence[Target], tensors: Tensors) -> None:
@@ -93,7 +93,7 @@ class Pool(_Holder):
         return self.context[target.name]
 
 
-class Slot(_Holder):
+class Slot(Holder):
     """One update on one parameter: its tensors, its gain, and how to make the update of this forward pass.
 
     In evaluation the update object is cached until one of its tensors changes, so that what a form derives

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from espalier.attach.attachment import attach, release_base, trainable_parameters
+from espalier.attach.coded_base import quantize_base
 from espalier.errors import EspalierError
 from espalier.kernels.philox import Device, Distribution, Stream
 from espalier.memory.training_form import training_form
@@ -128,6 +129,7 @@ def trace_step(
     sequence_length: int,
     recompute: bool,
     chunk: int,
+    base_bits: int | None = None,
 ) -> Traced:
     """Run one step of ``tokens`` tokens without data, packed where the family can be, else padded.
 
@@ -137,11 +139,12 @@ def trace_step(
         dtype: of the model.
         tokens: a multiple of ``sequence_length``; windows are taken to be that long.
         chunk: tokens whose logits are held at a time.
+        base_bits: of the codes that the frozen weights are kept as, if they are.
 
     Raises:
         EspalierError: when transformers cannot make a causal language model of the config.
     """
-    arguments = (config, method, options, dtype, tokens, sequence_length, recompute, chunk)
+    arguments = (config, method, options, dtype, tokens, sequence_length, recompute, chunk, base_bits)
     try:
         return _trace(*arguments, padded=False)
     except (RuntimeError, TypeError, ValueError):  # what attention that cannot be packed says: see packed_attention.packs
@@ -150,7 +153,7 @@ def trace_step(
 
 def _trace(
     config: Any, method: Any, options: dict[str, Any], dtype: torch.dtype, tokens: int, sequence_length: int,
-    recompute: bool, chunk: int, padded: bool,
+    recompute: bool, chunk: int, base_bits: int | None, padded: bool,
 ) -> Traced:  # fmt: skip
     import transformers
 
@@ -159,6 +162,8 @@ def _trace(
             model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
         except (ValueError, KeyError) as error:
             raise EspalierError(f"transformers cannot make a causal language model of this config: {error}") from error
+        if base_bits is not None:
+            quantize_base(model, base_bits)
         attach(model, method, **options, streams=_NoNumbers)
         release_base(model)
         trained = sum(p.numel() for p in trainable_parameters(model).values())

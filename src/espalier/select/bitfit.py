@@ -14,7 +14,7 @@ from espalier.kernels.philox import Stream
 from espalier.registry import adapter
 
 
-@adapter("bitfit", ids=(), paper="arXiv:2106.10199", learning_rate=1e-3, targets="bias")
+@adapter("bitfit", ids=(), paper="arXiv:2106.10199", learning_rate=1e-3, targets="bias", size="")
 class BitFit(Adapter):
     """Train all biases: ``b' = b + d``, d starting at zero.
 

@@ -14,6 +14,7 @@ import yaml
 from torch import nn
 
 from espalier.attach.attachment import Attachment
+from espalier.attach.coded import CodedWeight
 from espalier.attach.course import Course
 from espalier.checkpoint.atomic import require_free_space, write_text
 from espalier.checkpoint.directory import read_json
@@ -203,6 +204,7 @@ def show_targets(attachment: Attachment, model: nn.Module, display: Display) -> 
     display.table(f"{attachment.method.name}: what trains", ("role", "layers", "shape", "each", "trained"), rows)
     trained = attachment.trainable()
     frozen = sum(p.numel() for p in model.parameters() if not (p.requires_grad or p.is_meta))
+    frozen += sum(module.shape.numel() for module in model.modules() if isinstance(module, CodedWeight))
     display.note(f"{trained:,} numbers train, {frozen:,} are frozen ({trained / (trained + frozen):.2%} train)")
 
 

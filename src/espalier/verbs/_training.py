@@ -21,10 +21,11 @@ from espalier.attach.attachment import (
     settle,
     trainable_parameters,
 )
+from espalier.attach.coded_base import quantize_base
 from espalier.attach.course import Course
 from espalier.attach.device import pick_device
 from espalier.attach.load import DTYPES, MALFORMED, empty_model, load_model, load_tokenizer, torch_dtype
-from espalier.budget.fitting import fit, parse_numbers
+from espalier.budget.fitting import fit, parse_numbers, trained
 from espalier.calibrate.make import make as make_calibration
 from espalier.calibrate.statistics import parse_want
 from espalier.calibrate.store import Request
@@ -36,7 +37,7 @@ from espalier.data.encode import MASK_POLICY, Encoder
 from espalier.data.sources import open_source
 from espalier.data.store import TokenStore, open_store
 from espalier.display import Display
-from espalier.errors import EspalierError, at_least
+from espalier.errors import EspalierError, at_least, one_of
 from espalier.evaluate.perplexity import score
 from espalier.exchange import save as saving
 from espalier.memory.joined_optimizer import build
@@ -57,7 +58,7 @@ class Job:
     def __init__(self, verb: str, arguments: dict[str, Any], options: dict[str, Any], method: str) -> None:
         self.verb = verb
         arguments = {key: _plain(value) for key, value in arguments.items()}
-        self.a = {"targets": None, "dropout": 0.0, "floor": 0.0, "label_smoothing": 0.0, "model": None, "trainable": None, **arguments}
+        self.a = {"targets": None, "dropout": 0.0, "floor": 0.0, "label_smoothing": 0.0, "model": None, "trainable": None, "base_bits": None, **arguments}
         self.display = Display(arguments["quiet"])
         self.out = Path(arguments["out"])
         self._check_arguments()
@@ -87,6 +88,8 @@ class Job:
             raise EspalierError(f"label_smoothing is {a['label_smoothing']}; it is a share of every target, at least 0 and less than 1")
         if a["learning_rate"] is not None and not 0 < a["learning_rate"] < math.inf:
             raise EspalierError(f"learning_rate is {a['learning_rate']}; it must be more than 0 and finite")
+        if a["base_bits"] is not None:
+            one_of("base_bits", a["base_bits"], (4, 8))
         self.budget = parse_bytes(a["budget"]) if a["budget"] else None
         if isinstance(a["eval_data"], str):
             a["eval_data"] = [a["eval_data"]]
@@ -161,7 +164,7 @@ class Job:
             raise EspalierError(f"give --{self.method.size} or --trainable, not both")
         targets = select(parameters(empty_model(config_at)), [part.strip() for part in self.a["targets"].split(",")])
         self.method = fit(self.method, targets, numbers)
-        value, count = getattr(self.method, self.method.size), sum(self.method.count(target) for target in targets)
+        value, count = getattr(self.method, self.method.size), trained(self.method, targets)
         self.hyperparameters[self.method.size] = value
         self.display.note(f"--trainable {self.a['trainable']}: {self.method.size} {value} trains {count:,} numbers")
 
@@ -188,7 +191,7 @@ class Job:
         def traced(micro: int, recompute: bool, chunk: int) -> Traced:
             return trace_step(
                 self.config, self.method, options, dtype=self.dtype, tokens=micro,
-                sequence_length=a["sequence_length"], recompute=recompute, chunk=chunk,
+                sequence_length=a["sequence_length"], recompute=recompute, chunk=chunk, base_bits=a["base_bits"],
             )  # fmt: skip
 
         def price(micro: int, recompute: bool, chunk: int) -> dict[str, int]:
@@ -231,6 +234,8 @@ class Job:
         """The model, with base values only where training needs them."""
         if self.directory is not None:
             self.model: PreTrainedModel = load_model(self.directory.path, self.dtype, str(self.device))
+            if self.a["base_bits"] is not None:
+                quantize_base(self.model, self.a["base_bits"])
         else:
             import transformers
 
@@ -335,7 +340,7 @@ class Job:
             "fingerprint": self.record.facts["base_fingerprint"],
             "model_type": self.config.model_type,
         }
-        keys = ("data", "batch_size", "sequence_length", "learning_rate", "schedule", "seed", *(["label_smoothing"] if a["label_smoothing"] else []))
+        keys = ("data", "batch_size", "sequence_length", "learning_rate", "schedule", "seed", *(k for k in ("label_smoothing", "base_bits") if a[k]))
         training = {"steps": self.run.state.step, "tokens": self.run.state.tokens, **{key: a[key] for key in keys}}
         manifest = saving.describe(self.attachment, base, self.encoder, MASK_POLICY[self.store.kind], training)
         return saving.write(self.model, self.attachment, manifest, folder)

@@ -34,6 +34,7 @@ def tune(
     logits_chunk: int | None = None,
     device: str | None = None,
     dtype: Literal["bf16", "fp32"] | None = None,
+    base_bits: int | None = None,
     threads: int | None = None,
     seed: int = 0,
     resume: bool = False,
@@ -69,6 +70,7 @@ def tune(
         logits_chunk: tokens whose logits are held at a time
         device: such as cpu or cuda; default: cuda where there is one
         dtype: what the frozen model computes in; default: as stored
+        base_bits: keep the frozen linear weights as codes of 8 or 4 bits
         threads: CPU threads
         seed: of starting values, order and dropout
         resume: go on with the run in --out after its last checkpoint

@@ -33,7 +33,6 @@ class Coded(NamedTuple):
     mean: torch.Tensor
 
 
-@functools.cache
 def levels(codebook: Codebook, bits: int) -> torch.Tensor:
     """The ``2 ** bits`` values that codes stand for, ascending, float32.
 
@@ -42,12 +41,19 @@ def levels(codebook: Codebook, bits: int) -> torch.Tensor:
     """
     if codebook == "uniform":
         return torch.linspace(-1, 1, 2**bits, dtype=torch.float64).float()
+    upper = _normal_levels(bits)
+    return torch.tensor([*(-level for level in reversed(upper)), *upper], dtype=torch.float64).float()
+
+
+@functools.cache  # of numbers, not of a tensor: the first to ask may be planning, whose tensors hold none
+def _normal_levels(bits: int) -> tuple[float, ...]:
+    """The upper half of the ``normal`` levels; the others mirror them."""
     normal, count = NormalDist(), 2 ** (bits - 1)
-    upper = [normal.inv_cdf(0.5 + (i + 0.5) / (2 * count)) for i in range(count)]  # the others mirror them
+    upper = [normal.inv_cdf(0.5 + (i + 0.5) / (2 * count)) for i in range(count)]
     for _ in range(_ROUNDS):
         bounds = [0.5, *(normal.cdf((a + b) / 2) for a, b in itertools.pairwise(upper)), 1.0]
         upper = [normal.inv_cdf((a + b) / 2) for a, b in itertools.pairwise(bounds)]
-    return torch.tensor([*(-level for level in reversed(upper)), *upper], dtype=torch.float64).float()
+    return tuple(upper)
 
 
 def encode(values: torch.Tensor, bits: int, group: int, codebook: Codebook) -> Coded:
