@@ -333,7 +333,10 @@ def test_fifty_steps_leave_the_number_of_live_tensors_flat(method: str) -> None:
         gc.collect()
         return sum(1 for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter))
 
-    assert steps(45) == (first := steps(3)) or steps(2) == first
+    torch._dynamo.reset()  # what the tests before have compiled goes bit by bit
+    steps(3)
+    first = steps(3)
+    assert steps(45) <= first
 
 
 @everywhere
