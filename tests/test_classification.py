@@ -78,7 +78,7 @@ def learnt(bases: Callable[[str], Path], data: Path, tmp_path_factory: pytest.Te
 
     def delta(family: str) -> tuple[Path, dict[str, Any]]:
         if family not in results:
-            results[family] = run(bases(family), data, folder / family, steps=25, eval_data=[str(data)])
+            results[family] = run(bases(family), data, folder / family, steps=60, batch_size=16, eval_data=[str(data)])
         return folder / family, results[family]
 
     return delta
@@ -234,7 +234,7 @@ def test_delta_and_applied_model_and_transformers_agree(
     done = apply(str(base), [str(out)], str(tmp_path / "applied"), verify=str(tmp_path / "note.txt"), quiet=True)
     assert done["verified"]["agreement"] == 1.0
     scores = measured(base, data, out)
-    assert scores == result["evaluation"][str(data)]["after"]
+    alike(scores, result["evaluation"][str(data)]["after"])
     alike(measured(tmp_path / "applied", data), scores)
     theirs, facts = AutoModelForSequenceClassification.from_pretrained(tmp_path / "applied", output_loading_info=True)
     assert not facts["missing_keys"] and not facts["unexpected_keys"] and theirs.config.id2label == {0: "bird", 1: "cat", 2: "dog"}
@@ -291,7 +291,7 @@ def test_a_classifier_keeps_its_head_for_labels_that_it_knows_and_gets_a_new_one
     assert measured(model, data, tmp_path / "more")["accuracy"] > 0.6, "it still knows three"
     other = write(tmp_path / "other.jsonl", [{**r, "label": f"no {r['label']}"} for r in animals()])
     capsys.readouterr()
-    before = run(model, other, tmp_path / "other", eval_data=[str(other)], quiet=False, steps=25)["evaluation"][str(other)]
+    before = run(model, other, tmp_path / "other", eval_data=[str(other)], quiet=False, steps=25, seed=1)["evaluation"][str(other)]
     assert "a new classification head for 3 labels: no bird, no cat, no dog" in capsys.readouterr().err
     assert before["before"]["accuracy"] < 0.9 < before["after"]["accuracy"] == measured(model, other, tmp_path / "other")["accuracy"]
     apply(str(model), [str(tmp_path / "other")], str(tmp_path / "again"), quiet=True)
@@ -386,7 +386,7 @@ def test_labels_and_models_that_do_not_go_together_are_refused(
         pretrain(str(data), str(tmp_path / "c"), model=str(base), steps=1, sequence_length=32, quiet=True)
     with pytest.raises(EspalierError, match="transformers has no sequence classification for the family 'cohere'"):
         with_labels(transformers.CohereConfig(), ["a", "b"], 0)
-    with pytest.raises(EspalierError, match=r"score\.weight"):
+    with pytest.raises(EspalierError, match="LlamaForSequenceClassification tells labels and makes no text; measure it with espalier eval"):
         generate(str(base), prompt="a", delta=[str(out)], quiet=True)
 
 

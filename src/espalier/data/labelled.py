@@ -43,6 +43,7 @@ class Labelled:
         self.closing = np.asarray(encoder.closing, np.int64)
         self.classes = np.asarray([classes.index(name) for name in store.names], np.int64)[store.labels]
         self.lengths = np.minimum(np.diff(store.offsets), sequence_length)
+        self.unit = max(1, sequence_length // 16)  # kernels are compiled, and freed memory is reused, by size: few must occur
         self._epoch = -1
 
     @property
@@ -57,11 +58,14 @@ class Labelled:
             return self.store.read(begin, end)
         return np.concatenate((self.store.read(begin, begin + self.sequence_length - len(self.closing)), self.closing))
 
+    def _padded(self, length: int) -> int:
+        return min(-(-length // self.unit) * self.unit, self.sequence_length)
+
     def batch(self, numbers: Sequence[int], pad_token: int) -> Batch:
-        """Texts as one padded batch; its ``targets`` (texts,) are their classes."""
+        """Texts as one batch, padded to a multiple of a sixteenth of the sequence length; its ``targets`` (texts,) are their classes."""
         rows = [self.tokens(number) for number in numbers]
         lengths = tuple(len(row) for row in rows)
-        longest = max(lengths)
+        longest = self._padded(max(lengths))
         ids = np.stack([np.pad(row, (0, longest - len(row)), constant_values=pad_token) for row in rows])
         mask = np.arange(longest) < np.asarray(lengths)[:, None]
         positions = torch.arange(longest).expand(len(rows), -1)
@@ -72,7 +76,7 @@ class Labelled:
         """Texts in runs of similar length, longest first, of at most ``micro_tokens`` tokens with their padding."""
         run: list[int] = []
         for number in sorted(numbers, key=lambda n: -int(self.lengths[n])):
-            if run and (len(run) + 1) * int(self.lengths[run[0]]) > micro_tokens:
+            if run and (len(run) + 1) * self._padded(int(self.lengths[run[0]])) > micro_tokens:
                 yield run
                 run = []
             run.append(number)
