@@ -40,7 +40,7 @@ class Course:
         self._modules = {id(m): name for name, m in model.named_modules()}
 
     def _with_parts(self) -> Iterator[tuple[Attachment, list[Any]]]:
-        return ((attached, list(attached.slots.values())) for attached in self._attached)
+        return ((attached, [*attached.slots.values(), *attached.branches.values()]) for attached in self._attached)
 
     def optimizer_options(self) -> dict[str, dict[str, float]]:
         """Options of the optimizer by parameter name, of those that their method gives any."""

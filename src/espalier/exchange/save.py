@@ -10,6 +10,7 @@ from torch import nn
 
 from espalier import registry
 from espalier.attach.attachment import Attachment, attachments
+from espalier.attach.branch import Branch
 from espalier.checkpoint import peft_adapter
 from espalier.checkpoint.directory import ModelDirectory, resolve_model
 from espalier.data.encode import Encoder
@@ -75,10 +76,10 @@ def describe(
     attachment: Attachment, base: dict[str, Any], encoder: Encoder | None, mask_policy: str, training: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What ``delta.json`` says beside the parameters."""
-    method = attachment.method
+    method = attachment.method.stored() if isinstance(attachment.method, Branch) else attachment.method
     return {
         "method": method.name,
-        "hyperparameters": {h.name: getattr(method, h.name) for h in registry.find(method.name, "adapter").hyperparameters},
+        "hyperparameters": {h.name: getattr(method, h.name) for h in registry.find(method.name, registry.ATTACHED).hyperparameters},
         "settings": attachment.settings,
         "base": base,
         "tokenizer": encoder.fingerprint if encoder else None,
@@ -93,7 +94,7 @@ def write(model: PreTrainedModel, attachment: Attachment, manifest: dict[str, An
     """Write a delta with its card, and PEFT's files where it is plain LoRA."""
     targets = {t.name: t for t in attachment.targets}
     updates = attachment.updates()
-    delta = store.Delta(updates, {name: store.Layout.of(t) for name, t in targets.items()}, manifest)
+    delta = store.Delta(updates, {name: store.Layout.of(t) for name, t in targets.items()}, manifest, branches=attachment.stored_branches())
     if not _is_writer():
         return {"bytes": 0, "peft": "another process writes"}
     if store.is_delta(out):

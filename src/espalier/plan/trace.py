@@ -23,15 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from espalier.attach.attachment import attach, release_base, trainable_parameters
 from espalier.errors import EspalierError
-from espalier.kernels.philox import Device, Distribution, Stream
+from espalier.kernels.philox import Numberless
 from espalier.memory.training_form import training_form
-
-
-class _NoNumbers(Stream):
-    """Random numbers for tensors that hold none."""
-
-    def numbers(self, count: int, distribution: Distribution, device: Device) -> torch.Tensor:
-        return torch.zeros(count, dtype=distribution.dtype, device=device)
 
 
 def _even_counts(numbers: torch.Tensor, weights: Any = None, minlength: int = 0) -> torch.Tensor:
@@ -143,7 +136,7 @@ def _trace(
             model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
         except (ValueError, KeyError) as error:
             raise EspalierError(f"transformers cannot make a causal language model of this config: {error}") from error
-        attach(model, method, **options, streams=_NoNumbers)
+        attach(model, method, **options, streams=Numberless)
         release_base(model)
         trained = sum(p.numel() for p in trainable_parameters(model).values())
         frozen = [t for t in (*model.parameters(), *model.buffers()) if not (t.requires_grad or t.is_meta)]

@@ -194,6 +194,9 @@ def show_targets(attachment: Attachment, model: nn.Module, display: Display) -> 
         trained = sum(p.numel() for p in slot.parameters() if p.requires_grad)
         role = " = ".join(dict.fromkeys(slot.target.roles))
         groups.setdefault((role, slot.target.shape, trained), []).append(slot.target.block)
+    for branch in attachment.branches.values():
+        trained = sum(p.numel() for p in branch.parameters() if p.requires_grad)
+        groups.setdefault((branch.site.kind, (branch.site.width,), trained), []).append(branch.site.block)
     rows = []
     for (role, shape, trained), blocks in groups.items():
         rows.append([role, _ranges(blocks), " x ".join(map(str, shape)), trained, trained * len(blocks)])
@@ -254,7 +257,7 @@ def dry_run(
     trial = run.folder / "trial"
     shutil.rmtree(trial, ignore_errors=True)
     save(trial)
-    delta_store.load(trial)
+    delta_store.load(trial, branches=True)
     shutil.rmtree(trial)
     path = checkpoint.save(run.checkpoints, tensors, optimizer, run.state)
     checkpoint.check(path)

@@ -96,13 +96,13 @@ class Job:
             raise EspalierError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: this version trains in one process; run it without torchrun")
 
     def _make_methods(self, name: str, options: dict[str, Any]) -> None:
-        registry.find(name, "adapter"), registry.find(self.a["optimizer"], "optimizer")
-        own = {h.name for h in registry.find(name, "adapter").hyperparameters}
+        registry.find(name, registry.ATTACHED), registry.find(self.a["optimizer"], "optimizer")
+        own = {h.name for h in registry.find(name, registry.ATTACHED).hyperparameters}
         theirs = {h.name for h in registry.find(self.a["optimizer"], "optimizer").hyperparameters}
         self.optimizer_method = registry.make(
             self.a["optimizer"], "optimizer", **{k: v for k, v in options.items() if k in theirs and k not in own}
         )
-        self.method = registry.make(name, "adapter", **{k: v for k, v in options.items() if k in own or k not in theirs})
+        self.method = registry.make(name, registry.ATTACHED, **{k: v for k, v in options.items() if k in own or k not in theirs})
         self.hyperparameters = {key: _plain(getattr(self.optimizer_method, key)) for key in sorted(theirs)}
         self.hyperparameters |= {key: _plain(getattr(self.method, key)) for key in sorted(own)}
         self.a["targets"] = self.a["targets"] or self.method.targets

@@ -1,0 +1,177 @@
+"""Branches inside attention, whatever attention implementation a model runs (eager, sdpa, flash, our packed one).
+
+The implementation gives ``out``, the softmax-weighted values. A branch adds to the softmax's numerator and denominator.
+With the logarithm ``lse`` of the denominator that the implementation had,
+
+    out' = (e^lse out + e^c n) / (e^lse + e^c d)
+
+where n, d and c are the branch's (a prefix: the weighted values of its own keys, 1, and the log-sum-exp of their
+logits). That is the gated form of arXiv:2110.04366, and it equals attention over the concatenated keys. Implementations
+do not give lse; :func:`log_sum_exp` computes it again from queries, keys and mask, some rows at a time, in the backward
+pass too, so that no logits are kept.
+
+transformers' models ask a registry for their attention function. Once a branch is put on, that registry hands out each
+function with the branches behind it. Modules without branches are not affected.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+if TYPE_CHECKING:
+    from espalier.attach.places import HeadsSlot
+
+_NUMBERS = 1 << 22
+"""Logits that are in memory at a time."""
+
+
+class BranchedInterface(AttentionInterface):
+    """The registry of attention functions, each with the branches of the module that calls it behind it."""
+
+    def get_interface(self, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(_with_branches, super().get_interface(attn_implementation, default))
+
+
+def install() -> None:
+    """Let models find the branches of their attention."""
+    ALL_ATTENTION_FUNCTIONS.__class__ = BranchedInterface
+
+
+def _with_branches(
+    attend: Callable[..., Any], module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any,
+) -> Any:  # fmt: skip
+    output, weights = attend(module, query, key, value, attention_mask, *args, **kwargs)
+    slots: list[HeadsSlot] = [slot for slot in module.__dict__.get("_espalier_heads", ()) if slot.active]
+    if not slots:
+        return output, weights
+    scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    reach = _reach(module, query, attention_mask, kwargs)
+    lse = log_sum_exp(query, key, *reach, kwargs.get("segment_lengths"), scaling, softcap)  # (batch, heads, tokens, 1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.float().reshape(1, -1, 1, 1))
+    if slots[0].site.heads != query.shape[1] or kwargs.get("position_bias") is not None:
+        raise RuntimeError(f"{type(module).__name__} attends in a way that branches in attention do not know")
+    out = output.transpose(1, 2).float()
+    for slot in slots:
+        numerator, denominator, log_scale = slot.terms(query, scaling, softcap)
+        top = torch.maximum(lse, torch.as_tensor(log_scale, device=lse.device)).detach()
+        here, there = torch.exp(lse - top), torch.exp(log_scale - top)
+        total = here + there * denominator
+        out = out + slot.gain * there * (numerator - denominator * out) / total
+        lse = top + torch.log(total)
+    return out.transpose(1, 2).to(output.dtype), weights
+
+
+def _reach(
+    module: nn.Module, query: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
+) -> tuple[torch.Tensor | None, bool, int | None]:
+    """What a query attends to, as the implementations read their arguments: (4-D mask, whether causal beside it, window)."""
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if mask is not None and mask.dim() == 4:
+        return mask, False, None
+    if mask is not None:  # flash attention: (batch, keys)
+        mask = mask.bool()[:, None, None, :]
+    return mask, bool(causal) and query.shape[2] > 1, kwargs.get("sliding_window")
+
+
+def log_sum_exp(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, causal: bool, window: int | None,
+    lengths: tuple[int, ...] | None, scaling: float, softcap: float | None,
+) -> torch.Tensor:  # fmt: skip
+    """The logarithm of attention's denominator, float32 (batch, heads, tokens, 1).
+
+    Args:
+        query: (batch, heads, tokens, head_dim).
+        key: (batch, key-value heads, keys, head_dim); the last token is where the last key is.
+        mask: 4-D, boolean (true: seen) or added to the logits; ``None``: all are seen.
+        causal: whether a token sees no later key.
+        window: how many keys back a token sees, or ``None`` for all; both ways where it is not causal.
+        lengths: of the windows of a packed row, which do not see one another; ``None`` without.
+        scaling: of the logits.
+        softcap: c where logits become c tanh(logits / c), or ``None``.
+    """
+    if lengths is None:
+        return _LogSumExp.apply(query, key, mask, causal, window, scaling, softcap)
+    parts = zip(query.split(lengths, 2), key.split(lengths, 2), strict=True)
+    return torch.cat([_LogSumExp.apply(q, k, mask, causal, window, scaling, softcap) for q, k in parts], 2)
+
+
+def _rows(query: torch.Tensor, keys: int) -> int:
+    """Tokens whose logits are made at a time."""
+    return max(1, _NUMBERS // max(1, query.shape[0] * query.shape[1] * keys))
+
+
+def _logits(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, causal: bool, window: int | None, scaling: float,
+    softcap: float | None, start: int, stop: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Logits of the tokens from ``start`` to ``stop``, (batch, heads, rows, keys) in float32: before and after the mask."""
+    batch, heads, tokens, size = query.shape
+    count, keys = key.shape[1:3]
+    rows = query[:, :, start:stop].reshape(batch, count, -1, size)  # the heads of a group share their keys
+    logits = (rows @ key.transpose(-1, -2)).view(batch, heads, stop - start, keys).float() * scaling
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    masked = logits
+    if mask is not None:
+        part = (mask[..., start:stop, :] if mask.shape[-2] > 1 else mask)[..., :keys]
+        masked = logits.masked_fill(~part, float("-inf")) if part.dtype == torch.bool else logits + part
+    if causal or window is not None:
+        at = torch.arange(start, stop, device=query.device) + (keys - tokens)
+        distance = at[:, None] - torch.arange(keys, device=query.device)
+        hidden = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
+        if window is not None:
+            hidden = hidden | (distance >= window if causal else distance.abs() > window)
+        masked = masked.masked_fill(hidden, float("-inf"))
+    return logits, masked
+
+
+class _LogSumExp(torch.autograd.Function):
+    """Saves queries and keys, which attention saves too, and one number a row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, causal: bool, window: int | None,
+        scaling: float, softcap: float | None,
+    ) -> torch.Tensor:  # fmt: skip
+        step, tokens = _rows(query, key.shape[2]), query.shape[2]
+        parts = []
+        for start in range(0, tokens, step):
+            _, logits = _logits(query, key, mask, causal, window, scaling, softcap, start, min(start + step, tokens))
+            parts.append(torch.logsumexp(logits, -1, keepdim=True))
+        # a padding row may see nothing: a number whose exponential is 0 and whose difference to itself is 0
+        lse = torch.cat(parts, 2).clamp_min(-1e30)
+        ctx.save_for_backward(query, key, mask, lse)
+        ctx.options = (causal, window, scaling, softcap)
+        return lse
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        query, key, mask, lse = ctx.saved_tensors
+        causal, window, scaling, softcap = ctx.options
+        batch, heads, tokens, size = query.shape
+        count, keys = key.shape[1:3]
+        step = _rows(query, keys)
+        rows_gradient = []
+        key_gradient = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
+        for start in range(0, tokens, step):
+            stop = min(start + step, tokens)
+            logits, masked = _logits(query, key, mask, causal, window, scaling, softcap, start, stop)
+            slope = torch.exp(masked - lse[:, :, start:stop]) * gradient[:, :, start:stop]
+            if softcap is not None:
+                slope = slope * (1 - (logits / softcap).square())
+            slope = (slope * scaling).to(query.dtype).view(batch, count, -1, keys)
+            rows = query[:, :, start:stop].reshape(batch, count, -1, size)
+            rows_gradient.append((slope @ key).view(batch, heads, stop - start, size))
+            key_gradient += (slope.transpose(-1, -2) @ rows).float()
+        return torch.cat(rows_gradient, 2), key_gradient.to(key.dtype), None, None, None, None, None
