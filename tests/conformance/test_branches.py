@@ -194,7 +194,7 @@ def test_a_stored_branch_of_another_size_is_refused_before_memory_is_taken(metho
     model.save_pretrained(tmp_path / "base")
     attachment = put(model, method)
     save(model, tmp_path / "delta", base=tmp_path / "base")
-    other = copy.deepcopy(tiny("llama", hidden_size=64, num_attention_heads=8))
+    other = copy.deepcopy(tiny("llama", hidden_size=64))
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(EspalierError, match="holds tensors"):
         load(tmp_path / "other", [tmp_path / "delta"], any_base=True)

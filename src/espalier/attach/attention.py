@@ -57,10 +57,10 @@ def _with_branches(
     reach = _reach(module, query, attention_mask, kwargs)
     lse = log_sum_exp(query, key, *reach, kwargs.get("segment_lengths"), scaling, softcap)  # (batch, heads, tokens, 1)
     if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.float().reshape(1, -1, 1, 1))
+        lse = torch.logaddexp(lse, sinks.to(lse.dtype).reshape(1, -1, 1, 1))
     if slots[0].site.heads != query.shape[1] or kwargs.get("position_bias") is not None:
         raise RuntimeError(f"{type(module).__name__} attends in a way that branches in attention do not know")
-    out = output.transpose(1, 2).float()
+    out = output.transpose(1, 2).to(lse.dtype)
     for slot in slots:
         numerator, denominator, log_scale = slot.terms(query, scaling, softcap)
         top = torch.maximum(lse, torch.as_tensor(log_scale, device=lse.device)).detach()
@@ -88,7 +88,7 @@ def log_sum_exp(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, causal: bool, window: int | None,
     lengths: tuple[int, ...] | None, scaling: float, softcap: float | None,
 ) -> torch.Tensor:  # fmt: skip
-    """The logarithm of attention's denominator, float32 (batch, heads, tokens, 1).
+    """The logarithm of attention's denominator, (batch, heads, tokens, 1) in float32 (float64 for float64).
 
     Args:
         query: (batch, heads, tokens, head_dim).
@@ -106,6 +106,11 @@ def log_sum_exp(
     return torch.cat([_LogSumExp.apply(q, k, mask, causal, window, scaling, softcap) for q, k in parts], 2)
 
 
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype in which exponentials are summed."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def _rows(query: torch.Tensor, keys: int) -> int:
     """Tokens whose logits are made at a time."""
     return max(1, _NUMBERS // max(1, query.shape[0] * query.shape[1] * keys))
@@ -115,11 +120,11 @@ def _logits(
     query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, causal: bool, window: int | None, scaling: float,
     softcap: float | None, start: int, stop: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Logits of the tokens from ``start`` to ``stop``, (batch, heads, rows, keys) in float32: before and after the mask."""
+    """Logits of the tokens from ``start`` to ``stop``, (batch, heads, rows, keys), at least float32: before and after the mask."""
     batch, heads, tokens, size = query.shape
     count, keys = key.shape[1:3]
     rows = query[:, :, start:stop].reshape(batch, count, -1, size)  # the heads of a group share their keys
-    logits = (rows @ key.transpose(-1, -2)).view(batch, heads, stop - start, keys).float() * scaling
+    logits = (rows @ key.transpose(-1, -2)).view(batch, heads, stop - start, keys).to(_wide(query)) * scaling
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     masked = logits
@@ -163,7 +168,7 @@ class _LogSumExp(torch.autograd.Function):
         count, keys = key.shape[1:3]
         step = _rows(query, keys)
         rows_gradient = []
-        key_gradient = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
+        key_gradient = torch.zeros(key.shape, dtype=_wide(key), device=key.device)
         for start in range(0, tokens, step):
             stop = min(start + step, tokens)
             logits, masked = _logits(query, key, mask, causal, window, scaling, softcap, start, stop)
@@ -173,5 +178,5 @@ class _LogSumExp(torch.autograd.Function):
             slope = (slope * scaling).to(query.dtype).view(batch, count, -1, keys)
             rows = query[:, :, start:stop].reshape(batch, count, -1, size)
             rows_gradient.append((slope @ key).view(batch, heads, stop - start, size))
-            key_gradient += (slope.transpose(-1, -2) @ rows).float()
+            key_gradient += slope.transpose(-1, -2) @ rows
         return torch.cat(rows_gradient, 2), key_gradient.to(key.dtype), None, None, None, None, None

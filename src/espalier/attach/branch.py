@@ -61,7 +61,7 @@ class Branch(Method):
 
         - ``sublayer``: gets x (..., width), the sublayer's input or output; returns the change, alike.
         - ``heads``: gets the queries (batch, heads, tokens, head_dim) as attention sees them; ``part`` also has ``scaling``
-          and ``cap``, which attention's own logits go through. Returns what the branch adds to the numerator of attention
+          and ``cap``, which attention's own logits go through, and ``wide``, the dtype that sums are made in. Returns what the branch adds to the numerator of attention
           (batch, heads, tokens, head_dim), to its denominator (batch, heads, tokens, 1), and the logarithm of the scale
           of both, a number or alike.
         - ``embedding``: gets nothing; returns the vectors (n, width) that every sequence begins with.

@@ -128,7 +128,7 @@ class HeadsSlot(BranchSlot):
         def cap(logits: torch.Tensor) -> torch.Tensor:
             return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
-        part = View(self, query.dtype, scaling=scaling, cap=cap)
+        part = View(self, query.dtype, scaling=scaling, cap=cap, wide=torch.promote_types(query.dtype, torch.float32))
         return self.method.branch(part, query)
 
 
