@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from espalier import registry
+from espalier.anatomy.site import sites
 from espalier.attach.attachment import Attachment, attachments
 from espalier.attach.branch import Branch
 from espalier.checkpoint import peft_adapter
@@ -16,7 +17,7 @@ from espalier.checkpoint.directory import ModelDirectory, resolve_model
 from espalier.data.encode import Encoder
 from espalier.delta import store
 from espalier.errors import EspalierError
-from espalier.exchange import peft_lora
+from espalier.exchange import peft_lora, peft_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,8 +100,10 @@ def write(model: PreTrainedModel, attachment: Attachment, manifest: dict[str, An
         return {"bytes": 0, "peft": "another process writes"}
     if store.is_delta(out):
         peft_adapter.remove(out)  # the old delta's files: PEFT may not be able to hold the new one
-    size = store.save(out, delta, card(manifest))
-    return {"bytes": size, "peft": peft_lora.export(out, delta, targets, str(manifest["base"]["name"]), model)}
+    size = store.save(out, delta, card(manifest, bool(delta.branches)))
+    name = str(manifest["base"]["name"])
+    why = peft_prompt.export(out, delta, sites(model), name) if delta.branches else peft_lora.export(out, delta, targets, name, model)
+    return {"bytes": size, "peft": why}
 
 
 def _is_writer() -> bool:
@@ -109,8 +112,8 @@ def _is_writer() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
-def card(manifest: Mapping[str, Any]) -> str:
-    """The model card of a delta."""
+def card(manifest: Mapping[str, Any], branched: bool = False) -> str:
+    """The model card of a delta; one with branches cannot be applied."""
     base, training = manifest["base"], manifest["training"]
     options = ", ".join(f"{k} {v}" for k, v in manifest["hyperparameters"].items())
     facts = "".join(f"- {key.replace('_', ' ')}: {value}\n" for key, value in training.items())
@@ -120,5 +123,5 @@ def card(manifest: Mapping[str, Any]) -> str:
         f"Method `{manifest['method']}`{f' ({options})' if options else ''}; loss over {manifest['mask_policy']}; base "
         f"fingerprint `{base['fingerprint']}`.\n\n{facts}\n"
         f"    espalier generate --model {base['name']} --delta . --prompt TEXT\n"
-        f"    espalier apply --model {base['name']} --delta . --out MERGED\n"
+        + ("" if branched else f"    espalier apply --model {base['name']} --delta . --out MERGED\n")
     )
