@@ -49,6 +49,11 @@ class Site:
     layers: int = 0
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what the branch reads, but for the tokens."""
+        return (self.width,)
+
+    @property
     def place(self) -> Place:
         """The kind, with the two sublayers as one."""
         return "sublayer" if self.kind == "attention" or self.kind == "mlp" else self.kind

@@ -70,6 +70,11 @@ def attachments(model: nn.Module) -> dict[str, Attachment]:
     return model.__dict__.setdefault("_espalier_attachments", {})
 
 
+def positions_taken(model: nn.Module) -> int:
+    """How many positions in front of every sequence the branches on a model take."""
+    return sum(a.method.positions() for a in attachments(model).values() if a.branches and isinstance(a.method, Branch))
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name to parameter, of all that require gradients."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -197,24 +202,18 @@ def attach(
         shared = made.start_shared(chosen, streams(seed, made.name))
         return Pool(made, chosen, ready(shared, next(model.parameters()).device)) if shared else None
 
+    chosen = targets_of(model, made, patterns)
     if isinstance(made, Branch):
-        places = select_sites([site for site in sites(model) if made.accepts(site)], patterns)
-        if dropout and (other := [site.name for site in places if site.place != "sublayer"]):
+        if dropout and (other := [site.name for site in chosen if site.place != "sublayer"]):
             raise EspalierError(f"dropout {dropout} cannot act on the branch at {other[0]}, which has no input; set dropout to 0")
         _freeze(model)
-        attachment = Attachment(_fresh_name(model, name or made.name), made, {}, pool_of(places), settings)
-        for site in places:
+        attachment = Attachment(_fresh_name(model, name or made.name), made, {}, pool_of(chosen), settings)
+        for site in chosen:
             device = next(model.get_submodule(site.owner).parameters()).device
             tensors = ready(made.at(site).start(site, model, streams(seed, site.name)), device)
             attachment.branches[site.name] = PLACES[site.place](made.at(site), site, tensors, attachment.pool, 1.0, dropout, device)
     else:
         assert isinstance(made, Adapter)
-        chosen = select(parameters(model), patterns)
-        if refused := [t.name for t in chosen if not made.accepts(t)]:
-            raise EspalierError(
-                f"{made.name} takes {made.takes}; --targets {','.join(patterns)} also names {refused[0]} "
-                f"({len(refused)} such of {len(chosen)})"
-            )
         _freeze(model)
         findings: Mapping[str, Any] = {}
         if streams is Stream:
@@ -231,6 +230,25 @@ def attach(
     _install(model, attachment)
     model.train(model.training)
     return model
+
+
+def targets_of(model: nn.Module, method: Method, targets: str | Sequence[str]) -> list[Any]:
+    """The parameters (or, for a branch, sites) of a model that the patterns name; for a method that can be at all of them.
+
+    Raises:
+        EspalierError: when a pattern names nothing, or a parameter that the method cannot update.
+    """
+    patterns = _patterns(targets)
+    if isinstance(method, Branch):
+        return select_sites([site for site in sites(model) if method.accepts(site)], patterns)
+    assert isinstance(method, Adapter)
+    chosen = select(parameters(model), patterns)
+    if refused := [t.name for t in chosen if not method.accepts(t)]:
+        raise EspalierError(
+            f"{method.name} takes {method.takes}; --targets {','.join(patterns)} also names {refused[0]} "
+            f"({len(refused)} such of {len(chosen)})"
+        )
+    return chosen
 
 
 def _freeze(model: nn.Module) -> None:

@@ -94,6 +94,9 @@ class Branch(Method):
         """Trained numbers that the sites share."""
         return 0
 
+    def trained(self, targets: Sequence[Site]) -> int:
+        return super().trained(targets) + self.count_shared(targets)
+
 
 class Composed(Branch):
     """A method that is made of others, each at its own place."""

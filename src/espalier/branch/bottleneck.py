@@ -52,7 +52,7 @@ class Bottleneck(Branch):
 
 
 @brancher(
-    "houlsby", ids=(), paper="arXiv:1902.00751", learning_rate=1e-3, targets="attention,mlp",
+    "houlsby", ids=(), paper="arXiv:1902.00751", learning_rate=1e-3, size="width", targets="attention,mlp",
     form="act(x W_d) W_u", place="sublayer", insertion="sequential", composition="h + change",
 )  # fmt: skip
 class Houlsby(Bottleneck):
@@ -68,7 +68,7 @@ class Houlsby(Bottleneck):
 
 
 @brancher(
-    "pfeiffer", ids=(), paper="arXiv:2005.00247", learning_rate=1e-3, targets="mlp",
+    "pfeiffer", ids=(), paper="arXiv:2005.00247", learning_rate=1e-3, size="width", targets="mlp",
     form="act(x W_d) W_u", place="sublayer", insertion="sequential", composition="h + change",
 )  # fmt: skip
 class Pfeiffer(Bottleneck):
@@ -81,7 +81,7 @@ class Pfeiffer(Bottleneck):
 
 
 @brancher(
-    "parallel-adapter", ids=(213,), paper="arXiv:2110.04366", learning_rate=1e-3, targets="mlp",
+    "parallel-adapter", ids=(213,), paper="arXiv:2110.04366", learning_rate=1e-3, size="width", targets="mlp",
     form="act(x W_d) W_u", place="sublayer", insertion="parallel", composition="h + change",
 )  # fmt: skip
 class ParallelAdapter(Bottleneck):
@@ -94,7 +94,7 @@ class ParallelAdapter(Bottleneck):
 
 
 @brancher(
-    "scaled-parallel-adapter", ids=(213,), paper="arXiv:2110.04366", learning_rate=1e-3, targets="mlp",
+    "scaled-parallel-adapter", ids=(213,), paper="arXiv:2110.04366", learning_rate=1e-3, size="width", targets="mlp",
     form="act(x W_d) W_u", place="sublayer", insertion="parallel", composition="h + s change",
 )  # fmt: skip
 class ScaledParallelAdapter(Bottleneck):

@@ -17,7 +17,7 @@ from espalier.registry import brancher
 
 
 @brancher(
-    "compacter", ids=(53,), paper="arXiv:2106.04647", learning_rate=3e-3, targets="attention,mlp", form="act(x W_d) W_u",
+    "compacter", ids=(53,), paper="arXiv:2106.04647", learning_rate=3e-3, size="rank", targets="attention,mlp", form="act(x W_d) W_u",
     place="sublayer", insertion="sequential", composition="h + change", starts_as_base=False,
 )  # fmt: skip
 class Compacter(Branch):

@@ -19,7 +19,7 @@ from espalier.registry import brancher
 
 
 @brancher(
-    "prefix", ids=(213,), paper="arXiv:2101.00190", learning_rate=1e-2, targets="heads", form="softmax(x W_q P_k^T) P_v", place="heads",
+    "prefix", ids=(213,), paper="arXiv:2101.00190", learning_rate=1e-2, size="length", targets="heads", form="softmax(x W_q P_k^T) P_v", place="heads",
     insertion="parallel", composition="(1 - lambda) h + lambda change", starts_as_base=False,
 )  # fmt: skip
 class Prefix(Branch):

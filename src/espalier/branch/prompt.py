@@ -20,7 +20,7 @@ _LAYERS = ("first", "second", "third")
 
 
 @brancher(
-    "prompt", ids=(), paper="arXiv:2104.08691", learning_rate=1e-2, targets="embedding", form="P", place="embedding",
+    "prompt", ids=(), paper="arXiv:2104.08691", learning_rate=1e-2, size="prompt_length", targets="embedding", form="P", place="embedding",
     insertion="parallel", composition="[P; h]", starts_as_base=False,
 )  # fmt: skip
 class Prompt(Branch):

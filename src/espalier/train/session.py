@@ -146,17 +146,23 @@ def must_pad(model: PreTrainedModel, vocabulary: int, display: Display) -> bool:
 DEFAULT_LENGTH = 512
 
 
-def fitting_length(asked: int | None, config: Any) -> int:
+def fitting_length(asked: int | None, config: Any, taken: int = 0) -> int:
     """The sequence length to use: the one asked for, or the default, cut to the positions that the model has.
+
+    Args:
+        taken: positions in front of every sequence that a branch takes.
 
     Raises:
         EspalierError: when more positions are asked for than the model has.
     """
     longest = getattr(config, "max_position_embeddings", None)
+    if longest and longest <= taken:
+        raise EspalierError(f"the branch takes {taken} positions; the model has {longest}")
     if asked is None:
-        return min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
-    if longest and asked > longest:
-        raise EspalierError(f"sequence_length is {asked}; the model has {longest} positions")
+        return min(DEFAULT_LENGTH, longest - taken if longest else DEFAULT_LENGTH)
+    if longest and asked > longest - taken:
+        beside = f", of which the branch takes {taken}" if taken else ""
+        raise EspalierError(f"sequence_length is {asked}; the model has {longest} positions{beside}")
     return asked
 
 

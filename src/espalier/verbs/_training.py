@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from espalier import registry
-from espalier.anatomy.parameters import parameters, select
 from espalier.attach.attachment import (
     Statistics,
     attach,
     attachments,
     release_base,
     settle,
+    targets_of,
     trainable_parameters,
 )
+from espalier.attach.branch import Branch
 from espalier.attach.course import Course
 from espalier.attach.device import pick_device
 from espalier.attach.load import DTYPES, MALFORMED, empty_model, load_model, load_tokenizer, torch_dtype
@@ -143,7 +144,8 @@ class Job:
             self._fit_method(parse_numbers(a["trainable"]), config_at)
         self.tokenizer = load_tokenizer(tokenizer_at)
         self.encoder = Encoder(self.tokenizer)
-        a["sequence_length"] = session.fitting_length(a["sequence_length"], self.config)
+        taken = self.method.positions() if isinstance(self.method, Branch) else 0
+        a["sequence_length"] = session.fitting_length(a["sequence_length"], self.config, taken)
         if len(self.tokenizer) > self.config.vocab_size:
             raise EspalierError(
                 f"the tokenizer in {tokenizer_at} has {len(self.tokenizer)} tokens, the model {self.config.vocab_size}"
@@ -159,9 +161,9 @@ class Job:
         """Make the method as large as ``--trainable`` allows."""
         if self.method.size in self.given:
             raise EspalierError(f"give --{self.method.size} or --trainable, not both")
-        targets = select(parameters(empty_model(config_at)), [part.strip() for part in self.a["targets"].split(",")])
+        targets = targets_of(empty_model(config_at), self.method, self.a["targets"])
         self.method = fit(self.method, targets, numbers)
-        value, count = getattr(self.method, self.method.size), sum(self.method.count(target) for target in targets)
+        value, count = getattr(self.method, self.method.size), self.method.trained(targets)
         self.hyperparameters[self.method.size] = value
         self.display.note(f"--trainable {self.a['trainable']}: {self.method.size} {value} trains {count:,} numbers")
 

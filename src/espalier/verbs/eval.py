@@ -52,7 +52,7 @@ def eval(
     from contextlib import ExitStack
     from pathlib import Path
 
-    from espalier.attach.attachment import attachments
+    from espalier.attach.attachment import attachments, positions_taken
     from espalier.attach.load import load_model, load_tokenizer, put_on
     from espalier.checkpoint.directory import ModelDirectory, resolve_model
     from espalier.data.encode import Encoder
@@ -79,10 +79,10 @@ def eval(
     encoder = Encoder(tokenizer)
     store = open_store(open_source(data), encoder)
     loaded = load_model(directory.path, dtype, device)
-    sequence_length = session.fitting_length(sequence_length, loaded.config)
     for folder in delta or ():
         manifest = put_on(loaded, Path(folder), directory, any_base=any_base, scale=scale).manifest
         session.check_tokenizer(manifest, folder, encoder, store.kind, display)
+    sequence_length = session.fitting_length(sequence_length, loaded.config, positions_taken(loaded))
     chunk, padded = default_chunk(loaded.config.vocab_size), session.must_pad(loaded, loaded.config.vocab_size, display)
     scored: Any = loaded
     models = [loaded]
