@@ -58,7 +58,7 @@ def test_info_lists_the_branches_and_what_works_on_weights_refuses_them(tuned: t
 
 
 def test_a_damaged_branch_is_refused(tuned: tuple[str, Path, dict]) -> None:
-    method, out, _ = tuned
+    _, out, _ = tuned
     manifest = json.loads((out / "delta.json").read_text())
     site = next(iter(manifest["branches"]))
     kept = (out / "delta.json").read_text()

@@ -50,7 +50,8 @@ class Compacter(Branch):
         return -(-site.width // (self.reduction * self.products)) * self.products
 
     def start(self, site: Site, model: nn.Module, stream: Stream) -> Tensors:
-        n, r, m, tensors = self.products, self.rank, self._inner(site), {}
+        n, r, m = self.products, self.rank, self._inner(site)
+        tensors: Tensors = {}
         for name, inputs, outputs in (("down", site.width, m), ("up", m, site.width)):
             for factor, shape in (("s", (n, inputs // n, r)), ("t", (n, r, outputs // n))):
                 bound = (6 / (shape[1] + shape[2])) ** 0.5
