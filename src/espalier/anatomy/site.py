@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from espalier.anatomy.structure import Block, anatomy
@@ -35,6 +35,7 @@ class Site:
         width: size of the vectors that the branch reads and changes.
         heads, key_value_heads, head_dim: of the attention, for ``heads`` and ``model``.
         layers: blocks of the model.
+        config: the model's, for ``model``.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Site:
     key_value_heads: int = 0
     head_dim: int = 0
     layers: int = 0
+    config: Any = field(default=None, repr=False, compare=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -78,8 +80,13 @@ def sites(model: nn.Module) -> list[Site]:
     heads = (first.heads, first.key_value_heads, first.head_dim, len(found.blocks))
     made = [site for block in found.blocks for site in _of_block(block, found.hidden_size, len(found.blocks))]
     made.append(Site("embedding", "embedding", None, backbone, backbone, int(embedding.weight.shape[-1]), *heads))
-    made.append(Site("model", "model", None, backbone, backbone, found.hidden_size, *heads))
+    made.append(Site("model", "model", None, backbone, backbone, found.hidden_size, *heads, config=model.config))
     return made
+
+
+def block_paths(model: nn.Module) -> list[str]:
+    """The paths of a model's blocks, in order."""
+    return [block.path for block in anatomy(model).blocks]
 
 
 def _of_block(block: Block, width: int, layers: int) -> Iterable[Site]:

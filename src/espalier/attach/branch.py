@@ -65,10 +65,15 @@ class Branch(Method):
           (batch, heads, tokens, head_dim), to its denominator (batch, heads, tokens, 1), and the logarithm of the scale
           of both, a number or alike.
         - ``embedding``: gets nothing; returns the vectors (n, width) that every sequence begins with.
-        - ``model``: gets the hidden states (batch, tokens, width) before every block, and the last one, and the arguments
-          of the model's forward; returns the change of the last.
+        - ``model``: gets the hidden states (batch, tokens, width) that the first block gets and every block gives, and the
+          arguments of the model's forward by name, without the tokens; ``part`` also has ``machine`` and ``implementation``,
+          that of the model's attention. Returns the change of the last hidden state. No gradient goes into the model.
         """
         raise NotImplementedError
+
+    def machine(self, site: Site) -> nn.Module | None:
+        """At ``model``: a module for :meth:`branch` to run on the tensors; its own parameters are thrown away."""
+        return None
 
     def stored(self) -> Branch:
         """The method as which the tensors of :meth:`export` are loaded again; by default itself."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from espalier.anatomy.site import Site, backbone_path
+from espalier.anatomy.site import Site, backbone_path, block_paths
 from espalier.attach import attention
 from espalier.attach.branch import Branch
 from espalier.attach.method import Tensors
@@ -214,7 +214,67 @@ def cached(arguments: dict[str, Any]) -> int:
 
 
 class ModelSlot(BranchSlot):
-    """Changes the last hidden state, from the hidden states before every block and that one."""
+    """Changes the last hidden state, from those between the blocks; it stands outside the model's own graph."""
+
+    def install(self, model: nn.Module) -> None:
+        machine = self.method.machine(self.site)
+        for module in machine.modules() if machine is not None else ():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        self.__dict__["_machine"] = machine  # not a child: it has no numbers
+        self._move_machine(lambda tensor: tensor.to(self.gain.device))
+        self._hidden: list[torch.Tensor] = []
+        self._arguments: dict[str, Any] = {}
+        owner = model.get_submodule(self.site.owner)
+        blocks = [model.get_submodule(path) for path in block_paths(model)]
+        self._handles.append(owner.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._handles.append(blocks[0].register_forward_pre_hook(self._first, with_kwargs=True))
+        self._handles += [block.register_forward_hook(self._gave) for block in blocks]
+        self._handles.append(owner.register_forward_hook(self._write))
+
+    def _move_machine(self, fn: Any) -> None:
+        machine: nn.Module | None = self.__dict__.get("_machine")
+        for module in machine.modules() if machine is not None else ():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(fn(buffer).device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self._move_machine(fn)
+        return self
+
+    def remove(self, model: nn.Module) -> None:
+        super().remove(model)
+        del self.__dict__["_machine"]
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._hidden.clear()
+        self._arguments = {name: value for name, value in named_inputs(args, kwargs).items() if name not in ("input_ids", "inputs_embeds")}
+
+    def _first(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.active:
+            self._hidden.append((args[0] if args else kwargs["hidden_states"]).detach())
+
+    def _gave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self.active:
+            self._hidden.append((output[0] if isinstance(output, tuple) else output).detach())
+
+    def _write(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        hidden, arguments = list(self._hidden), self._arguments
+        self._hidden.clear()
+        self._arguments = {}
+        if not hidden:
+            return output
+        last = output[0] if isinstance(output, tuple) else output["last_hidden_state"]
+        arguments["past_key_values"] = None if isinstance(output, tuple) else output.get("past_key_values")
+        implementation = module.config._attn_implementation  # type: ignore[union-attr]
+        part = View(self, last.dtype, machine=self._machine, implementation=implementation)
+        changed = last + self.gain * self.method.branch(part, hidden, arguments)
+        if isinstance(output, tuple):
+            return (changed, *output[1:])
+        output["last_hidden_state"] = changed
+        return output
 
 
 PLACES: dict[str, Callable[..., BranchSlot]] = {
