@@ -301,6 +301,22 @@ def test_generation_with_a_cache_gives_what_it_gives_without(method: str, family
     assert torch.equal(made[0][:, 11], whole[:, -1].argmax(-1))
 
 
+@every_causal
+@every_method
+def test_a_row_padded_on_the_left_is_continued_as_it_is_alone(method: str, family: str) -> None:
+    model = fresh(family)
+    put(model, method)
+    randomize(model)
+    x = ids(model)
+    mask = torch.ones_like(x)
+    mask[1, :4] = 0
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
+    both = model.generate(x, attention_mask=mask, **options)
+    alone = model.generate(x[1:, 4:], attention_mask=mask[1:, 4:], **options)
+    for here, there in zip(both.logits, alone.logits, strict=True):
+        torch.testing.assert_close(here[1:], there, rtol=1e-4, atol=1e-4)
+
+
 @every_family
 @every_method
 def test_padding_changes_nothing(method: str, family: str) -> None:

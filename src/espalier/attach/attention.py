@@ -77,6 +77,8 @@ def _reach(
     """What a query attends to, as the implementations read their arguments: (4-D mask, whether causal beside it, window)."""
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        raise RuntimeError(f"branches in attention do not know the mask of {module.config._attn_implementation}; set_attn_implementation('sdpa')")  # type: ignore[union-attr]
     if mask is not None and mask.dim() == 4:
         return mask, False, None
     if mask is not None:  # flash attention: (batch, keys)

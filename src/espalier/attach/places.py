@@ -6,7 +6,7 @@ a copied model has hooks of its own. A slot that is not active changes nothing.
 
 from __future__ import annotations
 
-import os
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -69,7 +69,8 @@ class SublayerSlot(BranchSlot):
         if self.method.insertion == "parallel":
             self._handles.append(model.get_submodule(reads).register_forward_pre_hook(self._read, with_kwargs=True))
             # recomputation may stop between reading and writing; then nothing is to be left
-            around = os.path.commonpath([owner.replace(".", "/"), reads.replace(".", "/")]).replace("/", ".")
+            shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(owner.split("."), reads.split("."), strict=False))
+            around = ".".join(part for part, _ in shared)
             self._handles.append(model.get_submodule(around).register_forward_hook(self._forget, always_call=True))
 
     def _read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
