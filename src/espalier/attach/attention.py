@@ -17,6 +17,7 @@ function with the branches behind it. Modules without branches are not affected.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -104,8 +105,15 @@ def log_sum_exp(
     """
     if lengths is None:
         return _LogSumExp.apply(query, key, mask, causal, window, scaling, softcap)
-    parts = zip(query.split(lengths, 2), key.split(lengths, 2), strict=True)
-    return torch.cat([_LogSumExp.apply(q, k, mask, causal, window, scaling, softcap) for q, k in parts], 2)
+    groups = [(length, len(list(group))) for length, group in itertools.groupby(lengths)]
+    sizes = [length * count for length, count in groups]
+    parts = []
+    for (length, count), q, k in zip(groups, query.split(sizes, 2), key.split(sizes, 2), strict=True):
+        # neighbours of equal length are a batch: (count, heads, length, head_dim)
+        q, k = (t[0].unflatten(1, (count, length)).transpose(0, 1) for t in (q, k))
+        lse = _LogSumExp.apply(q, k, None, causal and length > 1, window, scaling, softcap)
+        parts.append(lse.transpose(0, 1).flatten(1, 2)[None])
+    return torch.cat(parts, 2)
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

@@ -348,7 +348,8 @@ class Job:
         self.size = written["bytes"]
         self.display.note(f"the delta is in {out} ({format_bytes(self.size)})")
         if written["peft"]:
-            self.display.note(f"PEFT cannot load it as it is: {written['peft']}; `espalier apply` makes a model of it")
+            otherwise = "" if self.attachment.branches else "; `espalier apply` makes a model of it"
+            self.display.note(f"PEFT cannot load it as it is: {written['peft']}{otherwise}")
 
     def save_model(self, out: Path) -> None:
         """The trained model as an ordinary checkpoint."""

@@ -47,7 +47,7 @@ def tune(
         data: text file, folder of text files, .jsonl file, or stdlib:NAME
         out: directory of the delta (and, under run/, of checkpoints and metrics)
         method: what is trained (see `espalier methods`)
-        targets: parameters to update: roles such as attention,mlp,embedding or globs; default: the method's own
+        targets: parameters to update: roles such as attention,mlp,embedding or globs (sites of a branch); default: the method's own
         trainable: train at most so many numbers (such as 200k) or bytes of them (2MiB): sets the method's rank, or what stands for it
         steps: optimizer steps; give this or --epochs (default: 1 epoch)
         epochs: passes over the data
