@@ -84,11 +84,29 @@ def test_log_sum_exp_and_its_gradients_are_those_of_the_plain_one(
     torch.testing.assert_close(log_sum_exp(q, k, torch.where(mask, 0.0, -1e30), False, None, None, 0.5, softcap), theirs)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_kernels_log_sum_exp_is_that_of_the_plain_twin(causal: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, y = (torch.randn(2, heads, 70, size, generator=generator, dtype=dtype, requires_grad=True) for heads, size in ((4, 8), (2, 8), (4, 1)))
+    results = []
+    for fast in (True, False):
+        if not fast:
+            monkeypatch.setattr(attention, "_is_fast", lambda *arguments: False)
+        made = log_sum_exp(q, k, None, causal, None, None, 0.5, None)
+        results.append((made, *torch.autograd.grad((made * y).sum(), (q, k))))
+    torch.testing.assert_close(results[0], results[1], rtol=tolerance, atol=tolerance)
+
+
 def test_no_logits_are_kept_for_the_backward_pass() -> None:
     q, k = torch.randn(1, 4, 64, 8, requires_grad=True), torch.randn(1, 2, 64, 8, requires_grad=True)
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
         log_sum_exp(q, k, None, True, None, None, 0.3, None)
+    assert sorted(kept) == [4 * 64, k.numel(), q.numel(), q.numel()]
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+        log_sum_exp(q, k, None, True, 32, None, 0.3, None)
     assert sorted(kept) == [4 * 64, k.numel(), q.numel()]
 
 

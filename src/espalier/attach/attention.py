@@ -151,14 +151,37 @@ def _logits(
     return logits, masked
 
 
+_KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_KERNEL_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _is_fast(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, causal: bool, window: int | None, softcap: float | None
+) -> bool:
+    """Whether the CPU's kernel does this (in bfloat16 it keeps code for every length; see ``memory/packed_attention.py``)."""
+    plain = mask is None and window is None and softcap is None and (not causal or query.shape[2] == key.shape[2])
+    return plain and query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64)
+
+
 class _LogSumExp(torch.autograd.Function):
-    """Saves queries and keys, which attention saves too, and one number a row."""
+    """Saves queries and keys, which attention saves too, and one number a row.
+
+    Where nothing but causality is hidden, the CPU's own kernel does the work: it gives the log-sum-exp beside attention
+    over the keys as values, ``o = softmax(q K^T) K``, in which the gradients are ``o`` for q and those of the values for K.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, causal: bool, window: int | None,
         scaling: float, softcap: float | None,
     ) -> torch.Tensor:  # fmt: skip
+        ctx.options = (causal, window, scaling, softcap)
+        ctx.fast = _is_fast(query, key, mask, causal, window, softcap)
+        if ctx.fast:
+            own = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+            out, lse = _KERNEL(query, own, own, 0.0, causal, scale=scaling)
+            ctx.save_for_backward(query, key, out, lse)
+            return lse[..., None]
         step, tokens = _rows(query, key.shape[2]), query.shape[2]
         parts = []
         for start in range(0, tokens, step):
@@ -167,7 +190,6 @@ class _LogSumExp(torch.autograd.Function):
         # a padding row may see nothing: a number whose exponential is 0 and whose difference to itself is 0
         lse = torch.cat(parts, 2).clamp_min(-1e30)
         ctx.save_for_backward(query, key, mask, lse)
-        ctx.options = (causal, window, scaling, softcap)
         return lse
 
     @staticmethod
@@ -176,6 +198,11 @@ class _LogSumExp(torch.autograd.Function):
         causal, window, scaling, softcap = ctx.options
         batch, heads, tokens, size = query.shape
         count, keys = key.shape[1:3]
+        if ctx.fast:
+            own, out = key.repeat_interleave(heads // count, 1), mask
+            _, _, slope = _KERNEL_BACKWARD(query * gradient, query, own, own, out, lse, 0.0, causal, scale=scaling)
+            slope = slope.view(batch, count, heads // count, keys, size).sum(2)
+            return out * gradient * scaling, slope * scaling, None, None, None, None, None
         step = _rows(query, keys)
         rows_gradient = []
         key_gradient = torch.zeros(key.shape, dtype=_wide(key), device=key.device)
