@@ -7,9 +7,11 @@ The methods come from the registry, with their default options. What is special 
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import json
 import math
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -43,9 +45,27 @@ def fresh(family: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     return copy.deepcopy(tiny(family)).to(dtype).eval()
 
 
-def put(model: torch.nn.Module, method: str, **options: object) -> Attachment:
-    attach(model, method, name="d", seed=3, **options)
+def put(model: torch.nn.Module, method: str) -> Attachment:
+    attach(model, method, name="d", seed=3, **needed(method, model.config.model_type))
     return attachments(model)["d"]
+
+
+def needed(method: str, family: str) -> dict[str, str]:
+    """The options that a method declares it cannot do without."""
+    return {"sources": sources(family)} if registry.find(method).settings.get("needs") == "sources" else {}
+
+
+@functools.cache
+def sources(family: str) -> str:
+    """Two trained deltas of a branch."""
+    folder = Path(tempfile.mkdtemp(prefix="espalier-tests-"))
+    for number in (0, 1):
+        model = fresh(family)
+        model.save_pretrained(folder / "base")
+        attach(model, "pfeiffer", width=3, seed=number)
+        randomize(model)
+        save(model, folder / str(number), base=folder / "base")
+    return f"{folder / '0'},{folder / '1'}"
 
 
 def randomize(model: torch.nn.Module, size: float = 0.1) -> None:
@@ -98,7 +118,7 @@ def test_planning_counts_the_same_and_draws_no_random_number(method: str, family
     attachment = put(fresh(family), method)
     monkeypatch.setattr(philox, "philox", lambda *arguments: pytest.fail("a number was drawn"))
     step = trace_step(
-        config(family), registry.make(method, "brancher"), {"targets": attachment.settings["targets"]}, dtype=torch.float32, tokens=8,
+        config(family), registry.make(method, "brancher", **needed(method, family)), {"targets": attachment.settings["targets"]}, dtype=torch.float32, tokens=8,
         sequence_length=8, recompute=False, chunk=8,
     )  # fmt: skip
     assert step.trained == attachment.trainable() and step.peak > 0
@@ -106,7 +126,7 @@ def test_planning_counts_the_same_and_draws_no_random_number(method: str, family
 
 @every_method
 def test_every_branch_declares_the_fields_of_the_unified_view(method: str) -> None:
-    made = registry.make(method, "brancher")
+    made = registry.make(method, "brancher", **needed(method, "llama"))
     assert made.form and made.composition
     assert set(made.place.split("+")) <= {"sublayer", "heads", "embedding", "model"}
     assert set(made.insertion.split("+")) <= {"sequential", "parallel"}
@@ -227,6 +247,7 @@ def test_recomputation_changes_nothing_and_leaves_nothing_behind(method: str, fa
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         model.train()
+        torch.manual_seed(0)
         loss_of(model).backward()
         results.append({n: p.grad for n, p in trainable_parameters(model).items()})
         slots = [m for m in model.modules() if isinstance(m, BranchSlot)]

@@ -19,7 +19,7 @@ PLACES = [
     ("qwen3_moe", "experts"),
 ]
 METHODS = [info.name for info in registry.methods() if info.role == "adapter"]
-BRANCHES = [info.name for info in registry.methods() if info.role == "brancher"]
+BRANCHES = [info.name for info in registry.methods() if info.role == "brancher" and "needs" not in info.settings]
 BRANCHED = ("llama", "gpt2")
 
 

@@ -361,6 +361,7 @@ def attach_updates(
         _stored_branches(model, attachment, branches, method, scale)
     _freeze(model)
     _install(model, attachment)
+    model.train(model.training)
     return model
 
 

@@ -25,7 +25,7 @@ class View:
     """What :meth:`Branch.branch` sees of a slot: its tensors in the dtype of what they meet, and facts."""
 
     def __init__(self, slot: BranchSlot, dtype: torch.dtype | None, **facts: Any) -> None:
-        self.site, self.training = slot.site, slot.training
+        self.site, self.training, self.names = slot.site, slot.training, slot.names
         self.context = slot.pool.context_of(slot.site) if slot.pool is not None else None
         for name in slot.names:
             tensor = getattr(slot, name)
