@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from espalier import registry
 from espalier.anatomy.parameters import parameters, select
 from espalier.budget.allocation import Item, allocate
-from espalier.budget.fitting import fit
+from espalier.budget.fitting import fit, trained
 from espalier.budget.largest import largest
 from espalier.errors import EspalierError
 
@@ -131,14 +131,9 @@ def test_a_method_is_fitted_to_the_largest_size_under_a_bound(method: str) -> No
     if not made.size:
         return
     targets = select(parameters(tiny("llama")), made.targets.split(","))
-
-    def count(value: int) -> int | None:
-        other = registry.make(method, "adapter", **{made.size: value})
-        return sum(other.count(target) for target in targets)
-
-    bound = sum(made.count(target) for target in targets) + 5
+    bound = trained(made, targets) + 5
     fitted = fit(made, targets, bound)
-    assert sum(fitted.count(target) for target in targets) <= bound
-    assert sum(fitted.count(target) for target in targets) >= bound - 5
-    with pytest.raises(EspalierError, match="trains [0-9,]+ numbers at least"):
+    assert trained(fitted, targets) <= bound
+    assert trained(fitted, targets) >= bound - 5
+    with pytest.raises(EspalierError, match=r"trains [0-9,]+ numbers at least"):
         fit(made, targets, 0)

@@ -219,7 +219,7 @@ TUNE = ("tune", "--model", "seedling", "--steps", 1)
     ("arguments", "words"),
     [
         ((*TUNE, "--method", "lorra"), ("no adapter is called 'lorra'", "did you mean 'lora'")),
-        ((*TUNE, "--method", "paca", "--alpha", 3), ("alpha is no option of paca", "dora, lora, mos")),
+        ((*TUNE, "--method", "paca", "--alpha", 3), ("alpha is no option of paca", "it belongs to")),
         ((*TUNE, "--rank", 0), ("rank is 0", "at least 1")),
         ((*TUNE, "--rank", "many"), ("rank is 'many'", "integer")),
         ((*TUNE, "--targets", "attenton"), ("'attenton' matches no parameter", "did you mean 'attention'")),

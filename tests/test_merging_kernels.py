@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -11,7 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from espalier.kernels import merging
-from espalier.kernels.merging import Between, agree, blend, compete, drop, elect, middle, thin, variance
+from espalier.kernels.merging import (
+    Between,
+    Clamp,
+    Numbers,
+    add_changes,
+    add_scores,
+    agree,
+    blend,
+    compete,
+    drop,
+    elect,
+    middle,
+    thin,
+    variance,
+)
+from espalier.kernels.philox import Stream
 
 pytest.importorskip("numba")
 seeds = st.integers(0, 2**31)
@@ -26,6 +41,18 @@ def numbers(seed: int, *shape: int) -> torch.Tensor:
     made = torch.where(kind == 0, (made * 4).round() / 4, made)  # ties, and both zeros
     made = torch.where(kind == 1, made * 1e-30, made)
     return torch.where(kind == 2, made.bfloat16().float(), made)
+
+
+def refuse(model: int | None) -> NoReturn:
+    raise ValueError(f"{model} is not finite")
+
+
+def stored(seed: int, models: int, size: int, are_changes: bool = False) -> Numbers:
+    """A base and models near it, every other one in bf16."""
+    base = numbers(seed, size)
+    wide = numbers(seed + 1, models, size) if are_changes else base + numbers(seed + 1, models, size) / 8
+    rows = [base, *wide]
+    return Numbers(rows[0], [row.bfloat16() if (seed + i) % 2 else row for i, row in enumerate(rows[1:])], refuse, are_changes)
 
 
 def both(do: Callable[[], Any]) -> tuple[Any, Any]:
@@ -59,14 +86,30 @@ def test_what_lies_between_bounds(seed: int, size: int, low: float, width: float
 
 
 @settings(deadline=None, max_examples=60)
-@given(seeds, st.integers(1, 5), sizes, st.booleans(), st.booleans(), st.integers(-1, 20))
-def test_the_election(seed: int, models: int, size: int, by_mass: bool, normalize: bool, left: int) -> None:
-    updates, base, weights = numbers(seed, models, 1, size), numbers(seed + 1, 1, size), numbers(seed + 2, models)
-    limits = updates[:, 0, 0].abs()
+@given(seeds, st.integers(1, 4), sizes, st.floats(0, 1, width=32), st.floats(0, 1, width=32))
+def test_what_lies_between_bounds_of_changes_and_of_scores(seed: int, models: int, size: int, low: float, width: float) -> None:
+    given_numbers = stored(seed, models, size)
+    clamp = Clamp(torch.full((models,), low / 8), torch.full((models,), low / 8 + 0.5))
+
+    def gathered(add: Callable[[list[tuple[int, Between]]], None]) -> Any:
+        found = [(model, Between(low * factor, low * factor + width)) for factor in (0.1, 1) for model in range(models)]
+        add(found)
+        add(found)
+        return [(between.counts, between.numbers().sort().values) for _, between in found]
+
+    assert same(*both(lambda: gathered(lambda found: add_changes(given_numbers, found))))
+    assert same(*both(lambda: gathered(lambda found: add_scores(given_numbers, clamp, found))))
+
+
+@settings(deadline=None, max_examples=60)
+@given(seeds, st.integers(1, 5), sizes, st.booleans(), st.booleans(), st.integers(-1, 20), st.booleans())
+def test_the_election(seed: int, models: int, size: int, by_mass: bool, normalize: bool, left: int, are_changes: bool) -> None:
+    given_numbers, weights = stored(seed, models, size, are_changes), numbers(seed + 2, models)
+    limits = torch.stack([given_numbers.change(model)[0].abs() for model in range(models)])
 
     def do() -> Any:
         ties = torch.full((models,), left)
-        return elect(base, updates, weights, limits, ties, by_mass, normalize, 0.7), ties
+        return elect(given_numbers, weights, limits, ties, by_mass, normalize, 0.7), ties
 
     assert same(*both(do))
 
@@ -89,7 +132,7 @@ def test_the_middle_of_each_row(seed: int, rows: int, size: int, skipped: float,
 
 @settings(deadline=None, max_examples=60)
 @given(seeds, st.integers(1, 4), sizes)
-def test_thinning_by_rank_and_dropping(seed: int, rows: int, size: int) -> None:
+def test_thinning_by_rank(seed: int, rows: int, size: int) -> None:
     updates, drawn = numbers(seed, rows, size), torch.rand(rows, size, generator=torch.Generator().manual_seed(seed))
     odds, factors = torch.linspace(0.2, 0.8, size), torch.linspace(3, 1, size)
 
@@ -98,43 +141,41 @@ def test_thinning_by_rank_and_dropping(seed: int, rows: int, size: int) -> None:
         thin(updates, drawn, odds, factors, out)
         return out
 
+    assert same(*both(ranked))
+
+
+@settings(deadline=None, max_examples=60)
+@given(seeds, sizes, st.integers(0, 2**40))
+def test_dropping_at_random(seed: int, size: int, position: int) -> None:
+    given_numbers, stream = stored(seed, 2, size), Stream(seed, "dropped", position)
+
     def dropped() -> torch.Tensor:
-        out = torch.empty(rows * size)
-        drop(updates.view(-1), drawn.view(-1), 0.3, 1 / 0.3, out)
+        out = torch.empty(size)
+        drop(given_numbers, 1, stream, 0.3, 1 / 0.3, out)
         return out
 
-    for do in (ranked, dropped):
-        assert same(*both(do))
+    compiled, plain = both(dropped)
+    assert same(compiled, plain)
+    kept = stream.at(position).uniform(size) < 0.3
+    assert torch.equal(plain != 0, kept & (given_numbers.change(1) != 0))
 
 
 @settings(deadline=None, max_examples=60)
 @given(seeds, st.integers(1, 6), sizes)
-def test_variance_and_competition(seed: int, models: int, size: int) -> None:
+def test_variance_and_agreement(seed: int, models: int, size: int) -> None:
     updates = numbers(seed, models, size)
-    low, high = updates.abs().amin(1), updates.abs().amax(1)
-    low, high = low + 0.1 * (high - low), high - 0.1 * (high - low)
     assert same(*both(lambda: variance(updates)))
     assert same(*both(lambda: agree(updates[0] / 3, updates, numbers(seed + 1, models), 0.7)))
 
 
-    def competed() -> Any:
-        clamped, scores = updates.clone(), torch.empty_like(updates)
-        compete(clamped, low, high, (high - low).clamp_min(1e-12), scores)
-        return clamped, scores
-
-    assert same(*both(competed))
-
-
 def test_the_rational_functions_are_exact_to_float32() -> None:
-    a = torch.linspace(0, 1, 4001).repeat(1, 1)
+    a = torch.linspace(0, 1, 4001)
     for count in (1, 3):
-        updates = a.repeat(count, 1)
-        ones, zeros = torch.ones(count), torch.zeros(count)
-        scores = torch.empty_like(updates)
-        compete(updates, zeros, ones, ones, scores)
+        clamp = Clamp(torch.zeros(count), torch.ones(count))
+        scores = compete(Numbers(torch.zeros_like(a), [a] * count, refuse), clamp)[1]
         wide = a.double()
         expected = torch.exp(count * (wide**2 - 1)) * count * torch.tanh(wide**2)
-        torch.testing.assert_close(scores[0].double(), expected[0], rtol=2e-6, atol=1e-9)
+        torch.testing.assert_close(scores[0].double(), expected, rtol=2e-6, atol=1e-9)
 
 
 def test_equal_updates_have_no_variance() -> None:
@@ -145,6 +186,30 @@ def test_equal_updates_have_no_variance() -> None:
 @settings(deadline=None, max_examples=60)
 @given(seeds, st.integers(1, 5), sizes)
 def test_blending_by_scores(seed: int, models: int, size: int) -> None:
-    base, clamped, scores = numbers(seed, size), numbers(seed + 1, models, size), numbers(seed + 2, models, size)
-    cut, factors, weights = scores.quantile(0.5, dim=-1), numbers(seed + 3, models).abs(), numbers(seed + 4, models)
-    assert same(*both(lambda: blend(base, clamped, scores, cut, factors, weights, 0.7)))
+    given_numbers = stored(seed, models, size)
+    changes = torch.stack([given_numbers.change(model).abs() for model in range(models)])
+    low, high = changes.amin(1), changes.amax(1)
+    clamp = Clamp(low + 0.1 * (high - low), high - 0.1 * (high - low))
+    cut, factors, weights = compete(given_numbers, clamp)[1].quantile(0.5, dim=-1), numbers(seed + 3, models).abs(), numbers(seed + 4, models)
+    assert same(*both(lambda: blend(given_numbers, clamp, cut, factors, weights, 0.7)))
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_loop_refuses_what_is_not_finite_and_says_whose_it_is(row: int, dtype: torch.dtype) -> None:
+    rows = torch.zeros(3, 1500, dtype=dtype)
+    rows[row, 1300] = -torch.inf
+    clamp, ones, out = Clamp(torch.zeros(2), torch.ones(2)), torch.ones(2), torch.empty(1500)
+    for do in (
+        lambda given: add_changes(given, [(0, Between(0, 1)), (1, Between(0, 1))]),
+        lambda given: add_scores(given, clamp, [(0, Between(0, 1))]),
+        lambda given: elect(given, ones, ones, torch.full((2,), -1), True, True, 1.0),
+        lambda given: blend(given, clamp, ones, ones, ones, 1.0),
+        lambda given: [drop(given, model, Stream(0, ""), 0.5, 2.0, out) for model in (0, 1)],
+    ):
+        def refused(do: Callable[[Numbers], Any] = do) -> str:
+            with pytest.raises(ValueError) as caught:
+                do(Numbers(rows[0], rows[1:].unbind(), refuse))
+            return str(caught.value)
+
+        assert both(refused) == (f"{row - 1 if row else None} is not finite",) * 2

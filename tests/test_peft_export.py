@@ -21,6 +21,7 @@ from espalier.delta.forms import (
     Columns,
     Dense,
     Diagonal,
+    Hadamard,
     Kronecker,
     LowRank,
     Magnitude,
@@ -28,6 +29,7 @@ from espalier.delta.forms import (
     Rows,
     Sparse,
     Sum,
+    Tiled,
     Update,
 )
 from espalier.errors import EspalierError
@@ -56,6 +58,10 @@ def update_of(form: str, outputs: int, inputs: int) -> Update:
             return Pooled(noise(4, outputs // 2), noise(4, inputs // 2), index, index.flip(0), 2.0)
         case "kronecker":
             return Kronecker(noise(1, 1, 1), noise(1, outputs, 2), 2.0, B_in=noise(1, 2, inputs))
+        case "tiled":
+            return Tiled(noise(outputs, 5), (outputs, inputs), 2.0)
+        case "hadamard":
+            return Hadamard(noise(outputs, 2) * 5, noise(2, inputs), noise(outputs, 2, seed=1) * 5, noise(2, inputs, seed=1), 2.0)
         case "sum":
             return Sum([low, Columns(noise(outputs, 2), torch.tensor([0, 3]), inputs, 0.5)], 2.0)
         case "magnitude":
@@ -88,7 +94,7 @@ def in_peft(base: Path, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("family", PLACES)
-@pytest.mark.parametrize("form", ["low_rank", "columns", "rows", "pooled", "kronecker", "sum", "magnitude"])
+@pytest.mark.parametrize("form", ["low_rank", "columns", "rows", "pooled", "kronecker", "tiled", "hadamard", "sum", "magnitude"])
 def test_an_update_of_low_rank_is_exported_exactly(form: str, family: str, tmp_path: Path) -> None:
     tiny(family).save_pretrained(tmp_path / "base")
     delta, targets, model = delta_of(form, tmp_path / "base")

@@ -181,7 +181,7 @@ def test_a_file_that_is_no_plugin_is_refused(content: bytes | None, complaint: s
 
 
 def test_an_unknown_method_is_refused_with_those_of_its_role() -> None:
-    with pytest.raises(EspalierError, match=r"no adapter is called 'lorra'; did you mean 'lora'\? \(there are: .*dora, lora, mos.*\)") as refusal:
+    with pytest.raises(EspalierError, match=r"no adapter is called 'lorra'; did you mean 'lora'\? \(there are: .*\bdora, .*\blora, .*\bmos, .*\)") as refusal:
         registry.find("lorra", "adapter")
     assert "adamw" not in str(refusal.value)
     with pytest.raises(EspalierError, match="no adapter is called 'adamw'"):
@@ -190,12 +190,12 @@ def test_an_unknown_method_is_refused_with_those_of_its_role() -> None:
 
 
 def test_an_option_of_another_method_names_its_owners() -> None:
-    with pytest.raises(EspalierError, match=r"alpha is no option of paca \(it belongs to dora, lora, mos\); paca has: rank"):
+    with pytest.raises(EspalierError, match=r"alpha is no option of paca \(it belongs to .*\bdora, .*\blora, .*\bmos, .*\); paca has: rank"):
         registry.make("paca", "adapter", alpha=3)
     with pytest.raises(EspalierError, match=r"momentum is no option of adamw \(it belongs to muon\)"):
         registry.make("adamw", "optimizer", momentum=0.5)
-    with pytest.raises(EspalierError, match=r"ranks is no option of lora; did you mean 'rank'\?; lora has: rank, alpha, scaling"):
-        registry.make("lora", "adapter", ranks=3)
+    with pytest.raises(EspalierError, match=r"rankk is no option of lora; did you mean 'rank'\?; lora has: rank, alpha, scaling"):
+        registry.make("lora", "adapter", rankk=3)
     with pytest.raises(EspalierError, match=r"rank is no option of full .*; full has: none"):
         registry.make("full", "adapter", rank=3)
 

@@ -39,6 +39,8 @@ PLACES = {
     "non-square": ("qwen3", "attention.k,mlp.down"),
 }
 everywhere = pytest.mark.parametrize("place", list(PLACES))
+routes = pytest.mark.parametrize("place", ["linear", "tied embedding", "fused experts"])
+"""One place of each route, for what is dear and depends on nothing else."""
 every_method = pytest.mark.parametrize("method", METHODS)
 pytestmark = [pytest.mark.room("adapt")]
 
@@ -89,11 +91,16 @@ def logical(model: torch.nn.Module, target: Target) -> torch.Tensor:
 
 @everywhere
 @every_method
-def test_the_start_is_the_base(method: str, place: str) -> None:
+def test_the_start_is_the_base_or_as_near_as_the_method_says(method: str, place: str) -> None:
     model = fresh(place)
     before = logits(model)
-    put(model, method, place)
-    torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
+    attachment = put(model, method, place)
+    bounds = {target.name: attachment.method.start_bound(target) for target in attachment.targets}
+    if not any(bounds.values()):
+        torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
+        return
+    for name, (target, update) in live_updates(attachment).items():
+        assert 0 < float(update.materialize(logical(model, target)).detach().abs().max()) <= bounds[name]
 
 
 @everywhere
@@ -102,6 +109,7 @@ def test_the_trained_count_is_the_declared_formula(method: str, place: str) -> N
     model = fresh(place)
     attachment = put(model, method, place)
     declared = sum(attachment.method.count(target) for target in attachment.targets)
+    declared += attachment.method.count_shared(attachment.targets)
     if attachment.method.surveys_ranks:
         assert attachment.trainable() == pytest.approx(declared, rel=0.25)
     else:
@@ -109,7 +117,7 @@ def test_the_trained_count_is_the_declared_formula(method: str, place: str) -> N
     assert attachment.trainable() == sum(p.numel() for p in trainable_parameters(model).values())
 
 
-@everywhere
+@routes
 @every_method
 def test_planning_counts_the_same_and_draws_no_random_number(method: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers that nobody sees would make planning as slow as starting; a method draws from the streams that it is given."""
@@ -120,7 +128,8 @@ def test_planning_counts_the_same_and_draws_no_random_number(method: str, place:
         config(family), registry.make(method, "adapter"), {"targets": targets}, dtype=torch.float32, tokens=8, sequence_length=8,
         recompute=False, chunk=8,
     )  # fmt: skip
-    assert step.trained == sum(attachment.method.count(target) for target in attachment.targets) and step.peak > 0
+    method_, chosen = attachment.method, attachment.targets
+    assert step.trained == sum(map(method_.count, chosen)) + method_.count_shared(chosen) and step.peak > 0
     with pytest.raises(pytest.fail.Exception, match="a number was drawn"):
         philox.Stream(0, "a").uniform(1)
 
@@ -174,6 +183,8 @@ def test_linear_equals_the_dense_product(method: str, place: str, dtype: torch.d
     randomize(model)
     with torch.no_grad():
         for target, update in live_updates(attachment).values():
+            if not target.is_matrix:
+                continue  # the bias that goes with a matrix is in no product
             weight = logical(model, target)
             if target.lead:
                 weight, update = weight[1], update.unbind()[1]
@@ -235,7 +246,7 @@ def test_saving_and_loading_is_exact(method: str, place: str, tmp_path: Path) ->
     assert not trainable_parameters(loaded)
 
 
-@everywhere
+@routes
 @every_method
 def test_a_scale_of_zero_restores_the_base(method: str, place: str, tmp_path: Path) -> None:
     model = fresh(place)
@@ -248,8 +259,11 @@ def test_a_scale_of_zero_restores_the_base(method: str, place: str, tmp_path: Pa
     torch.testing.assert_close(logits(load(tmp_path / "base", [tmp_path / "delta"], scale=0.0)), outputs, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@everywhere
+@pytest.mark.parametrize(
+    ("place", "dtype"),
+    [*((place, torch.float32) for place in PLACES), ("linear", torch.bfloat16), ("fused experts", torch.bfloat16)],
+    ids=[*(f"{place}-fp32" for place in PLACES), "linear-bf16", "fused experts-bf16"],
+)
 @every_method
 def test_merged_equals_unmerged(method: str, place: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """The applied checkpoint, loaded by transformers, does what base and delta do, to the rounding of its dtype."""
@@ -291,7 +305,7 @@ def test_recomputation_changes_nothing(method: str, place: str) -> None:
 
 
 @every_method
-@everywhere
+@routes
 def test_it_compiles_whole(method: str, place: str) -> None:
     torch._dynamo.reset()
     model = fresh(place)
@@ -306,8 +320,8 @@ def test_it_compiles_whole(method: str, place: str) -> None:
 
 @every_method
 def test_fifty_steps_leave_the_number_of_live_tensors_flat(method: str) -> None:
-    model = fresh("linear")
-    put(model, method, "linear")
+    model = fresh("non-square")
+    put(model, method, "non-square")
     parameters = trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
 
@@ -319,7 +333,10 @@ def test_fifty_steps_leave_the_number_of_live_tensors_flat(method: str) -> None:
         gc.collect()
         return sum(1 for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter))
 
-    assert steps(45) == (first := steps(3)) or steps(2) == first
+    torch._dynamo.reset()  # what the tests before have compiled goes bit by bit
+    steps(3)
+    first = steps(3)
+    assert steps(45) <= first
 
 
 @everywhere

@@ -29,8 +29,10 @@ from espalier.delta.forms import (
     Chain,
     LowRank,
     Quantized,
+    RandomBases,
     Seeded,
     SeededLowRank,
+    Subspace,
     Sum,
     Update,
     compact,
@@ -185,6 +187,41 @@ def kronecker_of_products(n: Numbers, outputs: int, inputs: int) -> Made:
     a1, a2 = n.divisor(outputs), n.divisor(inputs)
     tensors = {"A": n.floats(1, a1, 2), "A_in": n.floats(1, 2, a2), "B": n.floats(1, outputs // a1, 1), "B_in": n.floats(1, 1, inputs // a2)}
     return additive(tensors, lambda A, A_in, B, B_in: torch.kron((A @ A_in)[0], (B @ B_in)[0]))
+
+
+def tucker(n: Numbers, shape: tuple[int, ...]) -> Made:
+    ranks = [n.pick(1, min(2, d), d) for d in shape]
+    tensors = {"core": n.floats(*ranks) / 2, **{f"factor_{i}": n.floats(d, r) for i, (d, r) in enumerate(zip(shape, ranks, strict=True))}}
+    letters, summed = "abcd"[: len(shape)], "rstu"[: len(shape)]
+    equation = ",".join([summed, *map("".join, zip(letters, summed, strict=True))]) + "->" + letters
+    return additive(tensors, lambda core, **factors: torch.einsum(equation, core, *factors.values()))
+
+
+@matrices
+def singular_scale(n: Numbers, outputs: int, inputs: int) -> Made:
+    r = n.pick(1, 2, min(outputs, inputs))
+    return additive({"U": n.floats(outputs, r), "s": n.floats(r), "V": n.floats(r, inputs) / 2}, lambda U, s, V: U @ torch.diag(s) @ V)
+
+
+@matrices
+def output_map(n: Numbers, outputs: int, inputs: int) -> Made:
+    r = n.pick(1, 2, 3)
+    tensors = {"B": n.floats(outputs, r), "A": n.floats(r, outputs) / 3}
+    return tensors, {}, lambda weight: weight + tensors["B"].double() @ tensors["A"].double() @ weight
+
+
+@matrices
+def tiled(n: Numbers, outputs: int, inputs: int) -> Made:
+    """A block of any size, and one that a side does not divide."""
+    b1, b2 = n.pick(outputs, 1, -(-outputs // 2)), n.pick(1, -(-inputs // 2), -(-inputs // 3), inputs)
+    return additive({"values": n.floats(b1, b2)}, lambda values: torch.stack([torch.stack([values[i % b1, j % b2] for j in range(inputs)]) for i in range(outputs)]))
+
+
+@matrices
+def hadamard(n: Numbers, outputs: int, inputs: int) -> Made:
+    rank = n.pick(1, 2, 3)
+    tensors = {"B1": n.floats(outputs, rank), "A1": n.floats(rank, inputs) / 2, "B2": n.floats(outputs, rank), "A2": n.floats(rank, inputs) / 2}
+    return additive(tensors, lambda B1, A1, B2, A2: torch.einsum("or,ri,os,si->oi", B1, A1, B2, A2))
 
 
 def block_affine(side: str) -> Maker:
@@ -381,6 +418,59 @@ def seeded_low_rank(n: Numbers, shape: tuple[int, ...]) -> Made:
     return tensors, constants, additive(tensors, update)[2]
 
 
+def frozen_low_rank(n: Numbers, shape: tuple[int, ...]) -> Made:
+    """B and A frozen, the same for all experts: VeRA."""
+    *lead, outputs, inputs = shape if len(shape) <= 3 else (shape[0], math.prod(shape[1:]))
+    rank = n.pick(1, min(2, outputs, inputs))
+    (B, B_numbers), (A, A_numbers) = basis(n, "B", outputs, rank), basis(n, "A", rank, inputs)
+    tensors = {"b": n.floats(*lead, outputs), "d": n.floats(*lead, rank)}
+    constants = SeededLowRank(shape, rank, {"B": B, "A": A}, tensors).constants()
+
+    def update(b: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+        return (b[..., None] * B_numbers * d[..., None, :] @ A_numbers).reshape(shape)
+
+    return tensors, constants, additive(tensors, update)[2]
+
+
+def random_bases(seeds: bool) -> Maker:
+    """Bases of which there are enough for full rank, or one fewer."""
+
+    def make(n: Numbers, shape: tuple[int, ...]) -> Made:
+        *lead, outputs, inputs = shape if len(shape) <= 3 else (shape[0], math.prod(shape[1:]))
+        large, small = max(outputs, inputs), min(outputs, inputs)
+        rank = n.pick(1, min(2, small), small)
+        count = max(1, -(-small // rank) - n.pick(0, 1))
+        tensors = {"lam": n.floats(*lead, count, rank), "gamma": n.floats(*lead, count, small)}
+        (B, B_numbers), (A, A_numbers) = basis(n, "B", large, count * rank), basis(n, "A", rank, small)
+        constants = RandomBases(tensors, {"B": B, "A": A} if seeds else {}, shape).constants()
+        if not seeds:
+            tensors |= {"B": n.floats(large, count * rank), "A": n.floats(rank, small)}
+
+        def update(lam: torch.Tensor, gamma: torch.Tensor, B: torch.Tensor = B_numbers, A: torch.Tensor = A_numbers) -> torch.Tensor:
+            terms = [B[:, k * rank : (k + 1) * rank] @ (lam[..., k, :, None] * A * gamma[..., k, None, :]) for k in range(count)]
+            total = torch.stack(terms).sum(0)
+            return (total if outputs >= inputs else total.mT).reshape(shape)
+
+        return tensors, constants, additive(tensors, update)[2]
+
+    return make
+
+
+def subspace(projection: str, structure: bool) -> Maker:
+    """The matrix of the projection is what it makes of unit vectors."""
+
+    def make(n: Numbers, shape: tuple[int, ...]) -> Made:
+        tensors = {"z": n.floats(3), **({"lam": n.floats(1)} if structure else {})}
+        entries = math.prod(shape)
+        update = Subspace(
+            tensors["z"], Stream(n.seed, "x"), projection, shape, scale=0.5, nonzeros=2 * entries if projection == "sparse" else 0,
+        )  # fmt: skip
+        P = torch.stack([update.with_tensors({"z": unit}).materialize(torch.zeros(shape).double()) for unit in torch.eye(3).double()], -1)
+        return tensors, update.constants(), additive(tensors, lambda z, lam=1.0: P @ (z * lam))[2]
+
+    return make
+
+
 ENTRIES: dict[str, Maker] = {
     "dense": dense,
     "replace": replace,
@@ -392,8 +482,13 @@ ENTRIES: dict[str, Maker] = {
     "rows": rows,
     "sparse at an index": at_support(False, "index"),
     "sparse at a mask": at_support(False, "mask"),
+    "tucker": tucker,
+    "singular_scale": singular_scale,
+    "output_map": output_map,
     "kronecker": kronecker,
     "kronecker of products": kronecker_of_products,
+    "tiled": tiled,
+    "hadamard": hadamard,
     "block_affine input": block_affine("input"),
     "block_affine output": block_affine("output"),
     "block_affine row": block_affine("row"),
@@ -408,6 +503,12 @@ ENTRIES: dict[str, Maker] = {
     "golomb": golomb,
     "seeded": seeded,
     "seeded_low_rank": seeded_low_rank,
+    "seeded_low_rank of one basis": frozen_low_rank,
+    "random_bases": random_bases(seeds=True),
+    "random_bases of tensors": random_bases(seeds=False),
+    "subspace dense": subspace("dense", structure=False),
+    "subspace sparse": subspace("sparse", structure=True),
+    "subspace fastfood": subspace("fastfood", structure=True),
     "magnitude of low_rank": magnitude("low_rank"),
     "magnitude of sparse": magnitude("sparse at an index"),
     "magnitude of columns": magnitude("columns"),
@@ -415,6 +516,7 @@ ENTRIES: dict[str, Maker] = {
     "sum of low_rank and sparse": combined("low_rank", "sparse at a mask", in_order=False),
     "sum of rows, columns and kronecker": combined("rows", "columns", "kronecker", in_order=False),
     "chain of permute and block_affine": combined("permute columns", "block_affine input", in_order=True),
+    "chain of output_map and low_rank": combined("output_map", "low_rank", in_order=True),
     "chain of low_rank and diagonal": combined("low_rank", "diagonal rows", in_order=True),
     "blocks of low_rank and replace": blocks("low_rank", "replace"),
     "blocks of sparse and diagonal": blocks("sparse at an index", "diagonal rows"),
@@ -425,7 +527,7 @@ ENTRIES: dict[str, Maker] = {
     "quantized magnitude": quantized("magnitude of low_rank", 8, 5, "uniform"),
     "quantized sum": quantized("sum of low_rank and sparse", 5, 16, "normal"),
 }
-EVERY_SHAPE = [name for name in ENTRIES if name.startswith(("dense", "replace", "sparse", "ternary", "golomb", "quantized dense"))]
+EVERY_SHAPE = [name for name in ENTRIES if name.startswith(("dense", "replace", "sparse", "ternary", "golomb", "quantized dense", "subspace"))]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 properties = settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.differing_executors])
 every_entry = pytest.mark.parametrize("name", ENTRIES)
@@ -543,7 +645,7 @@ def test_a_gain_of_zero_is_the_base_exactly(
         base = DenseBase(weight.T.contiguous() if transposed else weight, random(seed + 6, shape[0], dtype=dtype), transposed)
         x, ids = random(seed + 7, 3, shape[1], dtype=dtype), torch.tensor([[0, shape[0] - 1]])
         plain = base.without_bias().linear(x) + base.bias if update.depends_on_base else base.linear(x)
-        if name.startswith(("blocks", "block_affine row", "replace at")):  # the same numbers, laid out otherwise
+        if name.startswith(("blocks", "block_affine row", "replace at", "sparse")):  # the same numbers, laid out otherwise
             torch.testing.assert_close(product(x, base, update), plain)
         else:
             assert torch.equal(product(x, base, update), plain)
@@ -673,7 +775,7 @@ def test_slices_of_rows_are_rows_of_the_updated_weight(
         update, shape = update[0], shape[1:]
         start, stop = min(start, shape[0]), min(stop, shape[0])
         sliced = update.slice_rows(start, stop)
-    needs_the_whole = name in ("permute rows", "permute both", "block_affine output")
+    needs_the_whole = name in ("permute rows", "permute both", "block_affine output") or "output_map" in name
     assert (sliced is None) == needs_the_whole == (update.slice_rows(0, 0) is None)
     if sliced is None:
         return
@@ -686,7 +788,7 @@ def test_slices_of_rows_are_rows_of_the_updated_weight(
     torch.testing.assert_close(again.apply(weight[start : start + again.shape[0]]), update.apply(weight)[start : start + again.shape[0]], **close)
 
 
-LOW_RANK = ("low_rank", "pooled", "columns", "rows", "sum of rows, columns and kronecker", "kronecker", "kronecker of products", "quantized low_rank", "factored golomb on a start", "factored dense and sparse", "seeded_low_rank")
+LOW_RANK = ("low_rank", "pooled", "tucker", "singular_scale", "columns", "rows", "sum of rows, columns and kronecker", "kronecker", "kronecker of products", "quantized low_rank", "factored golomb on a start", "factored dense and sparse", "seeded_low_rank", "seeded_low_rank of one basis", "tiled", "hadamard")
 
 
 @every_entry
@@ -698,7 +800,7 @@ def test_low_rank_factors_are_the_same_update(name: str, shape: tuple[int, ...],
     if name not in LOW_RANK:
         assert factors is None
     elif factors is None:
-        assert "kronecker" in name, "only a Kronecker product may be of full rank"
+        assert "kronecker" in name or name == "hadamard", "only products of products may be of full rank"
     else:
         assert factors.shape == shape and isinstance(factors, LowRank)
         weight = torch.zeros(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -45,7 +46,7 @@ def test_a_masked_triplet_keeps_training_and_comes_back_when_its_score_revives()
     model, parts = attached(begin=0.0, end=1.0)
     masks: list[torch.Tensor] = []
     run(model, 30, lambda step: masks.append(torch.cat([part.e.detach() != 0 for part in parts])), learning_rate=0.05)
-    assert any(bool((~before & after).any()) for before, after in zip(masks[:-1], masks[1:], strict=True))
+    assert any(bool((~before & after).any()) for before, after in itertools.pairwise(masks))
 
 
 def test_the_pattern_stands_in_the_final_phase() -> None:
@@ -56,7 +57,7 @@ def test_the_pattern_stands_in_the_final_phase() -> None:
 
 
 def test_what_is_saved_is_a_plain_lora_without_the_pruned_triplets() -> None:
-    model, parts = attached()
+    model, _ = attached()
     run(model, 10)
     x = tokens(seed=77)
     with torch.no_grad():

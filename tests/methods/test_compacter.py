@@ -48,11 +48,10 @@ def test_the_slow_factors_are_one_tensor_that_receives_the_summed_gradient() -> 
     assert [n for n in trainable_parameters(model) if n.endswith(".A")] == ["espalier_pools.compacter.A"]
     model(tokens()).logits.square().mean().backward()
     whole = attachment.pool.A.grad.clone()
-    parts = []
+    parts, prepare = [], attachment.method.prepare
     for site in attachment.branches:
         # the share of one site: the gradient through its own copy of A
         own = attachment.pool.A.detach().clone().requires_grad_()
-        prepare = attachment.method.prepare
         attachment.pool.method = copy.copy(attachment.method)
         attachment.pool.method.prepare = lambda pool, sites, own=own, site=site: {**prepare(pool, sites), site: own}
         model.zero_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from courses import run
@@ -16,7 +18,7 @@ def test_columns_freeze_leading_first_and_keep_their_bits_under_decay_and_moment
     parts = list(attachments(model)["lamda"].slots.values())
     history: list[torch.Tensor] = [parts[0].B.detach().clone()]
     run(model, 20, lambda step: history.append(parts[0].B.detach().clone()))
-    moving = [[bool((a[:, k] != b[:, k]).any()) for k in range(8)] for a, b in zip(history[:-1], history[1:], strict=True)]
+    moving = [[bool((a[:, k] != b[:, k]).any()) for k in range(8)] for a, b in itertools.pairwise(history)]
     for step, columns in enumerate(moving):
         still = min(8, int(8 * step / 10))
         assert columns == [False] * still + [True] * (8 - still), step
@@ -99,5 +101,5 @@ def test_a_mask_of_all_columns_from_the_beginning_trains_the_core_alone() -> Non
 
 @pytest.mark.parametrize("freeze", [-0.1, 1.5])
 def test_a_share_out_of_range_is_refused(freeze: float) -> None:
-    with pytest.raises(Exception, match="freeze is .*from 0 to 1"):
+    with pytest.raises(Exception, match=r"freeze is .*from 0 to 1"):
         attach(tiny("llama"), "lamda", freeze=freeze)

@@ -1,16 +1,33 @@
-"""LoRA (arXiv:2106.09685) and its rank-stabilized scaling (arXiv:2312.03732)."""
+"""LoRA (arXiv:2106.09685), its rank-stabilized scaling (arXiv:2312.03732), and its starts from the weight (PiSSA, OLoRA)."""
 
 from __future__ import annotations
 
 import math
+import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import tiny, tokens
 
-from espalier.attach.attachment import Attachment, attach, attachments, trainable_parameters
+from espalier.anatomy.parameters import parameters
+from espalier.attach.attachment import Attachment, attach, attachments, stored, trainable_parameters
+from espalier.attach.course import Course
+from espalier.attach.load import load
+from espalier.checkpoint.directory import ModelDirectory
+from espalier.delta import store
+from espalier.delta.fit import singular_vectors
+from espalier.delta.forms import LowRank
 from espalier.errors import EspalierError
+from espalier.exchange.peft_import import import_adapter
+from espalier.exchange.save import save
 from espalier.kernels.philox import Stream
+
+
+@pytest.fixture(autouse=True)
+def the_same_numbers() -> None:
+    torch.manual_seed(0)
 
 
 def lora(family: str = "llama", **options: object) -> tuple[torch.nn.Module, Attachment]:
@@ -104,8 +121,10 @@ def test_dropout_acts_on_the_updates_input_alone_and_in_training_alone() -> None
         ({"rank": 0}, "rank is 0; it must be at least 1"),
         ({"rank": "many"}, "rank is 'many'"),
         ({"scaling": "cubic"}, "scaling is 'cubic'"),
-        ({"ranks": 3}, "ranks is no option of lora; did you mean 'rank'"),
+        ({"rnk": 3}, "rnk is no option of lora; did you mean 'rank'"),
         ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"initialization": "pissa", "alpha": 0.0}, "alpha is 0.0; with initialization 'pissa' it must be above 0"),
+        ({"initialization": "olora", "rank": 40}, "rank is 40; .* has no more than 32 for initialization 'olora'"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, object], complaint: str) -> None:
@@ -116,3 +135,120 @@ def test_options_out_of_range_are_refused(options: dict[str, object], complaint:
 def test_dropout_is_refused_wherever_it_cannot_act_not_only_on_the_first_parameter() -> None:
     with pytest.raises(EspalierError, match=r"dropout 0\.1 cannot act on .*mlp\.gate\.weight"):
         attach(tiny("qwen3_moe"), "lora", targets="attention,router", dropout=0.1)
+
+
+from_the_weight = pytest.mark.parametrize("kind", ["pissa", "olora"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("family", "targets"), [("llama", "linear,embedding"), ("gpt2", "attention,mlp"), ("qwen3_moe", "experts")])
+@from_the_weight
+def test_a_start_from_the_weight_is_the_base_exactly(kind: str, family: str, targets: str, trained: torch.dtype, dtype: torch.dtype) -> None:
+    """The papers subtract B0 A0 from a weight, which is rounded; here what is added is exactly zero."""
+    bare = tiny(family).to(dtype)
+    model = attach(tiny(family).to(dtype), "lora", rank=4, targets=targets, initialization=kind, dtype=trained)
+    assert torch.equal(model(tokens()).logits, bare(tokens()).logits)
+    for name, parameter in bare.named_parameters():
+        assert torch.equal(stored(model, name), parameter)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_pissa_starts_at_the_best_low_rank_fit_of_the_weight(family: str) -> None:
+    """PiSSA, eq. 2 and 3: A = U sqrt(S), B = sqrt(S) V^T of the principal singular values."""
+    model, attachment = lora(family, rank=4, alpha=6.0, initialization="pissa", targets="attention")
+    for name, slot in attachment.slots.items():
+        weight = stored(model, name).T if slot.target.transposed else stored(model, name)
+        U, S, Vt = torch.linalg.svd(weight)
+        torch.testing.assert_close(6 / 4 * slot.B @ slot.A, U[:, :4] * S[:4] @ Vt[:4], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(slot.B.norm(dim=0), slot.A.norm(dim=1), msg="the root of S is on either side")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_olora_starts_at_the_first_columns_and_rows_of_the_qr_decomposition(family: str) -> None:
+    model, attachment = lora(family, rank=4, initialization="olora", targets="attention")
+    for name, slot in attachment.slots.items():
+        weight = stored(model, name).T if slot.target.transposed else stored(model, name)
+        Q, R = torch.linalg.qr(weight)
+        torch.testing.assert_close(slot.B.detach(), Q[:, :4], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(slot.A.detach(), R[:4], rtol=1e-4, atol=1e-5)
+
+
+def test_large_weights_are_decomposed_at_random_the_same_way_for_a_seed() -> None:
+    spectrum = 0.8 ** torch.arange(48.0)
+    weight = torch.linalg.qr(torch.randn(96, 48))[0] * spectrum @ torch.linalg.qr(torch.randn(64, 48))[0].T
+    exact = singular_vectors(weight, 4, Stream(0, "w"), method="exact")
+    first, second = (singular_vectors(weight, 4, Stream(0, "w"), method="randomized") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    torch.testing.assert_close(first[0] * first[1] @ first[2], exact[0] * exact[1] @ exact[2], rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_learnt_is_not_lost_beside_a_large_start_in_bfloat16() -> None:
+    """B0 is far from zero: a step of a thousandth of it is below the spacing of bf16, but not as a difference."""
+    _, attachment = lora(rank=4, initialization="pissa", targets="mlp.down")
+    slot = next(iter(attachment.slots.values()))
+    with torch.no_grad():
+        slot.B.mul_(1.001)
+    x = torch.randn(64, slot.target.inputs)
+    exact = slot.update().matmul(x.double())
+    as_published = LowRank(torch.cat((slot.B, -slot.B0), 1), torch.cat((slot.A, slot.A0)), slot.gain)
+    errors = [float((update.matmul(x.bfloat16()) - exact).detach().norm() / exact.detach().norm()) for update in (slot.update(), as_published)]
+    assert errors[0] < 0.02 and errors[1] > 0.2
+
+
+@from_the_weight
+def test_checkpoints_hold_what_was_computed_from_the_weight(kind: str) -> None:
+    """Another machine finds singular vectors of other signs: a B that was trained from the one is nothing beside the other."""
+    model, attachment = lora(rank=4, initialization=kind, targets="mlp.down")
+    found = Course(model, 1).kept()
+    for slot in attachment.slots.values():
+        assert {id(slot.B0), id(slot.A0)} <= {id(t) for t in found.values()}
+    assert not Course(lora()[0], 1).kept()
+
+
+@from_the_weight
+def test_a_start_from_the_weight_compiles(kind: str) -> None:
+    torch._dynamo.reset()
+    model, _ = lora(rank=4, initialization=kind, targets="attention,mlp.down")
+    fill(model)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(tokens()).logits, model(tokens()).logits)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@from_the_weight
+def test_training_from_the_weight_is_what_peft_does(kind: str, optimizer: str, tmp_path: Path) -> None:
+    """Step for step, and as PEFT's own conversion of such an adapter to a plain LoRA."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=kind)
+    tiny("llama").save_pretrained(tmp_path / "base")
+    ours = attach(load(tmp_path / "base"), "lora", rank=4, alpha=6.0, initialization=kind, targets="attention.q,attention.v,mlp.down")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs: Any = peft.get_peft_model(load(tmp_path / "base"), config)
+        theirs.peft_config["default"].init_lora_weights = True  # as PEFT's documentation has it, so that the start is not drawn again
+        theirs.save_pretrained(tmp_path / "start")
+        for model in (ours, theirs):
+            options = {"lr": 1e-2} | ({"weight_decay": 0.1, "eps": 1e-4} if optimizer == "AdamW" else {"momentum": 0.9})
+            steps: Any = getattr(torch.optim, optimizer)([p for p in model.parameters() if p.requires_grad], **options)
+            for seed in range(3):
+                steps.zero_grad()
+                x = tokens(seed=seed)
+                model(input_ids=x, labels=x).loss.backward()
+                steps.step()
+        theirs.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    bare = load(tmp_path / "base")
+    moved = (ours(tokens()).logits - bare(tokens()).logits).abs().max()
+    assert moved > 0.05
+    torch.testing.assert_close(ours(tokens()).logits, theirs(tokens()).logits, rtol=1e-4, atol=1e-4)
+    plain = import_adapter(tmp_path / "converted", {t.name: t for t in parameters(bare)}, ModelDirectory(tmp_path / "base"))
+    assert save(ours, tmp_path / "ours", base=tmp_path / "base")["peft"] is None
+    mine = store.load(tmp_path / "ours")
+    assert mine.updates.keys() == plain.updates.keys()
+    for name, update in mine.updates.items():
+        weight = bare.get_parameter(name)
+        assert update.form == "low_rank" and update.tensors()["B"].shape[1] == 8, "of twice the rank"
+        torch.testing.assert_close(update.materialize(weight), plain.updates[name].materialize(weight), rtol=1e-4, atol=2e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read = peft.PeftModel.from_pretrained(bare, tmp_path / "ours")
+    torch.testing.assert_close(read(input_ids=tokens()).logits, ours(tokens()).logits, rtol=1e-5, atol=1e-5)

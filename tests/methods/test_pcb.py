@@ -7,7 +7,8 @@ import torch
 from mergers import merge_all, method_of, random
 
 from espalier.delta import merging
-from espalier.delta.merging import Whole
+from espalier.delta.merging import Piece, Whole
+from espalier.kernels.merging import Between
 
 SHAPES = {"a": (30, 20), "b": (50,), "c": (4, 6, 5), "d": ()}
 BASE = {name: random(i, *shape) for i, (name, shape) in enumerate(SHAPES.items())}
@@ -90,7 +91,12 @@ def test_quantiles_are_those_of_all_numbers_in_order(kind: str, shares: list[flo
     tensors = {name: [vary(random(7 * m + i, *shape)) for m in range(2)] for i, (name, shape) in enumerate(SHAPES.items())}
     parameters = [Held(None, models, [1.0, 1.0], 1.0, name, 0, None) for name, models in tensors.items()]
     whole = Whole(parameters, lambda do: map(do, parameters))
-    found = whole.quantiles(lambda parameter, piece: piece.models, shares)
+
+    def gather(piece: Piece, found: list[tuple[int, Between]]) -> None:
+        for model, between in found:
+            between.add(piece.models[model].flatten())
+
+    found = whole.quantiles(gather, shares)
     for model in range(2):
         order = torch.cat([tensors[name][model].flatten() for name in SHAPES]).sort().values
         for share, quantile in zip(shares, found, strict=True):

@@ -11,6 +11,7 @@ from families import HIDDEN, tiny, tokens
 
 from espalier.attach.attachment import attach, attachments, detach, trainable_parameters
 from espalier.attach.load import load
+from espalier.budget.fitting import trained
 from espalier.errors import EspalierError
 from espalier.exchange.save import save
 
@@ -78,7 +79,7 @@ def test_the_counts_are_those_of_the_paper(base: torch.nn.Module, folder: Path) 
     for options, count in (({}, L * S * d), ({"uniform": True}, L * S), ({"shared": True}, S * d), ({"uniform": True, "shared": True}, S)):
         model = put(base, folder, **options)
         attachment = attachments(model)["scalearn"]
-        assert attachment.trainable() == count == attachment.method.trained([b.site for b in attachment.branches.values()])
+        assert attachment.trainable() == count == trained(attachment.method, [b.site for b in attachment.branches.values()])
         assert all((p - 1.0).abs().max() < 0.01 for p in trainable_parameters(model).values())
 
 

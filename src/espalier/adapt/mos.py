@@ -17,7 +17,7 @@ from espalier.kernels.philox import Stream
 from espalier.registry import adapter
 
 
-@adapter("mos", ids=(13,), paper="MoS, ICLR 2025", learning_rate=2e-4)
+@adapter("mos", ids=(13,), paper="MoS, ICLR 2025", learning_rate=2e-4, size="equivalent_rank")
 class MoS(Adapter):
     """Assemble each layer's B and A from pools of shards: ``W' = W + (alpha / r) B_k A_k``.
 
@@ -42,8 +42,6 @@ class MoS(Adapter):
     """l: shards per vector; must divide the sizes of every matrix"""
     alpha: float = 32.0
     """the update is multiplied by alpha / rank"""
-
-    size = "equivalent_rank"
 
     def check(self) -> None:
         for name in ("rank", "equivalent_rank", "shards"):

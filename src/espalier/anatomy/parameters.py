@@ -45,7 +45,8 @@ _OUTSIDE: tuple[tuple[str, str], ...] = (
     (r"(?:.*\.)?project_(?:in|out)", "projection"),
     (r"cls\.predictions\.transform\.dense", "head.transform"),
     (r"cls\.predictions", "head"),  # BERT keeps the head's bias beside the head, and ties it
-    (r"(?:score|classifier)(?:\..*)?", "head.classifier"),
+    (r"(?:.*\.)?pooler(?:\..*)?", "head.pooler"),
+    (r"(?:score|classifier|pre_classifier|classification_head)(?:\..*)?", "head.classifier"),
 )
 _NAMED: tuple[tuple[str, str], ...] = (
     (r"(?:.*\.)?(?:embed_tokens|wte|embed_in|word_embeddings)", "embedding"),
@@ -164,11 +165,12 @@ def _matches(target: Target, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in target.names)
 
 
-def select(targets: Iterable[Target], patterns: Sequence[str]) -> list[Target]:
+def select(targets: Iterable[Target], patterns: Sequence[str], option: str = "--targets") -> list[Target]:
     """The targets that any of the patterns names.
 
     A pattern is a role (``mlp``, ``attention.q``, ``embedding``, ``norm``, ``attention.q.bias``), one of the
-    keywords ``linear`` (attention, mlp and experts), ``bias`` and ``all``, or a glob over parameter names.
+    keywords ``linear`` (attention, mlp and experts), ``bias`` and ``all``, or a glob over parameter names. ``option`` is what
+    an error calls them.
 
     Raises:
         EspalierError: when a pattern matches nothing, naming the roles that the model has.
@@ -180,11 +182,11 @@ def select(targets: Iterable[Target], patterns: Sequence[str]) -> list[Target]:
         if not matched:
             roles = sorted({role for target in targets for role in target.roles})
             heads = sorted({role.split(".")[0] for role in roles} | set(roles))
-            hint = suggestion(pattern, [*heads, "linear", "all", "bias"])
+            hint = suggestion(pattern, [known for known in (*heads, "linear", "all", "bias") if known != pattern])
             if pattern in ("attention.q", "attention.k", "attention.v") and "attention.qkv" in roles:
                 hint = "; this model keeps q, k and v in one matrix: use attention.qkv"
-            raise EspalierError(f"--targets {pattern!r} matches no parameter of this model{hint} (roles: {', '.join(roles)})")
+            raise EspalierError(f"{option} {pattern!r} matches no parameter of this model{hint} (roles: {', '.join(roles)})")
         chosen.update(matched)
     if not patterns:
-        raise EspalierError("--targets is empty; name roles such as attention,mlp or globs of parameter names")
+        raise EspalierError(f"{option} is empty; name roles such as attention,mlp or globs of parameter names")
     return [target for target in targets if target.name in chosen]

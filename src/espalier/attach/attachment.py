@@ -17,9 +17,10 @@ from espalier.anatomy.site import select_sites, sites
 from espalier.anatomy.target import Target
 from espalier.attach.branch import Branch
 from espalier.attach.method import Adapter, Method, Tensors
+from espalier.attach.new_tokens import NewRows, mean_of_others, places
 from espalier.attach.places import PLACES, BranchSlot
-from espalier.attach.routes import rebuild
-from espalier.attach.slot import Pool, Slot, Whole
+from espalier.attach.routes import rebuild, stored_parameter
+from espalier.attach.slot import Companion, Pool, Slot, Whole
 from espalier.delta.forms import Update
 from espalier.delta.gather import by_parameter
 from espalier.errors import EspalierError
@@ -42,14 +43,21 @@ class Attachment:
     """By name of the site."""
 
     @property
+    def parts(self) -> list[Any]:
+        """The slots that the method was put on, or its branches: not companions, nor what trains whole beside it."""
+        own = [slot for slot in self.slots.values() if slot.method is self.method and not isinstance(slot, Companion)]
+        return [*own, *self.branches.values()]
+
+    @property
     def targets(self) -> list[Target]:
-        return [slot.target for slot in self.slots.values()]
+        """The parameters that were chosen."""
+        return [slot.target for slot in self.parts if isinstance(slot, Slot)]
 
     def updates(self) -> dict[str, Update]:
         """The update of every parameter in the form in which it is stored, gathered whole where it is sharded."""
         pool = Whole(self.pool) if self.pool is not None else None
         with torch.no_grad():
-            return {name: slot.method.export(Whole(slot), pool) for name, slot in self.slots.items()}
+            return {name: slot.export(pool) for name, slot in self.slots.items()}
 
     def stored_branches(self) -> dict[str, Tensors]:
         """The tensors of every branch as they are stored, by site; those that sites share under ``shared``."""
@@ -87,8 +95,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def stored(model: nn.Module, name: str) -> torch.Tensor:
     """The base parameter of that name, whether or not reading it gives an updated one."""
-    owner, local = _owner(model, name)
-    return owner._parameters[local]  # type: ignore[return-value]
+    return stored_parameter(*_owner(model, name))  # type: ignore[return-value]
 
 
 def _logical(model: nn.Module, target: Target) -> torch.Tensor:
@@ -150,6 +157,8 @@ def attach(
     method: str | Method = "lora",
     *,
     targets: str | Sequence[str] | None = None,
+    full: str | Sequence[str] = (),
+    new_tokens: Sequence[int] = (),
     name: str | None = None,
     seed: int = 0,
     dropout: float = 0.0,
@@ -165,6 +174,10 @@ def attach(
         method: name of a registered adaptation method, or one made by ``registry.make``.
         targets: roles or name patterns (see ``anatomy.parameters.select``), of sites for a branch (see
             ``anatomy.site.select_sites``); default: the method's own.
+        full: roles or name patterns of parameters that train whole beside the method's updates, such as a new head's or the
+            norms; the method leaves them alone where ``targets`` names them too.
+        new_tokens: ids of tokens whose rows of the embedding and the head train beside the method's updates, from the mean
+            of the other rows on; the model has these rows (see ``attach.new_tokens.grow``).
         name: of the delta on this model; default: the method's name.
         seed: of the starting values.
         dropout: probability of dropping entries of the updates' inputs in training, in [0, 1).
@@ -189,8 +202,12 @@ def attach(
         made = method
     if not 0 <= dropout < 1:
         raise EspalierError(f"dropout is {dropout}; it must be at least 0 and less than 1")
-    patterns = _patterns(targets if targets is not None else made.targets)
-    settings = {"targets": patterns, "seed": seed, "dropout": dropout}
+    patterns, beside = _patterns(targets if targets is not None else made.targets), _patterns(full)
+    present = parameters(model)
+    whole = select(present, beside, "--full") if beside else []
+    chosen = targets_of(model, made, patterns, whole)
+    _freeze(model)
+    name = _fresh_name(model, name or made.name)
 
     def ready(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
         return {
@@ -198,42 +215,73 @@ def attach(
             for key, t in tensors.items()
         }
 
-    def pool_of(chosen: Sequence[Any]) -> Pool | None:
-        shared = made.start_shared(chosen, streams(seed, made.name))
-        return Pool(made, chosen, ready(shared, next(model.parameters()).device)) if shared else None
-
-    chosen = targets_of(model, made, patterns)
+    device = next(model.parameters()).device
+    shared = made.start_shared(chosen, streams(seed, made.name))
+    pool = Pool(made, chosen, ready(shared, device)) if shared else None
+    slots: dict[str, Slot] = {}
+    branches: dict[str, BranchSlot] = {}
     if isinstance(made, Branch):
-        if dropout and (other := [site.name for site in chosen if site.place != "sublayer"]):
-            raise EspalierError(f"dropout {dropout} cannot act on the branch at {other[0]}, which has no input; set dropout to 0")
-        _freeze(model)
-        attachment = Attachment(_fresh_name(model, name or made.name), made, {}, pool_of(chosen), settings)
         for site in chosen:
-            device = next(model.get_submodule(site.owner).parameters()).device
             tensors = ready(made.at(site).start(site, model, streams(seed, site.name)), device)
-            attachment.branches[site.name] = PLACES[site.place](made.at(site), site, tensors, attachment.pool, 1.0, dropout, device)
+            branches[site.name] = PLACES[site.place](made.at(site), site, tensors, pool, 1.0, dropout, device)
     else:
-        assert isinstance(made, Adapter)
-        _freeze(model)
-        findings: Mapping[str, Any] = {}
-        if streams is Stream:
-            if statistics is None and (wanted := made.wanted()) is not None:
-                raise EspalierError(f"{made.name} starts from statistics of the data ({wanted.statistics}); pass statistics=")
-            findings = made.survey(chosen, functools.partial(_logical, model), statistics)
-        attachment = Attachment(_fresh_name(model, name or made.name), made, {}, pool_of(chosen), settings)
-        for target in chosen:
-            weight = _logical(model, target)
-            tensors = ready(made.start_from(findings.get(target.name), target, weight, streams(seed, target.name)), weight.device)
-            attachment.slots[target.name] = Slot(made, target, tensors, attachment.pool, dropout, weight)
-        if dropout:
-            _refuse_dropout(attachment)
+        slots = _slots(model, made, chosen, pool, dropout, statistics, functools.partial(streams, seed), ready)
+    aliases = {alias: target for target in present for alias in target.names}
+    for leader in list(slots.values()):
+        for companion in {aliases[n].name: aliases[n] for n in leader.method.companions(leader.target) if n in aliases}.values():
+            if companion.name in slots:
+                raise EspalierError(f"{made.name} updates {companion.name} with {leader.target.name} and {slots[companion.name].target.name}; target one of them")
+            slots[companion.name] = Companion(leader, companion, _logical(model, companion))
+    whole_method: Adapter = registry.make("full", "adapter")
+    for target in whole:
+        if target.name in slots:
+            raise EspalierError(f"{made.name} updates {target.name} with its matrix; leave it out of --full")
+        weight = _logical(model, target)
+        tensors = whole_method.start(target, weight, streams(seed, target.name))
+        slots[target.name] = Slot(whole_method, target, ready(tensors, weight.device), None, 0.0, weight)
+    for target in places(present, slots, new_tokens) if new_tokens else ():
+        weight = _logical(model, target)
+        if target.name in slots:  # which trains whole
+            index = torch.tensor(new_tokens, device=weight.device)
+            slots[target.name].get_parameter("values").data[index] = mean_of_others(weight, index).to(dtype)
+            continue
+        rows = NewRows(new_tokens)
+        slots[target.name] = Slot(rows, target, ready(rows.start(target, weight, streams(seed, target.name)), weight.device), None, 0.0, weight)
+    settings = {"targets": patterns, "seed": seed, "dropout": dropout, **({"full": beside} if beside else {})}
+    settings |= {"new_tokens": list(new_tokens)} if new_tokens else {}
+    attachment = Attachment(name, made, slots, pool, settings, branches)
+    if dropout:
+        _refuse_dropout(attachment)
     _install(model, attachment)
     model.train(model.training)
     return model
 
 
-def targets_of(model: nn.Module, method: Method, targets: str | Sequence[str]) -> list[Any]:
+def _slots(
+    model: nn.Module, method: Method, chosen: Sequence[Target], pool: Pool | None, dropout: float, statistics: Statistics | None,
+    streams: Callable[[str], Stream], ready: Callable[..., Tensors],
+) -> dict[str, Slot]:  # fmt: skip
+    """The slots of a method's own targets."""
+    assert isinstance(method, Adapter)
+    findings: Mapping[str, Any] = {}
+    if type(streams("")) is Stream:
+        if statistics is None and (wanted := method.wanted()) is not None:
+            raise EspalierError(f"{method.name} starts from statistics of the data ({wanted.statistics}); pass statistics=")
+        findings = method.survey(chosen, functools.partial(_logical, model), statistics)
+    slots = {}
+    for target in chosen:
+        weight = _logical(model, target)
+        tensors = method.start_from(findings.get(target.name), target, weight, streams(target.name))
+        bases = method.bases(target, streams(target.name))
+        slots[target.name] = Slot(method, target, ready(tensors, weight.device), pool, dropout, weight, bases)
+    return slots
+
+
+def targets_of(model: nn.Module, method: Method, targets: str | Sequence[str], whole: Collection[Target] = ()) -> list[Any]:
     """The parameters (or, for a branch, sites) of a model that the patterns name; for a method that can be at all of them.
+
+    Args:
+        whole: parameters that train whole beside the method, which leaves them alone.
 
     Raises:
         EspalierError: when a pattern names nothing, or a parameter that the method cannot update.
@@ -242,7 +290,10 @@ def targets_of(model: nn.Module, method: Method, targets: str | Sequence[str]) -
     if isinstance(method, Branch):
         return select_sites([site for site in sites(model) if method.accepts(site)], patterns)
     assert isinstance(method, Adapter)
-    chosen = select(parameters(model), patterns)
+    chosen = [target for target in select(parameters(model), patterns) if target not in whole]
+    if not chosen and method.name != "full":
+        beside = ",".join(target.name for target in whole)
+        raise EspalierError(f"--full ({beside}) leaves nothing of --targets {','.join(patterns)} to {method.name}; --method full trains them")
     if refused := [t.name for t in chosen if not method.accepts(t)]:
         raise EspalierError(
             f"{method.name} takes {method.takes}; --targets {','.join(patterns)} also names {refused[0]} "
@@ -270,16 +321,21 @@ def _fresh_name(model: nn.Module, name: str) -> str:
 
 
 def _refuse_dropout(attachment: Attachment) -> None:
+    if branches := attachment.branches.values():
+        if other := [branch.site.name for branch in branches if branch.site.place != "sublayer"]:
+            raise EspalierError(f"dropout cannot act on the branch at {other[0]}, which has no input; set dropout to 0")
+        return
     if attachment.pool is not None:
         attachment.pool.prepare()
-    first = next(iter(attachment.slots.values()))  # one method: what holds for one update holds for all
+    dropping = attachment.parts
+    first = dropping[0]  # one method: what holds for one update holds for all
     with torch.no_grad():
         if first.update().depends_on_base:
             raise EspalierError(
                 f"dropout {first.dropout} does not go with {attachment.method.name}: its update depends on the base, "
                 "so the update's input is the base's; set dropout to 0"
             )
-    for slot in attachment.slots.values():
+    for slot in dropping:
         if "weight" in slot.target.routes or "lookup" in slot.target.routes:
             raise EspalierError(
                 f"dropout {slot.dropout} cannot act on {slot.target.name}, which is no plain product; set dropout to 0"

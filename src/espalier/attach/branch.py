@@ -95,13 +95,6 @@ class Branch(Method):
         """Trained numbers for one site: the planner's formula."""
         raise NotImplementedError
 
-    def count_shared(self, sites: Sequence[Site]) -> int:
-        """Trained numbers that the sites share."""
-        return 0
-
-    def trained(self, targets: Sequence[Site]) -> int:
-        return super().trained(targets) + self.count_shared(targets)
-
 
 class Composed(Branch):
     """A method that is made of others, each at its own place."""

@@ -40,7 +40,7 @@ class Course:
         self._modules = {id(m): name for name, m in model.named_modules()}
 
     def _with_parts(self) -> Iterator[tuple[Attachment, list[Any]]]:
-        return ((attached, [*attached.slots.values(), *attached.branches.values()]) for attached in self._attached)
+        return ((attached, attached.parts) for attached in self._attached)
 
     def optimizer_options(self) -> dict[str, dict[str, float]]:
         """Options of the optimizer by parameter name, of those that their method gives any."""
@@ -54,12 +54,13 @@ class Course:
         return found
 
     def kept(self) -> dict[str, torch.Tensor]:
-        """The tensors beside the trained ones that change in the run, by name."""
+        """The tensors beside the trained ones that a run cannot make again as they are now, by name."""
         return {
             f"{self._modules[id(part)]}.{local}": getattr(part, local)
             for attached, parts in self._with_parts()
             for part in parts
             for local in attached.method.kept
+            if local in part._buffers
         }
 
     def begin(self, step: int, learning_rate: float = 0.0) -> None:

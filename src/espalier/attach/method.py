@@ -79,14 +79,15 @@ class Method:
         """Trained numbers for one target: the planner's formula."""
         raise NotImplementedError
 
-    def trained(self, targets: Sequence[Any]) -> int:
-        """Trained numbers for all targets."""
-        return sum(self.count(target) for target in targets)
+    def count_shared(self, targets: Sequence[Any]) -> int:
+        """Trained numbers of the shared tensors that are no single target's part."""
+        return 0
 
     # in the course of a run; ``parts`` are those of all parameters
 
     kept: ClassVar[tuple[str, ...]] = ()
-    """Names of tensors of a part that are not trained and change in a run; checkpoints hold them."""
+    """Names of tensors of a part that are not trained, and that checkpoints hold: they change in a run, or were computed
+    from the base (a decomposition, say), which another machine does to other bits."""
 
     def optimizer_options(self) -> Mapping[str, Mapping[str, float]]:
         """Tensor name -> options of the optimizer for it; ``rate`` is a factor on the learning rate."""
@@ -161,12 +162,20 @@ class Adapter(Method):
         """What the update is multiplied by, such as alpha / rank."""
         return 1.0
 
+    def bases(self, target: Target, stream: Stream) -> Any:
+        """What the update of one parameter is made of that is no tensor, such as seeded matrices: made once, ``part.bases``.
+
+        Args:
+            stream: as that of ``start``.
+        """
+        return None
+
     def update(self, part: Any, context: Any) -> Update:
         """The update that the tensors make now.
 
         Args:
-            part: has every tensor of ``start`` as an attribute, plus ``target``, ``gain`` (0-d tensor) and
-                ``base_dtype``.
+            part: has every tensor of ``start`` as an attribute, plus ``target``, ``gain`` (0-d tensor),
+                ``base_dtype`` and ``bases``.
             context: what ``prepare`` returned for this parameter, or ``None``.
         """
         raise NotImplementedError
@@ -174,6 +183,17 @@ class Adapter(Method):
     def export(self, part: Any, pool: Any) -> Update:
         """The update in the form in which it is stored; by default the one that it makes now."""
         return self.update(part, None)
+
+    def companions(self, target: Target) -> Sequence[str]:
+        """Names of further parameters that the tensors of this one update too, as far as the model has them.
+
+        Such a parameter is no target of its own: :meth:`accompany` makes its update.
+        """
+        return ()
+
+    def accompany(self, part: Any, companion: Target) -> Update:
+        """The update of a companion, of the tensors of the parameter that it goes with (``part``, as for :meth:`update`)."""
+        raise NotImplementedError
 
     def start_bound(self, target: Target) -> float:
         """The largest magnitude that an entry of the update has at the start; by default 0: the start is the base."""

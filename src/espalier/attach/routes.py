@@ -22,11 +22,20 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from espalier.attach.coded import CodedBase, CodedWeight
 from espalier.attach.slot import Slot, versions
 from espalier.delta.base import BaseWeight, DenseBase, UpdatedBase, product
 
 Slots = dict[str, list[Slot]]
 """Local parameter name -> the updates on it, innermost first."""
+
+
+def stored_parameter(module: nn.Module, local: str) -> torch.Tensor | None:
+    """A module's own parameter, whether or not reading it gives an updated one; decoded where it is kept as codes."""
+    coded = module._modules.get("espalier_base")
+    if local == "weight" and isinstance(coded, CodedWeight):
+        return coded.dense().t() if isinstance(module, Conv1D) else coded.dense()
+    return module._parameters.get(local)
 
 
 class Adapted:
@@ -42,7 +51,7 @@ class Adapted:
         return self._updated(local) if local in self._espalier else self._stored(local)
 
     def _stored(self, local: str) -> torch.Tensor | None:
-        return self._parameters.get(local)  # type: ignore[attr-defined]
+        return stored_parameter(self, local)  # type: ignore[arg-type]
 
     def _updated(self, local: str) -> torch.Tensor:
         """The parameter with its updates applied, as stored."""
@@ -52,7 +61,7 @@ class Adapted:
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             self._espalier_cache.pop(local, None)
             return self._under(weight, slots)
-        key = versions([weight, *(t for s in slots for t in (*s.parameters(), *s.buffers()))])
+        key = versions([weight, *(t for s in slots for t in s.sources())])
         pools = versions([t for s in slots if s.pool is not None for t in s.pool.parameters()])
         cached = self._espalier_cache.get(local)
         if key is None or pools is None or cached is None or cached[0] != (key, pools):
@@ -67,7 +76,8 @@ class Adapted:
         for slot in slots:
             slot.held = slot.update()
         try:
-            yield [tensor for slot in slots for tensor in slot.update().tensors().values()]
+            tensors = [tensor for slot in slots for tensor in slot.update().tensors().values()]
+            yield list({id(tensor): tensor for tensor in tensors}.values())  # a weight's and its bias's may be the same
         finally:
             for slot in slots:
                 slot.held = None
@@ -82,9 +92,13 @@ class Adapted:
 
     def _base(self, local: str, bias: torch.Tensor | None, transposed: bool) -> BaseWeight:
         """The stored weight with every update but the last on it."""
-        weight = self._stored(local)
-        assert weight is not None
-        base: BaseWeight = DenseBase(weight, bias, transposed)
+        coded = self._modules.get("espalier_base") if local == "weight" else None  # type: ignore[attr-defined]
+        if coded is not None:
+            base: BaseWeight = CodedBase(coded, bias)
+        else:
+            weight = self._stored(local)
+            assert weight is not None
+            base = DenseBase(weight, bias, transposed)
         for slot in self._espalier.get(local, ())[:-1]:
             base = UpdatedBase(base, slot.update())
         return base
@@ -101,7 +115,7 @@ class LinearRoute(Adapted, nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         bias = self._read("bias")
         if "weight" not in self._espalier:
-            return functional.linear(input, self.weight, bias)
+            return self._base("weight", bias, False).linear(input)
         return _product(input, self._base("weight", bias, False), self._espalier["weight"][-1], self.training)
 
 
@@ -109,7 +123,7 @@ class Conv1DRoute(Adapted, Conv1D):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = self._read("bias")
         if "weight" not in self._espalier:
-            return functional.linear(x, self.weight.t(), bias)
+            return self._base("weight", bias, True).linear(x)
         return _product(x, self._base("weight", bias, True), self._espalier["weight"][-1], self.training)
 
 
@@ -218,7 +232,7 @@ def rebuild(module: nn.Module) -> None:
     slots = {local: updates for local, updates in slots.items() if updates}
     if type(module) not in (original, state.get("_espalier_made", original)):
         raise RuntimeError(f"{type(module).__name__} was made from an adapted module; detach before sharding or wrapping")
-    if not slots:
+    if not slots and "espalier_base" not in module._modules:
         for key in [key for key in state if key.startswith("_espalier")]:
             del state[key]
         module.__class__ = original

@@ -55,7 +55,21 @@ class Whole:
         return whole(value) if isinstance(value, torch.Tensor) else value
 
 
-class Pool(nn.Module):
+class Holder(nn.Module):
+    """A module of tensors whose buffers keep their dtype."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move with the model; what is not trained keeps its dtype, for scales and stored values are exact as they are."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+class Pool(Holder):
     """A method's shared tensors, at the root of the model, and the context of the forward pass under way."""
 
     def __init__(self, method: Method, targets: Sequence[Any], tensors: Tensors) -> None:
@@ -80,7 +94,7 @@ class Pool(nn.Module):
         return self.context[target.name]
 
 
-class Held(nn.Module):
+class Held(Holder):
     """The tensors that a method has for one target, their gain, and the shared ones that they go with."""
 
     gain: torch.Tensor
@@ -95,15 +109,9 @@ class Held(nn.Module):
         self.dropout = dropout
         self.__dict__["pool"] = pool  # owned by the root: not a child of this module
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move with the model; what is not trained keeps its dtype, for scales and stored values are exact as they are."""
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            moved = self._buffers[name]
-            if buffer is not None and moved is not None and moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        return self
+    def sources(self) -> list[torch.Tensor]:
+        """The tensors that the update is made of, shared ones left out."""
+        return [*self.parameters(), *self.buffers()]
 
 
 class Slot(Held):
@@ -114,12 +122,14 @@ class Slot(Held):
     """
 
     def __init__(
-        self, method: Adapter, target: Target, tensors: Tensors, pool: Pool | None, dropout: float, weight: torch.Tensor
-    ) -> None:
+        self, method: Adapter, target: Target, tensors: Tensors, pool: Pool | None, dropout: float, weight: torch.Tensor,
+        bases: Any = None,
+    ) -> None:  # fmt: skip
         super().__init__(tensors, method.gain(target), pool, dropout, weight.device)
         self.base_dtype = weight.dtype
         self.method = method
         self.target = target
+        self.bases = bases
         self.held: Update | None = None
         self._cached: tuple[Any, Update] | None = None
 
@@ -129,8 +139,34 @@ class Slot(Held):
             return self.held
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.pool is not None:
             self._cached = None
-            return self.method.update(self, self.pool.context_of(self.target) if self.pool is not None else None)
-        key = versions([*self.parameters(), *self.buffers()])
+            return self._make()
+        key = versions(self.sources())
         if key is None or self._cached is None or self._cached[0] != key:
-            self._cached = (key, self.method.update(self, None))
+            self._cached = (key, self._make())
         return self._cached[1]
+
+    def _make(self) -> Update:
+        return self.method.update(self, self.pool.context_of(self.target) if self.pool is not None else None)
+
+    def export(self, pool: Any) -> Update:
+        """The update in the form in which it is stored, of tensors that are gathered whole."""
+        return self.method.export(Whole(self), pool)
+
+
+class Companion(Slot):
+    """The update of a parameter that goes with another one's: made of that one's tensors, which stay where they are."""
+
+    leader: Slot
+
+    def __init__(self, leader: Slot, target: Target, weight: torch.Tensor) -> None:
+        super().__init__(leader.method, target, {}, None, 0.0, weight)
+        self.__dict__["leader"] = leader  # its tensors have one owner: it is not a child of this module
+
+    def sources(self) -> list[torch.Tensor]:
+        return self.leader.sources()
+
+    def _make(self) -> Update:
+        return self.method.accompany(self.leader, self.target)
+
+    def export(self, pool: Any) -> Update:
+        return self.method.accompany(Whole(self.leader), self.target)

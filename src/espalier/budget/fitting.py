@@ -41,20 +41,21 @@ def fit(method: Method, targets: Sequence[Any], numbers: int) -> Method:
         try:
             made = _with_size(method, value)
             made.check()
-            return made.trained(targets)
+            return sum(made.count(target) for target in targets) + made.count_shared(targets)
         except EspalierError:
             return None
 
-    highest = max(max(target.shape) for target in targets)
+    highest = max(numbers, *(max(target.shape) for target in targets))
     tried = {value: found for value in _values(highest) if (found := count(value)) is not None}
-    fitting = {value: found for value, found in tried.items() if found <= numbers}
-    if not fitting:
+    best = _best(tried, numbers)
+    if best is None:
         least = min(tried.values(), default=0)
         raise EspalierError(f"{method.name} trains {least:,} numbers at least on these {len(targets)} parameters; {numbers:,} are allowed")
-    best = max(fitting, key=lambda value: (fitting[value], -value))
-    for value in _between(tried, best):  # between the values tried, every one
-        if (found := count(value)) is not None and (found <= numbers, found, -value) > (True, count(best), -best):
-            best = value
+    while unseen := [value for value in _between(tried, best) if value not in tried]:
+        tried |= {value: found for value in unseen if (found := count(value)) is not None}
+        if not (set(unseen) & tried.keys()):
+            break
+        best = _best(tried, numbers) or best
     return _with_size(method, best)
 
 
@@ -64,14 +65,26 @@ def _with_size(method: Method, value: int) -> Method:
     return other
 
 
+def trained(method: Method, targets: Sequence[Any]) -> int:
+    """How many numbers a method trains on some parameters or sites."""
+    return sum(method.count(target) for target in targets) + method.count_shared(targets)
+
+
 def _values(highest: int) -> list[int]:
     """1, 2, 3, 4, 6, 8, 12, ... up to ``highest`` and it."""
     values = {highest, *(size for power in range(highest.bit_length()) for size in (1 << power, 3 << power >> 1))}
     return sorted(value for value in values if 1 <= value <= highest)
 
 
-def _between(tried: dict[int, int], best: int) -> range:
-    """The values between the neighbours of ``best`` among those tried."""
+def _best(tried: dict[int, int], numbers: int) -> int | None:
+    """The value that trains the most numbers, at most so many; of equals, the smallest."""
+    fitting = {value: found for value, found in tried.items() if found <= numbers}
+    return max(fitting, key=lambda value: (fitting[value], -value)) if fitting else None
+
+
+def _between(tried: dict[int, int], best: int) -> list[int]:
+    """Up to 64 values, evenly spread, between the neighbours of ``best`` among those tried."""
     values = sorted(tried)
     at = values.index(best)
-    return range(values[max(at - 1, 0)], values[min(at + 1, len(values) - 1)] + 1)
+    low, high = values[max(at - 1, 0)], values[min(at + 1, len(values) - 1)]
+    return sorted({low + (high - low) * k // 63 for k in range(64)})

@@ -4,7 +4,10 @@
 - ``stdlib:asyncio``, ``stdlib:email``, ``stdlib:xml``: packages kept out entirely; with ``:train`` or
   ``:heldout`` appended, the files to adapt to and those to measure on;
 - ``stdlib:docstrings:train``, ``stdlib:docstrings:heldout``: prompt (signature and docstring) and completion
-  (body) of the functions of the packages kept out, extracted with ``ast``.
+  (body) of the functions of the packages kept out, extracted with ``ast``;
+- ``stdlib:packages:train``, ``stdlib:packages:heldout``: docstrings (``text``) of ten packages, and which of them each
+  comes from (``label``). A docstring belongs to one half by a hash of its name; one that stands in several places is
+  taken at the first.
 
 Only packages that every build ships are used. The files' hashes are recorded in ``stdlib.json``; under
 another Python the text differs, which is said once and is no error.
@@ -26,6 +29,8 @@ from espalier.checkpoint.fingerprint import cache_directory
 from espalier.errors import EspalierError
 
 HELD_OUT = ("asyncio", "email", "xml")
+LABELLED = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "urllib", "wsgiref", "xml")
+"""The packages that docstrings are told apart by: those with the most of them."""
 _NOT_EVERYWHERE = frozenset(
     (
         "test", "tests", "idle_test", "idlelib", "tkinter", "lib2to3", "distutils", "ensurepip", "turtledemo",
@@ -33,7 +38,7 @@ _NOT_EVERYWHERE = frozenset(
     )
 )  # fmt: skip
 _RECORD = Path(__file__).with_name("stdlib.json")
-NAMES = ("train", "valid", *HELD_OUT, *(f"{p}:{s}" for p in (*HELD_OUT, "docstrings") for s in ("train", "heldout")))
+NAMES = ("train", "valid", *HELD_OUT, *(f"{p}:{s}" for p in (*HELD_OUT, "docstrings", "packages") for s in ("train", "heldout")))
 
 
 def library() -> Path:
@@ -106,6 +111,8 @@ def bundled_files(name: str) -> list[Path]:
     _warn_when_other()
     if name.startswith("docstrings:"):
         return [_docstrings(name.partition(":")[2])]
+    if name.startswith("packages:"):
+        return [_packages(name.partition(":")[2])]
     return [path for file, path in source_files().items() if split_of(file) == name or split_of(file).startswith(name + ":")]
 
 
@@ -134,3 +141,34 @@ def _docstrings(split: str) -> Path:
     if not target.exists():
         write_text(target, "".join(json.dumps(pair) + "\n" for _, path in files for pair in _pairs(path)))
     return target
+
+
+def _named_docstrings(tree: ast.AST, name: str) -> Iterator[tuple[str, str]]:
+    """(name, docstring) of everything in a module that has one, in order."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            own = f"{name}.{node.name}"
+            if docstring := ast.get_docstring(node):
+                yield own, docstring
+            yield from _named_docstrings(node, own)
+        else:
+            yield from _named_docstrings(node, name)
+
+
+def _packages(split: str) -> Path:
+    files = [(name, path) for name, path in source_files().items() if name.split("/")[0] in LABELLED]
+    digest = hashlib.sha256("".join(hashlib.sha256(path.read_bytes()).hexdigest() for _, path in files).encode()).hexdigest()[:16]
+    targets = {half: cache_directory() / "stdlib" / f"packages-{half}-{digest}.jsonl" for half in ("train", "heldout")}
+    if not targets[split].exists():
+        seen: set[str] = set()
+        lines: dict[str, list[str]] = {half: [] for half in targets}
+        for file, path in files:
+            for name, docstring in _named_docstrings(ast.parse(path.read_text(encoding="utf-8")), file):
+                if docstring in seen or len(docstring) < 20:
+                    continue
+                seen.add(docstring)
+                half = "heldout" if _share(name, 4) == 0 else "train"
+                lines[half].append(json.dumps({"text": docstring, "label": file.split("/")[0]}) + "\n")
+        for half, target in targets.items():
+            write_text(target, "".join(lines[half]))
+    return targets[split]

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, SHARED_PREFIX = "base_model.model.", "base_model."
 
-# writing LoRA
+# writing
 
 
 @dataclass
@@ -49,33 +49,27 @@ def _short_names(modules: list[str], others: list[str]) -> list[str]:
     return sorted(modules) if caught else tails
 
 
-def write(folder: Path, factors: dict[str, Factors], base: str, all_modules: list[str]) -> None:
+def write(
+    folder: Path, factors: dict[str, Factors], base: str, all_modules: list[str], copies: dict[str, dict[str, torch.Tensor]], task: str
+) -> None:
     """Write a LoRA adapter for modules by name, of any ranks.
 
     Args:
         base: name or path of the base model, as PEFT records it.
         all_modules: names of all modules of the model with a weight, to shorten the target names safely.
+        copies: modules that are held whole (``modules_to_save``): module to name in it to tensor.
+        task: PEFT's name of what the model does, such as ``CAUSAL_LM``.
     """
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, dict[str, torch.Tensor]] = {module: dict(held) for module, held in copies.items()}
     for module, f in factors.items():
         kind = "embedding_{}" if f.is_embedding else "{}.weight"
         a, b = (f.B.T, f.A.T) if f.is_embedding else (f.A, f.B)
-        tensors[f"{PREFIX}{module}.lora_{kind.format('A')}"] = a.detach()
-        tensors[f"{PREFIX}{module}.lora_{kind.format('B')}"] = b.detach()
+        tensors[module] = {f"lora_{kind.format('A')}": a, f"lora_{kind.format('B')}": b}
         if f.magnitude is not None:
-            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = f.magnitude.detach()
-    ranks = {module: f.A.shape[0] for module, f in factors.items()}
-    alphas = {module: f.gain * f.A.shape[0] for module, f in factors.items()}
-    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {_exactly(module): r for module, r in ranks.items() if r != rank},
-        "alpha_pattern": {_exactly(module): a for module, a in alphas.items() if a != alpha},
+            tensors[module]["lora_magnitude_vector"] = f.magnitude
+    settings = {
+        **by_module("r", "rank_pattern", {module: f.A.shape[0] for module, f in factors.items()}),
+        **by_module("lora_alpha", "alpha_pattern", {module: f.gain * f.A.shape[0] for module, f in factors.items()}),
         "target_modules": _short_names(list(factors), all_modules),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -83,16 +77,39 @@ def write(folder: Path, factors: dict[str, Factors], base: str, all_modules: lis
         "use_rslora": False,
         "use_dora": any(f.magnitude is not None for f in factors.values()),
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": list(copies) or None,
+        "task_type": task,
     }
+    write_kind(folder, "LORA", tensors, base, settings)
+
+
+def write_kind(folder: Path, kind: str, tensors: Mapping[str, Mapping[str, torch.Tensor]], base: str, settings: Mapping[str, Any]) -> None:
+    """Write an adapter of any kind.
+
+    Args:
+        kind: a key of ``KINDS``.
+        tensors: module -> end of the name -> tensor.
+        base: name or path of the base model, as PEFT records it.
+        settings: of adapter_config.json, beside what all kinds have.
+    """
+    config = {
+        "peft_type": kind,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "modules_to_save": None,
+        **settings,
+    }
+    named = {f"{PREFIX}{module}.{end}": t.detach().contiguous() for module, own in tensors.items() for end, t in own.items()}
     with atomic_file(folder / TENSORS) as temporary:
-        write_safetensors(temporary, {n: t.contiguous() for n, t in tensors.items()})
+        write_safetensors(temporary, named)
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def _exactly(module: str) -> str:
-    """A key of PEFT's patterns that only this module matches: they are searched as ``(.*\\.)?(KEY)$``."""
-    return f"^{module}"
+def by_module(name: str, pattern: str, values: Mapping[str, float]) -> dict[str, Any]:
+    """A setting and PEFT's pattern of the modules where it is another: searched as ``(.*\\.)?(KEY)$``, each names one module."""
+    first = next(iter(values.values()))
+    return {name: first, pattern: {f"^{module}": value for module, value in values.items() if value != first}}
 
 
 def remove(folder: Path) -> None:

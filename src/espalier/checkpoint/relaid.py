@@ -21,9 +21,17 @@ if TYPE_CHECKING:
     import torch
 
 
+ZEROS = ""
+GROWN = " (grown)"
+"""Behind the name of a stored tensor: the same with further rows, which are zero."""
+
+
 @dataclass(frozen=True)
 class Source:
-    """What a tensor is made of: entries ``start`` to ``stop`` of stored tensors, one run after the other."""
+    """What a tensor is made of: entries ``start`` to ``stop`` of stored tensors, one run after the other.
+
+    A run of :data:`ZEROS` is of zeros; no manifest may ask for one.
+    """
 
     shape: tuple[int, ...]
     runs: tuple[tuple[str, int, int], ...]
@@ -44,7 +52,7 @@ class Source:
             return isinstance(values, list) and len(values) == len(kinds) and all(type(v) is k for v, k in zip(values, kinds, strict=True))
 
         shaped = isinstance(shape, list) and len(shape) <= MOST_DIMENSIONS and are(shape, *[int] * len(shape))
-        if shape is None or not shaped or not isinstance(runs, list) or not all(are(run, str, int, int) for run in runs):
+        if shape is None or not shaped or not isinstance(runs, list) or not all(are(run, str, int, int) and run[0] != ZEROS for run in runs):
             raise EspalierError(f"it is {reprlib.repr(entry)}; it must have a shape and runs of [tensor, first entry, entry after the last]")
         return cls(tuple(shape), tuple((name, start, stop) for name, start, stop in runs))
 
@@ -74,10 +82,11 @@ class Relaid(ModelDirectory):
     def _check(self, name: str, source: Source) -> TensorInfo:
         if name in self.stored:
             raise EspalierError(f"{self.path} has the tensor {name!r} itself; it cannot be made of others")
-        parts = [self.stored.info(part) for part, _, _ in source.runs]
+        stored = [run for run in source.runs if run[0] != ZEROS]
+        parts = [self.stored.info(part) for part, _, _ in stored]
         if len({part.dtype for part in parts}) != 1:
             raise EspalierError(f"{name!r} is made of tensors of {len({part.dtype for part in parts})} dtypes; it must be one")
-        for part, (_, start, stop) in zip(parts, source.runs, strict=True):
+        for part, (_, start, stop) in zip(parts, stored, strict=True):
             if not 0 <= start < stop <= math.prod(part.shape):
                 raise EspalierError(f"{name!r} is made of entries {start} to {stop} of {part.name!r}, which has {math.prod(part.shape)}")
         count = sum(stop - start for _, start, stop in source.runs)
@@ -101,7 +110,10 @@ class Relaid(ModelDirectory):
             part, start, _ = runs[number]
             inside = offset + done - ends[number]
             piece = buffer[done : done + ends[number + 1] - ends[number] - inside]
-            self.stored.read_into(piece, part, start * item + inside)
+            if part == ZEROS:
+                piece[:] = bytes(len(piece))
+            else:
+                self.stored.read_into(piece, part, start * item + inside)
             number, done = number + 1, done + len(piece)
 
     def read(self, name: str) -> torch.Tensor:

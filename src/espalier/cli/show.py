@@ -25,9 +25,13 @@ def training(result: dict[str, Any]) -> None:
 
     print(f"{result['out']}: {format_bytes(result['bytes'])}, {result['steps']:,} steps, {result['tokens']:,} tokens")
     for name, scores in result["evaluation"].items():
-        after = scores["after"]
+        after, before = scores["after"], scores.get("before")
+        if "accuracy" in after:
+            line = f"{name}: accuracy {after['accuracy']:.1%}, macro-F1 {after['macro_f1']:.3f}"
+            print(line + (f" (was {before['accuracy']:.1%}, {before['macro_f1']:.3f})" if before else ""))
+            continue
         line = f"{name}: perplexity {after['perplexity']:.3f}, {after['bits_per_byte']:.4f} bits per byte"
-        if before := scores.get("before"):
+        if before:
             change = after["bits_per_byte"] / before["bits_per_byte"] - 1
             line += f" (was {before['perplexity']:.3f}, {before['bits_per_byte']:.4f}: {change:+.1%})"
         print(line)

@@ -87,6 +87,15 @@ class Order:
         """Predictions in one epoch."""
         return int(self._predictions.sum())
 
+    def steps_of_epoch(self, batch_tokens: int) -> float:
+        """Steps that an epoch takes."""
+        return self.predictions / batch_tokens
+
+    def batches(self, cursor: Cursor, batch_tokens: int, micro_tokens: int, padded: bool, pad_token: int) -> list[Batch]:
+        """The micro-batches of the next step; moves the cursor."""
+        parts = divide(next_step(self, cursor, batch_tokens), micro_tokens, padded)
+        return [make_batch(self.store, part, micro_tokens, padded, pad_token) for part in parts]
+
     def _enter(self, epoch: int) -> None:
         if epoch == self._epoch:
             return

@@ -13,24 +13,26 @@ from typing import Any
 from espalier.data.sources import Example, Span
 from espalier.errors import EspalierError
 
-MASK_POLICY = {"text": "all tokens", "prompt": "completion only", "chat": "assistant turns only"}
+MASK_POLICY = {"text": "all tokens", "label": "the label of a text", "prompt": "completion only", "chat": "assistant turns only"}
 """What is a target, by kind of data."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One document: token ids, a flag per token (``None``: all are targets) and the bytes of target text."""
+    """One document: token ids, a flag per token (``None``: all are targets), the bytes of target text, and the label."""
 
     ids: list[int]
     targets: list[bool] | None
     nbytes: int
+    label: str | None = None
 
 
 class Encoder:
     """A tokenizer with what training needs to know of it.
 
     Documents are framed as ``prefix + text + end``: the prefix is what the tokenizer itself puts before a
-    text (such as a BOS token), the end is what it puts after it, or else its EOS token.
+    text (such as a BOS token), the end is what it puts after it (``closing``), or else its EOS token. A text that is to be
+    labelled is framed as the tokenizer does it, ``prefix + text + closing``, for that is how others ask for its label.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -39,7 +41,8 @@ class Encoder:
         framed = tokenizer("a", add_special_tokens=True).input_ids
         start = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), 0)
         self.prefix: list[int] = framed[:start]
-        self.end: list[int] = framed[start + len(plain) :]
+        self.closing: list[int] = framed[start + len(plain) :]
+        self.end = self.closing
         if not self.end and tokenizer.eos_token_id is not None:
             self.end = [tokenizer.eos_token_id]
 
@@ -73,13 +76,21 @@ class Encoder:
         encoded = self.ids(plain)
         result = []
         for example, text, ids in zip(batch, plain, encoded, strict=True):
-            if example.messages:
+            if example.label is not None:
+                result.append(self._labelled(example, ids))
+            elif example.messages:
                 result.append(self._chat(example))
             elif len(example.spans) == 1:
                 result.append(self.frame(ids, len(text.encode())))
             else:
                 result.append(self._prompt(example))
         return result
+
+    def _labelled(self, example: Example, ids: list[int]) -> Encoded:
+        framed = self.prefix + ids + self.closing
+        if not framed:
+            raise EspalierError(f"{example.where}: the text has no token; every example needs one at least")
+        return Encoded(framed, None, len(example.spans[0].text.encode()), example.label)
 
     def frame(self, ids: list[int], nbytes: int) -> Encoded:
         """A document of plain text from the ids of its text."""

@@ -3,7 +3,8 @@
 An example is a list of spans, each a text and whether its tokens are targets of the loss:
 
 - plain text (a file, or every file of a folder, is one document): one span, all targets;
-- JSON lines with ``text``: likewise; with ``prompt`` and ``completion``: only the completion is a target;
+- JSON lines with ``text``: likewise; with ``text`` and ``label``: the label is to be told from the text, and what is
+  learnt; with ``prompt`` and ``completion``: only the completion is a target;
   with chat ``messages``: rendered by the tokenizer's chat template, only assistant turns are targets.
 """
 
@@ -33,16 +34,17 @@ class Span:
 
 @dataclass(frozen=True)
 class Example:
-    """One document: spans of text, or chat messages that a template still has to render."""
+    """One document: spans of text, or chat messages that a template still has to render; and its label, if it has one."""
 
     spans: tuple[Span, ...] = ()
     messages: tuple[dict[str, Any], ...] = ()
     where: str = ""
+    label: str | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """The files of a data set, in order, and what kind they are (``text``, ``prompt``, ``chat``)."""
+    """The files of a data set, in order, and what kind they are (``text``, ``label``, ``prompt``, ``chat``)."""
 
     name: str
     files: tuple[Path, ...]
@@ -150,9 +152,18 @@ def _record(line: str, file: Path, number: int) -> tuple[str, Example]:
         return "chat", Example(messages=tuple(messages), where=where)
     if "completion" in record and "prompt" in record:
         return "prompt", Example((Span(text_of("prompt"), False), Span(text_of("completion"))), where=where)
+    if "text" in record and "label" in record:
+        return "label", Example((Span(text_of("text")),), where=where, label=_label(record["label"], where))
     if "text" in record:
         return "text", Example((Span(text_of("text")),), where=where)
     raise EspalierError(f"{where} has keys {sorted(record)}; it needs text, prompt and completion, or messages")
+
+
+def _label(value: Any, where: str) -> str:
+    """A label by its name: a whole number and its digits are one label."""
+    if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).strip():
+        raise EspalierError(f"{where}: the label is {value!r}; it must be a name or a whole number")
+    return str(value)
 
 
 def examples(source: Source) -> Iterator[Example]:
@@ -172,6 +183,9 @@ def examples(source: Source) -> Iterator[Example]:
                     if not line.strip():
                         continue
                     kind, example = _record(line, file, number)
+                    if {kind, source.kind} == {"text", "label"}:
+                        has, others = ("no", "some") if kind == "text" else ("a", "none")
+                        raise EspalierError(f"{file}:{number} has {has} label, and the lines before have {others}; every line needs one, or none has")
                     if kind != source.kind:
                         raise EspalierError(f"{file}:{number} is of kind {kind}, the lines before of {source.kind}")
                     yield example

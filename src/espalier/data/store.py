@@ -2,11 +2,12 @@
 
 A directory under the cache: ``tokens.bin`` (uint16 or uint32), ``targets.bin`` (one byte a token, only
 where some tokens are no targets), ``documents.npy`` (offsets, int64), ``bytes.npy`` (target bytes a
-document), ``meta.json``. Its name is a hash of the files' identities and the tokenizer's fingerprint.
+document), ``labels.npy`` (where they have labels: which of the names in meta.json, int64), ``meta.json``. Its name is a hash of the files' identities and the tokenizer's fingerprint.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -30,7 +31,10 @@ _BATCH_CHARACTERS = 4 << 20
 
 @dataclass
 class TokenStore:
-    """A tokenized data set: ``offsets`` (documents + 1,) int64, ``nbytes`` (documents,) int64, ``digest`` of its content."""
+    """A tokenized data set: ``offsets`` (documents + 1,) int64, ``nbytes`` (documents,) int64, ``digest`` of its content.
+
+    Where documents have labels, ``labels`` (documents,) int64 says which of ``names``.
+    """
 
     path: Path
     kind: str
@@ -39,6 +43,8 @@ class TokenStore:
     nbytes: np.ndarray
     has_targets: bool
     digest: str
+    names: tuple[str, ...] = ()
+    labels: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
 
     def __post_init__(self) -> None:
         self._tokens = os.open(self.path / "tokens.bin", os.O_RDONLY)
@@ -121,7 +127,8 @@ def _long_document(file: Path, encoder: Encoder) -> Iterator[tuple[list[int], in
 
 def _write(folder: Path, source: Source, encoder: Encoder, dtype: np.dtype, progress: Callable[[int], None]) -> dict[str, Any]:
     offsets, nbytes, total, open_bytes = [0], [], 0, 0
-    has_targets = source.kind != "text"
+    has_targets = source.kind not in ("text", "label")
+    labels: list[str] = []
 
     def put(tokens: IO[bytes], targets: IO[bytes], ids: list[int], flags: list[bool] | None) -> None:
         nonlocal total
@@ -137,6 +144,7 @@ def _write(folder: Path, source: Source, encoder: Encoder, dtype: np.dtype, prog
                     put(tokens, targets, document.ids, document.targets)
                     offsets.append(total)
                     nbytes.append(document.nbytes)
+                    labels += [document.label] if document.label is not None else []
             else:
                 ids, count, ends = item
                 put(tokens, targets, ids, None)
@@ -150,11 +158,19 @@ def _write(folder: Path, source: Source, encoder: Encoder, dtype: np.dtype, prog
         (folder / "targets.bin").unlink()
     np.save(folder / "documents.npy", np.asarray(offsets, np.int64))
     np.save(folder / "bytes.npy", np.asarray(nbytes, np.int64))
+    names = _ordered(set(labels))
+    if labels:
+        np.save(folder / "labels.npy", np.asarray([names.index(label) for label in labels], np.int64))
     digests = "".join(file_digest(file) for file in sorted(folder.iterdir()))
     return {
         "format": FORMAT, "kind": source.kind, "dtype": dtype.name, "tokens": total, "documents": len(nbytes),
-        "digest": f"sha256:{hashlib.sha256(digests.encode()).hexdigest()}",
+        "digest": f"sha256:{hashlib.sha256((digests + json.dumps(names) if names else digests).encode()).hexdigest()}", "names": names,
     }  # fmt: skip
+
+
+def _ordered(labels: set[str]) -> list[str]:
+    """Labels by their number where all are whole numbers, else by name."""
+    return sorted(labels, key=lambda label: (int(label), label)) if all(label.isascii() and label.isdigit() for label in labels) else sorted(labels)
 
 
 def open_store(source: Source, encoder: Encoder, progress: Callable[[int], None] = lambda tokens: None) -> TokenStore:
@@ -185,7 +201,10 @@ def open_store(source: Source, encoder: Encoder, progress: Callable[[int], None]
         meta = json.loads((folder / "meta.json").read_text())
         kind, dtype, size = meta["kind"], np.dtype(meta["dtype"]), meta["tokens"]
         offsets, nbytes = np.load(folder / "documents.npy"), np.load(folder / "bytes.npy")
-        store = TokenStore(folder, kind, dtype, offsets, nbytes, kind != "text", str(meta["digest"]))
+        labels = np.load(folder / "labels.npy") if kind == "label" else np.empty(0, np.int64)
+        store = TokenStore(folder, kind, dtype, offsets, nbytes, kind not in ("text", "label"), str(meta["digest"]), tuple(meta.get("names", ())), labels)
+        if kind == "label" and len(labels) != meta["documents"]:
+            raise ValueError("the list of labels is not the one that was written")
         if len(offsets) != meta["documents"] + 1 or len(nbytes) != meta["documents"] or store.tokens != size:
             raise ValueError("the list of documents is not the one that was written")
         for name, expected in [("tokens.bin", size * dtype.itemsize), *([("targets.bin", size)] if store.has_targets else [])]:

@@ -250,7 +250,19 @@ def low_rank(
         return Dense(values)
     if rank is None and energy is None:
         raise EspalierError("a low-rank fit needs --rank or --energy: the update is not made of factors")
-    matrix = as_matrix(values)
+    U, S, Vt = singular_vectors(as_matrix(values), rank, Stream(seed, f"low rank {name}"), energy, method)
+    return _balanced(U, S, Vt, tuple(values.shape))
+
+
+def singular_vectors(
+    matrix: torch.Tensor, rank: int | None, stream: Stream, energy: float | None = None, method: Literal["exact", "randomized"] | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U (..., out, r), the largest singular values (..., r), and V^T (..., r, in) of a matrix (..., out, in).
+
+    Args:
+        rank, energy, method: as :func:`low_rank` has them; by neither a rank nor an energy all of them.
+        stream: random numbers of the randomised decomposition.
+    """
     smaller = min(matrix.shape[-2:])
     if method is None:
         method = "exact" if smaller <= EXACT_UP_TO or (rank is not None and 4 * rank > smaller) else "randomized"
@@ -258,13 +270,13 @@ def low_rank(
         U, S, Vt = torch.linalg.svd(matrix, full_matrices=False)
         chosen = _rank_for(S, rank, energy)
     else:
-        U, S, Vt, chosen = _randomized(matrix, rank, energy, Stream(seed, f"low rank {name}"))
-    return _balanced(U, S, Vt, chosen, tuple(values.shape))
+        U, S, Vt, chosen = _randomized(matrix, rank, energy, stream)
+    return U[..., :chosen].contiguous(), S[..., :chosen].contiguous(), Vt[..., :chosen, :].contiguous()
 
 
-def _balanced(U: torch.Tensor, S: torch.Tensor, Vt: torch.Tensor, rank: int, shape: tuple[int, ...]) -> LowRank:
-    root = S[..., :rank].sqrt()
-    return LowRank((U[..., :rank] * root.unsqueeze(-2)).contiguous(), (root.unsqueeze(-1) * Vt[..., :rank, :]).contiguous(), 1.0, shape)
+def _balanced(U: torch.Tensor, S: torch.Tensor, Vt: torch.Tensor, shape: tuple[int, ...]) -> LowRank:
+    root = S.sqrt()
+    return LowRank((U * root.unsqueeze(-2)).contiguous(), (root.unsqueeze(-1) * Vt).contiguous(), 1.0, shape)
 
 
 def _truncated(factors: LowRank, rank: int | None, energy: float | None) -> LowRank:
@@ -277,7 +289,7 @@ def _truncated(factors: LowRank, rank: int | None, energy: float | None) -> LowR
     chosen = _rank_for(S, rank, energy)
     if chosen >= factors.rank:
         return factors
-    made = _balanced(QB @ U, S, Vt @ QA.transpose(-1, -2), chosen, factors.shape)
+    made = _balanced((QB @ U)[..., :chosen], S[..., :chosen], (Vt @ QA.transpose(-1, -2))[..., :chosen, :], factors.shape)
     wide = working_dtype(factors.B, factors.A)
     return LowRank(made.B.to(wide), made.A.to(wide), 1.0, factors.shape)
 

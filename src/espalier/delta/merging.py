@@ -20,7 +20,7 @@ import torch
 
 from espalier.delta.selection import TOO_LARGE, Chosen, thresholds
 from espalier.errors import EspalierError
-from espalier.kernels.merging import Between, elect
+from espalier.kernels.merging import Between, Numbers, add_changes, elect
 from espalier.kernels.philox import Stream
 
 PIECE = 1 << 19
@@ -33,7 +33,7 @@ ROOM = 1 << 23
 SAMPLE = 1 << 15
 """Numbers of each model, at least, by which thresholds are guessed, before a pass finds them."""
 
-WHOLE_SAMPLE = 1 << 20
+WHOLE_SAMPLE = 1 << 18
 """Numbers of each model by which quantiles of the whole model are guessed."""
 
 
@@ -86,6 +86,20 @@ class Piece:
         for model, row in enumerate(made):
             self._read(model, row).sub_(origin)
         return made
+
+    @cached_property
+    def stored(self) -> Numbers:
+        """All of it as it is stored, for loops that make no copy of it.
+
+        Raises:
+            EspalierError: when there is no base.
+        """
+        parameter, which = self._parameter, (None, *range(self._parameter.models))
+        if not parameter.has_base:
+            raise EspalierError(NEEDS_BASE)
+        rows = {model: parameter.stored(model, self._begin, self._stop) for model in which}
+        base, *models = rows.values()
+        return Numbers(base, models, lambda model: parameter.refuse(model, rows[model]), device=parameter.device)
 
     @property
     def spare(self) -> torch.Tensor:
@@ -200,9 +214,9 @@ class Parameter(abc.ABC):
         for start in range(0, self.rows, step):
             yield Piece(self, start, min(start + step, self.rows))
 
-    def sampled(self) -> Iterator[Piece]:
-        """Some of it: rows in eight places, about one in 32 numbers, but :data:`SAMPLE` at least and four times that at most."""
-        take = max(min(max(self.numel // 32, SAMPLE), 4 * SAMPLE) // 8 // max(self.columns, 1), 1)
+    def sampled(self, most: int = SAMPLE) -> Iterator[Piece]:
+        """Some of it: rows in eight places, about one in 32 numbers, but :data:`SAMPLE` at least and ``most`` at most."""
+        take = max(min(max(self.numel // 32, SAMPLE), most) // 8 // max(self.columns, 1), 1)
         for start in range(0, self.rows, max(self.rows // 8, take)):
             yield Piece(self, start, min(start + take, self.rows))
 
@@ -260,8 +274,19 @@ class Parameter(abc.ABC):
             score: from a piece to scores (n, rows, columns), whose magnitudes count; default: the updates.
         """
         scores = score or (lambda piece: piece.updates)
-        sample = torch.cat([scores(piece).flatten(1).clone() for piece in self.sampled()], -1)
-        return thresholds(lambda: (scores(piece).flatten(1) for piece in self.pieces()), sample, counts, self.numel)
+        step = 5 if self.numel > SAMPLE else 1  # many rows, as these differ, but few numbers of each
+        sample = torch.cat([scores(piece).flatten(1)[:, ::step].clone() for piece in self.sampled(4 * SAMPLE)], -1)
+
+        def gather(found: dict[int, Between]) -> None:
+            for piece in self.pieces():
+                if score is None:
+                    add_changes(piece.stored, list(found.items()))
+                    continue
+                made = score(piece).flatten(1)
+                for row, between in found.items():
+                    between.add(made[row])
+
+        return thresholds(gather, sample, counts, self.numel)
 
     def ratio(self, kept: Callable[[Piece], torch.Tensor]) -> torch.Tensor:
         """The sum of magnitudes of each model's updates, over that of what is ``kept`` of them: (models, 1, 1).
@@ -349,11 +374,15 @@ def merged_changes(parameter: Parameter, changes: Callable[[Piece], torch.Tensor
 
     def combine(piece: Piece) -> torch.Tensor:
         if by_vote:
-            mass, divide = majority == "mass", normalize is not False
-            return elect(piece.origin, changes(piece), weights, everything, all_of_them, mass, divide, parameter.scale)
+            made = Numbers(piece.origin, changes(piece).unbind(), _too_large, are_changes=True, device=parameter.device)
+            return elect(made, weights, everything, all_of_them, majority == "mass", normalize is not False, parameter.scale)
         return weighted_sum(changes(piece), factors).mul_(parameter.scale).add_(piece.origin)
 
     return combine
+
+
+def _too_large(model: int | None) -> NoReturn:
+    raise EspalierError(TOO_LARGE)
 
 
 @dataclass
@@ -364,31 +393,29 @@ class Whole:
     each: Callable[[Callable[[Parameter], Any]], Iterable[Any]]
     """What is made of every parameter, in order; made on all threads."""
 
-    def quantiles(self, score: Callable[[Parameter, Piece], torch.Tensor], shares: Sequence[float]) -> list[torch.Tensor]:
+    def quantiles(self, gather: Callable[[Piece, list[tuple[int, Between]]], None], shares: Sequence[float]) -> list[torch.Tensor]:
         """Exact quantiles of each model's scores over all parameters: the number at place int(share d) of d in order.
 
         A sample gives bounds between which they all but certainly lie; a pass counts what is below and gathers what is
         between, and is repeated with other bounds where the sample misled.
 
         Args:
-            score: from a parameter and a piece to scores (models, rows, columns).
+            gather: adds the scores of a piece to some that gather them, each of a model.
 
         Returns:
-            For each share the numbers, (models, 1, 1).
+            For each share the numbers, (models,), on the CPU.
         """
         total = sum(parameter.numel for parameter in self.parameters)
         found = torch.empty(len(shares), self.parameters[0].models)
         wanted = {
             (row, model): min(int(share * total), total - 1) for row, share in enumerate(shares) for model in range(found.shape[1])
         }
-        bounds = self._bounds(score, {where: place / total for where, place in wanted.items()})
+        bounds = self._bounds(gather, {where: place / total for where, place in wanted.items()})
 
         def gathered(parameter: Parameter) -> dict[tuple[int, int], tuple[list[int], torch.Tensor]]:
             made = {where: Between(*bound) for where, bound in bounds.items()}
             for piece in parameter.pieces():
-                scores = score(parameter, piece).flatten(1)
-                for (_, model), between in made.items():
-                    between.add(scores[model])
+                gather(piece, [(model, between) for (_, model), between in made.items()])
             return {where: (between.counts, between.numbers()) for where, between in made.items()}
 
         for attempt in itertools.count():
@@ -420,16 +447,22 @@ class Whole:
                 else:
                     found[where] = high
                 del bounds[where]
-        return [row.to(self.parameters[0].device)[:, None, None] for row in found]
+        return list(found)
 
     def _bounds(
-        self, score: Callable[[Parameter, Piece], torch.Tensor], shares: dict[tuple[int, int], float]
+        self, gather: Callable[[Piece, list[tuple[int, Between]]], None], shares: dict[tuple[int, int], float]
     ) -> dict[tuple[int, int], tuple[float, float]]:
         """Between which numbers the shares' quantiles lie, but for a small chance."""
         whole = sum(parameter.numel for parameter in self.parameters)
 
         def sampled(parameter: Parameter) -> torch.Tensor:
-            taken = torch.cat([score(parameter, piece).flatten(1).clone() for piece in parameter.sampled()], -1).cpu()
+            made = [Between(-math.inf, math.inf) for _ in range(parameter.models)]
+            for piece in parameter.sampled():
+                gather(piece, list(enumerate(made)))
+            numbers = [between.numbers().cpu() for between in made]
+            if len({len(some) for some in numbers}) > 1:
+                raise EspalierError(TOO_LARGE)
+            taken = torch.stack(numbers)
             wanted = max(WHOLE_SAMPLE * parameter.numel // whole, 1)
             return taken[:, :: max(taken.shape[1] // wanted, 1)].clone()
 

@@ -147,7 +147,7 @@ class Chosen:
 
 
 def thresholds(
-    slices: Callable[[], Iterable[torch.Tensor]], sample: torch.Tensor, counts: Sequence[int], length: int
+    gather: Callable[[dict[int, Between]], None], sample: torch.Tensor, counts: Sequence[int], length: int
 ) -> Chosen:
     """The ``counts[i]`` largest magnitudes of each vector i, of ``length`` numbers each; of equal ones the first.
 
@@ -155,7 +155,7 @@ def thresholds(
     gathers what is between them; it is repeated with other bounds where the sample misled.
 
     Args:
-        slices: gives the vectors, (vectors, n), slice by slice, as often as asked.
+        gather: adds all magnitudes of some vectors to what counts them.
         sample: some numbers of each, (vectors, s).
     """
     limits, ties = torch.empty(len(counts)), [-1] * len(counts)
@@ -171,9 +171,7 @@ def thresholds(
         if attempt == 2:  # other bounds hold every number but those that are none
             raise EspalierError(TOO_LARGE)
         found = {vector: Between(low, high, signed=False) for vector, (low, high) in bounds.items()}
-        for part in slices():
-            for vector, between in found.items():
-                between.add(part[vector])
+        gather(found)
         for vector, between in found.items():
             low, high = bounds.pop(vector)
             inside, (below, at_low, at_high) = between.numbers(), between.counts

@@ -41,6 +41,7 @@ TENSORS, MANIFEST, FILES = "delta.safetensors", "delta.json", "files"
 _KINDS = {
     "base": dict, "method": str, "hyperparameters": dict, "settings": dict, "training": dict, "special_tokens": dict,
     "tensors": dict, "branches": dict, "removed": list, "relaid": dict, "files": dict, "lineage": list,
+    "classifier": dict, "vocabulary": int, "added_tokens": list,
 }  # fmt: skip
 
 

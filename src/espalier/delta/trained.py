@@ -22,10 +22,12 @@ from espalier.delta.forms import (
     LowRank,
     Magnitude,
     Quantized,
+    RandomBases,
     Rows,
     Seeded,
     SeededLowRank,
     Sparse,
+    Subspace,
     Ternary,
     Update,
 )
@@ -113,7 +115,7 @@ def recoded(update: Update, start: Start | None, code: Coder, B_alone: bool = Fa
 
 
 def _recoded(update: Update, start: Start | None, code: Coder, B_alone: bool) -> Update:
-    if not update.shape or isinstance(update, Seeded) or (isinstance(update, SeededLowRank) and update.B is None):
+    if not update.shape or isinstance(update, Seeded | Subspace | RandomBases) or (isinstance(update, SeededLowRank) and update.B is None):
         return update  # one number, or seeds and few of them
     if (factors := _factors(update, start)) is not None:
         B, A = factors.parts["B"], factors.parts["A"]

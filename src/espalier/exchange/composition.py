@@ -9,7 +9,7 @@ from typing import Protocol
 
 from espalier.anatomy.layout import is_transposed, locate
 from espalier.checkpoint.directory import SINGLE, ModelDirectory
-from espalier.checkpoint.relaid import Relaid, Source
+from espalier.checkpoint.relaid import GROWN, ZEROS, Relaid, Source
 from espalier.checkpoint.safetensors_file import DTYPES, torch_dtype
 from espalier.delta.gather import gathered
 from espalier.delta.store import Delta, Layout, relaid
@@ -52,7 +52,7 @@ def seen_by(directory: ModelDirectory, deltas: Sequence[Delta]) -> tuple[ModelDi
     """
     sources: dict[str, Source] = {}
     for delta in deltas:
-        for name, source in relaid(delta.manifest).items():
+        for name, source in {**relaid(delta.manifest), **grown(directory, delta)}.items():
             if sources.setdefault(name, source) != source:
                 raise EspalierError(f"two deltas make the tensor {name} of different tensors of the base")
     seen = Relaid(directory, sources) if sources else directory
@@ -73,6 +73,27 @@ def seen_by(directory: ModelDirectory, deltas: Sequence[Delta]) -> tuple[ModelDi
         layouts = {n: delta.layouts.get(n) or Layout((n,), transposed=is_transposed(model_type, n)) for n in updates}
         fitting.append(replace(delta, updates=updates, layouts=layouts))
     return seen, fitting
+
+
+def grown(directory: ModelDirectory, delta: Delta) -> dict[str, Source]:
+    """The tensors of a base with the further rows, all zero, that a delta with new tokens stands on; by their names with GROWN.
+
+    Raises:
+        EspalierError: when a delta has fewer new rows than it wants the vocabulary to grow by.
+    """
+    rows, found = delta.manifest.get("vocabulary"), {}
+    for name, layout in delta.layouts.items() if rows is not None else ():
+        shape = tuple(delta.updates[name].shape)
+        if layout.dtype or len(shape) != 2 or shape[0] != rows:
+            continue
+        for part in (part for piece in locate(name, layout.names, None, directory) for part in piece.names):
+            before = directory.info(part).shape
+            if len(before) != 2 or before[1] != shape[1] or before[0] >= rows:
+                continue
+            if rows - before[0] > len(delta.manifest.get("added_tokens", [])):
+                raise EspalierError(f"the delta makes the vocabulary of {part} {rows} tokens, from {before[0]}; it adds {len(delta.manifest.get('added_tokens', []))}")
+            found[part + GROWN] = Source(shape, ((part, 0, math.prod(before)), (ZEROS, 0, (rows - before[0]) * shape[1])))
+    return found
 
 
 def outputs(directory: ModelDirectory, deltas: Sequence[Delta], dtype: str | None = None) -> dict[str, Output]:
@@ -107,6 +128,9 @@ def outputs(directory: ModelDirectory, deltas: Sequence[Delta], dtype: str | Non
                 continue
             experts = shape[0] if len(shape) == 3 else None
             for piece in locate(name, layout.names, experts, found):
+                for part in piece.names:
+                    if part + GROWN in directory and found[part].source == part:
+                        found[part] = Output(part, found[part].dtype, directory.info(part + GROWN).shape, part + GROWN)
                 matrix = shape if piece.expert is None else shape[1:]
                 _check_shape(name, matrix, layout, [found[part].shape for part in piece.names], piece.expert is None)
                 row = 0

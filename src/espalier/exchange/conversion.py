@@ -14,7 +14,7 @@ import torch
 from espalier.anatomy.layout import Piece, locate
 from espalier.checkpoint.atomic import require_free_space
 from espalier.checkpoint.directory import ModelDirectory, resolve_model
-from espalier.checkpoint.relaid import Relaid
+from espalier.checkpoint.relaid import GROWN, Relaid
 from espalier.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
 from espalier.delta import store
 from espalier.delta.compression import Outcome, naming
@@ -23,6 +23,7 @@ from espalier.delta.forms import LowRank, Magnitude, Update
 from espalier.delta.forms.composite import Composite
 from espalier.delta.store import Delta, Layout
 from espalier.errors import EspalierError
+from espalier.exchange.composition import grown
 from espalier.memory.meter import available_memory, format_bytes
 
 SYNONYMS = {"lora": "lowrank", "peft": "lowrank"}
@@ -42,7 +43,7 @@ class BaseWeights:
     def __init__(self, delta: Delta, folder: Path, model: str) -> None:
         directory = ModelDirectory(resolve_model(model))
         store.check_base(delta, folder, directory.path, directory.fingerprint())
-        self.directory = Relaid(directory, store.relaid(delta.manifest))
+        self.directory = Relaid(directory, {**store.relaid(delta.manifest), **grown(directory, delta)})
 
     def _pieces(self, name: str, layout: Layout, shape: tuple[int, ...]) -> list[Piece]:
         """The tensors of a parameter; nothing but headers is read.
@@ -52,6 +53,7 @@ class BaseWeights:
         """
         experts = min(shape[0], len(self.directory.file_of) + 1) if len(shape) == 3 else None
         pieces = locate(name, layout.names, experts, self.directory)
+        pieces = [Piece(tuple(n + GROWN if n + GROWN in self.directory else n for n in piece.names), piece.expert) for piece in pieces]
         first = [self.directory.info(part).shape for part in pieces[0].names]
         if pieces[0].expert is not None:
             found: tuple[int, ...] = (len(pieces), sum(part[0] for part in first), *first[0][1:])

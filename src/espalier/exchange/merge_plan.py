@@ -19,6 +19,7 @@ import torch
 from espalier import registry
 from espalier.checkpoint.directory import ModelDirectory, read_json, resolve_model
 from espalier.checkpoint.safetensors_file import torch_dtype
+from espalier.checkpoint.stream import one_thread_each
 from espalier.delta import store
 from espalier.errors import EspalierError
 from espalier.exchange import difference, vocabulary
@@ -297,17 +298,18 @@ def trained_apart(items: Sequence[Item]) -> tuple[Path, Path, float] | None:
         return None
     item = min(fitting, key=lambda item: math.prod(item.shape))
     (first, name), *others = [*([item.base] if item.base else []), *item.sources]
-    for member, tensor in others:
-        if member is first:
-            continue
-        sums = torch.zeros(3, dtype=torch.float64)
-        one, other = first.rows(name), member.rows(tensor)
-        for row in range(0, item.shape[0], 256):
-            a, b = (rows(row, min(row + 256, item.shape[0])).double() for rows in (one, other))
-            sums += torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()])
-        cosine = float(sums[0] / (sums[1] * sums[2]).sqrt())
-        if abs(cosine) < _APART:
-            return first.path, member.path, cosine
+    with one_thread_each():
+        for member, tensor in others:
+            if member is first:
+                continue
+            sums = torch.zeros(3, dtype=torch.float64)
+            one, other = first.rows(name), member.rows(tensor)
+            for row in range(0, item.shape[0], 256):
+                a, b = (rows(row, min(row + 256, item.shape[0])).double() for rows in (one, other))
+                sums += torch.stack([(a * b).sum(), a.square().sum(), b.square().sum()])
+            cosine = float(sums[0] / (sums[1] * sums[2]).sqrt())
+            if abs(cosine) < _APART:
+                return first.path, member.path, cosine
     return None
 
 

@@ -26,18 +26,22 @@ from espalier.delta.forms import (
     Chain,
     Dense,
     Diagonal,
+    Hadamard,
     Kronecker,
     LowRank,
     Magnitude,
     Permute,
+    RandomBases,
     Replace,
     Sparse,
+    Tiled,
     Update,
 )
 from espalier.delta.forms.support import compact
 from espalier.delta.forms.update import matrix_shape
 from espalier.delta.store import Delta, Layout
 from espalier.errors import EspalierError, at_least
+from espalier.exchange.new_head import found_in
 
 
 @dataclass
@@ -153,18 +157,13 @@ def _lycoris_gain(part: Part, rank: int | None) -> float:
 
 
 def loha(part: Part) -> Updates:
-    """``(B1 A1) * (B2 A2)`` entry by entry: of rank r^2, by the products of the rows of B and of the columns of A."""
+    """``(B1 A1) * (B2 A2)`` entry by entry."""
     outputs, inputs = part.matrix
-    B1 = part.take("hada_w1_a", outputs, None).float()
+    B1 = part.take("hada_w1_a", outputs, None)
     rank = B1.shape[1]
-    B2 = part.take("hada_w2_a", outputs, rank).float()
-    A1, A2 = (part.take(f"hada_w{n}_b", rank, inputs).float() for n in (1, 2))
-    gain = _lycoris_gain(part, rank)
-    if rank**2 >= min(outputs, inputs):
-        return {"weight": Dense(((B1 @ A1) * (B2 @ A2)).reshape(part.target.shape), gain)}
-    B = (B1[:, :, None] * B2[:, None, :]).flatten(1)  # (out, r^2)
-    A = (A1[:, None, :] * A2[None, :, :]).flatten(0, 1)  # (r^2, in)
-    return {"weight": _product(part, B, A, gain)}
+    B2 = part.take("hada_w2_a", outputs, rank)
+    A1, A2 = (part.take(f"hada_w{n}_b", rank, inputs) for n in (1, 2))
+    return {"weight": Hadamard(B1, A1, B2, A2, _lycoris_gain(part, rank), part.target.shape)}
 
 
 def lokr(part: Part) -> Updates:
@@ -212,7 +211,7 @@ def vera(part: Part) -> Updates:
 
 
 def randlora(part: Part) -> Updates:
-    """A sum of scaled random bases; there are enough of them for full rank, so that it is kept dense."""
+    """A sum of scaled random bases; what is cut from those of all modules is kept once for each size."""
     outputs, inputs = part.matrix
     small, large = min(outputs, inputs), max(outputs, inputs)
     lamb = part.take("randlora_lambda", None, None).float()
@@ -226,10 +225,13 @@ def randlora(part: Part) -> Updates:
     expect_sizes(part.adapter, "base_model", "randlora_B", B, (None, None, rank))
     if A.shape[2] < small or B.shape[0] < large or B.shape[1] < bases:
         raise part.refuse(f"needs {bases} bases of {large} x {small}; those of the adapter are {tuple(B.shape)} and {tuple(A.shape)}")
-    right = (lamb[:, :, None] * A[:, :, :small] * gamma).flatten(0, 1)  # (rank bases, small)
-    update = B[:large, :bases].flatten(1) @ right  # (large, small), in PEFT's order of the flattened sides
+    # PEFT flattens B basis by basis and A row by row: its term (n, k) pairs what lies at k * bases + n of both
+    B = B[:large, :bases].flatten(1).unflatten(1, (rank, bases)).transpose(1, 2).flatten(1)
+    tensors = {"lam": lamb.T.contiguous(), "gamma": gamma, "B": B.contiguous(), "A": A[:, 0, :small].contiguous()}
     gain = part.adapter.number("randlora_alpha", 640) / rank
-    return {"weight": Dense((update if small == inputs else update.T).contiguous().reshape(part.target.shape), gain)}
+    update = RandomBases.from_tensors(tensors, {"bases": {}}, part.target.shape, gain)
+    update.shared = {"B": f"randlora_B.{large}.{bases}", "A": f"randlora_A.{small}"}
+    return {"weight": update}
 
 
 def shira(part: Part) -> Updates:
@@ -262,18 +264,17 @@ def miss(part: Part) -> Updates:
         if outputs % rank or inputs % rank:
             raise part.refuse(f"has blocks of {rank}, which do not divide {outputs} x {inputs}")
         return {"weight": BlockAffine(part.take("miss_block", outputs // rank, rank, rank), part.target.shape, "row")}
-    block = part.take("miss_block", None, None)
     if kind == "mini":
+        block = part.take("miss_block", None, None)
         if outputs % block.shape[1]:
             raise part.refuse(f"has blocks of {block.shape[1]} outputs, which do not divide {outputs}")
-        block = block.repeat(1, outputs // block.shape[1])
-    elif not isinstance(kind, bool):
+    elif isinstance(kind, bool):
+        block = part.take("miss_block", None, outputs)
+    else:
         raise EspalierError(f"{part.adapter.path}: init_weights is {kind!r}; it must be true, false, 'bat' or 'mini'")
-    expect_sizes(part.adapter, part.module, "miss_block", block, (None, outputs))
     if block.shape[0] > inputs:
         raise part.refuse(f"has a block of {block.shape[0]} rows; the layer has {inputs} inputs")
-    tiles = torch.eye(block.shape[0], dtype=block.dtype).repeat(1, -(-inputs // block.shape[0]))[:, :inputs]
-    return {"weight": _product(part, block.T, tiles)}
+    return {"weight": Tiled(block.T.contiguous(), part.target.shape)}
 
 
 def _skew(part: Part, vectors: torch.Tensor, size: int) -> torch.Tensor:
@@ -504,7 +505,8 @@ def _put_copy(
         return
     if tuple(logical.shape) != target.shape:
         raise EspalierError(f"{adapter.folder / TENSORS}: {name} has shape {tuple(copy.shape)}; the model's {alias} has {target.shape}")
-    stored = torch_dtype(base.info(_pieces(target, base)[0].names[0]).dtype)
+    held = found_in(base, target)
+    stored = torch_dtype(base.info(held[0]).dtype) if held else copy.dtype
     if copy.is_floating_point() != stored.is_floating_point:
         raise EspalierError(f"{adapter.folder / TENSORS}: {name} is {copy.dtype}; the model's {alias} is {stored}")
     put(alias, Replace(logical.contiguous()))
@@ -531,7 +533,7 @@ def _of_tie(folder: Path, target: Target, sides: Mapping[str, Update], base: Mod
     """The one update of a parameter; ``None`` for a copy of what the base holds. All sides of a tie must change alike."""
 
     def unchanged(update: Update) -> bool:
-        return isinstance(update, Replace) and update.ignores_base and _is_base(update.values, target, base)
+        return isinstance(update, Replace) and update.ignores_base and bool(found_in(base, target)) and _is_base(update.values, target, base)
 
     changed = {alias: update for alias, update in sides.items() if not unchanged(update)}
     if not changed:

@@ -17,7 +17,7 @@ from espalier.checkpoint.directory import ModelDirectory, resolve_model
 from espalier.data.encode import Encoder
 from espalier.delta import store
 from espalier.errors import EspalierError
-from espalier.exchange import peft_lora, peft_prompt
+from espalier.exchange import new_head, new_tokens, peft_kinds, peft_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,13 +54,14 @@ def save(
     source = str(base or getattr(model.config, "_name_or_path", "") or "")
     if not source:
         raise EspalierError("the model does not say where it was loaded from; pass base=DIR so that the delta can name its base")
+    directory = ModelDirectory(resolve_model(source))
     facts = {
         "name": source,
-        "fingerprint": ModelDirectory(resolve_model(source)).fingerprint(),
+        "fingerprint": directory.fingerprint(),
         "model_type": model.config.model_type,
     }
     manifest = describe(attachment, facts, Encoder(tokenizer) if tokenizer is not None else None, "all tokens", training or {})
-    return write(model, attachment, manifest, Path(out))
+    return write(model, attachment, manifest, Path(out), directory, tokenizer)
 
 
 def _one(model: nn.Module, name: str | None) -> Attachment:
@@ -91,18 +92,38 @@ def describe(
     }
 
 
-def write(model: PreTrainedModel, attachment: Attachment, manifest: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Write a delta with its card, and PEFT's files where it is plain LoRA."""
-    targets = {t.name: t for t in attachment.targets}
+def write(
+    model: PreTrainedModel, attachment: Attachment, manifest: dict[str, Any], out: Path, base: ModelDirectory | None = None,
+    tokenizer: Any = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write a delta with its card, and PEFT's files where PEFT has its kind.
+
+    Args:
+        base: what the model was made of, if it is on disk; a head or tokens that it does not have are brought along.
+        tokenizer: the model's, where it has new tokens.
+
+    Raises:
+        EspalierError: when the model has a parameter that neither the base nor the delta sets.
+    """
+    targets = {name: slot.target for name, slot in attachment.slots.items()}
     updates = attachment.updates()
-    delta = store.Delta(updates, {name: store.Layout.of(t) for name, t in targets.items()}, manifest, branches=attachment.stored_branches())
+    layouts = {name: store.Layout.of(t) for name, t in targets.items()}
+    head = new_head.beyond(model, base) if base is not None else None
+    if head is not None:
+        new_head.as_whole(head, updates, layouts)
     if not _is_writer():
         return {"bytes": 0, "peft": "another process writes"}
+    if head is not None and base is not None:
+        manifest = manifest | new_head.bring(head, model, base, out)
+    if base is not None and (tokens := new_tokens.tokens_of(attachment)):
+        new_tokens.as_whole(base, targets, updates, layouts)
+        manifest = manifest | new_tokens.bring(tokens, tokenizer, model, base, manifest, out)
+    delta = store.Delta(updates, layouts, manifest, branches=attachment.stored_branches())
     if store.is_delta(out):
         peft_adapter.remove(out)  # the old delta's files: PEFT may not be able to hold the new one
     size = store.save(out, delta, card(manifest, bool(delta.branches)))
     name = str(manifest["base"]["name"])
-    why = peft_prompt.export(out, delta, sites(model), name) if delta.branches else peft_lora.export(out, delta, targets, name, model)
+    why = peft_prompt.export(out, delta, sites(model), name) if delta.branches else peft_kinds.export(out, delta, targets, name, model)
     return {"bytes": size, "peft": why}
 
 

@@ -13,9 +13,12 @@ import torch
 from espalier.errors import EspalierError
 from espalier.kernels.philox import Device, Stream
 
+RADIX = 32
+"""Size of the products that the transform is made of: larger ones do more arithmetic, smaller ones read memory more often."""
+
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:
-    """``x @ H`` over the last dimension by the fast Walsh-Hadamard transform: n log2 n additions a vector.
+    """``x @ H`` over the last dimension by the fast Walsh-Hadamard transform, several of its levels at a time in one product.
 
     It is its own inverse and its own adjoint, so its gradient is itself.
 
@@ -27,13 +30,20 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     """
     size = x.shape[-1]
     _expect_power_of_two(size)
-    y = x * size**-0.5
-    half = 1
-    while half < size:
-        a, b = y.reshape(*x.shape[:-1], size // (2 * half), 2, half).unbind(-2)
-        y = torch.stack((a + b, a - b), -2)
-        half *= 2
+    y, done = x * size**-0.5, 1
+    while done < size:  # H of size r * done is the Kronecker product of those of r and done
+        radix = min(RADIX, size // done)
+        y = _sylvester(radix, x) @ y.reshape(-1, radix, done) if done > 1 else y.reshape(-1, radix) @ _sylvester(radix, x)
+        done *= radix
     return y.reshape(x.shape)
+
+
+def _sylvester(size: int, like: torch.Tensor) -> torch.Tensor:
+    """Sylvester's matrix of +-1."""
+    H = like.new_ones(1, 1)
+    while len(H) < size:
+        H = torch.cat((torch.cat((H, H), 1), torch.cat((H, -H), 1)))
+    return H
 
 
 def _expect_power_of_two(size: int) -> None:

@@ -8,9 +8,15 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NoReturn
 
+import numpy
 import torch
+
+from espalier.kernels.philox import Stream
 
 
 @functools.cache
@@ -23,6 +29,51 @@ def _fast() -> Any:
     return merging_fast
 
 
+class Numbers:
+    """The same numbers of a base and of models, as they are stored: compiled loops read them there, a tile at a time.
+
+    Args:
+        base: (...), of any floating point dtype.
+        models: of each model the same, or what it changed of the base.
+        refuse: called with the model, or ``None`` for the base, in which something is not finite.
+        are_changes: whether ``models`` are what they changed.
+        device: where plain loops work on them.
+    """
+
+    def __init__(
+        self, base: torch.Tensor, models: Sequence[torch.Tensor], refuse: Callable[[int | None], NoReturn], are_changes: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
+        self._rows, self._refuse, self.are_changes, self.device = [base, *models], refuse, are_changes, torch.device(device)
+        self.models, self.shape, self.length = len(models), base.shape, base.numel()
+
+    @cached_property
+    def places(self) -> numpy.ndarray:
+        """Where base and models are, and how many bytes a number of each has, two of bf16 or four of float32: (models + 1, 2)."""
+        self._rows = [(row if row.dtype == torch.bfloat16 else row.float()).contiguous() for row in self._rows]
+        return numpy.array([(row.data_ptr(), row.itemsize) for row in self._rows], numpy.int64)
+
+    @cached_property
+    def base(self) -> torch.Tensor:
+        """(n,), float32."""
+        return self._wide(0)
+
+    def change(self, model: int) -> torch.Tensor:
+        """What a model changed: (n,), float32."""
+        wide = self._wide(model + 1)
+        return wide if self.are_changes else wide - self.base
+
+    def _wide(self, row: int) -> torch.Tensor:
+        wide = self._rows[row].reshape(-1).to(self.device, torch.float32)
+        self.require_finite(-1 if bool(wide.isfinite().all()) else row)
+        return wide
+
+    def require_finite(self, strange: int) -> None:
+        """Refuse what a loop found: the base (0), a model (1 and more), or nothing (-1)."""
+        if strange >= 0:
+            self._refuse(strange - 1 if strange else None)
+
+
 class Between:
     """What lies between two bounds of the numbers that come, or of their magnitudes, the bounds themselves left out.
 
@@ -32,7 +83,6 @@ class Between:
     def __init__(self, low: float, high: float, signed: bool = True) -> None:
         self.low, self.high, self.signed, self.counts = low, high, signed, [0, 0, 0]
         self._parts: list[torch.Tensor] = []
-        self._room = torch.empty(0)
 
     def numbers(self) -> torch.Tensor:
         """All that has been gathered, in no order."""
@@ -41,56 +91,72 @@ class Between:
     def add(self, numbers: torch.Tensor) -> None:
         """Go through (n,) float32 numbers."""
         if numbers.is_cpu and (fast := _fast()):
-            if len(self._room) <= len(numbers):
-                self._room = torch.empty(len(numbers) + 1)
-            *counts, count = fast.between(numbers.numpy(), self.low, self.high, self.signed, self._room.numpy())
-            inside = self._room[:count].clone()
-        else:
-            numbers = numbers if self.signed else numbers.abs()
-            inside = numbers[(numbers > self.low) & (numbers < self.high)]
-            masks = numbers < self.low, numbers == self.low, numbers == self.high
-            counts = [int(torch.count_nonzero(mask)) for mask in masks]
+            counts, inside = numpy.zeros(4, numpy.int64), torch.empty(len(numbers) + 1)
+            fast.between(numbers.numpy(), self.low, self.high, self.signed, counts, inside.numpy())
+            *some, count = counts.tolist()
+            self.keep(some, inside[:count].clone())
+            return
+        numbers = numbers if self.signed else numbers.abs()
+        masks = numbers < self.low, numbers == self.low, numbers == self.high
+        self.keep([int(torch.count_nonzero(mask)) for mask in masks], numbers[(numbers > self.low) & (numbers < self.high)])
+
+    def keep(self, counts: list[int], inside: torch.Tensor) -> None:
+        """Take over what has been counted and gathered."""
         if len(inside):
             self._parts.append(inside)
         self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
 
 
+def add_changes(numbers: Numbers, found: Sequence[tuple[int, Between]]) -> None:
+    """Go through the magnitudes of changes, for each of ``found`` through those of its model."""
+    if numbers.device.type == "cpu" and (fast := _fast()):
+        _gather(numbers, found, fast.between_changes)
+        return
+    for model, between in found:
+        between.add(numbers.change(model).abs())
+
+
+def _gather(numbers: Numbers, found: Sequence[tuple[int, Between]], loop: Callable[..., int], *arguments: Any) -> None:
+    """Have a compiled loop gather for several."""
+    found = sorted(found, key=lambda pair: pair[0])
+    models = numpy.array([model for model, _ in found])
+    lows = numpy.array([between.low for _, between in found], numpy.float32)
+    highs = numpy.array([between.high for _, between in found], numpy.float32)
+    counts, inside = numpy.zeros((len(found), 4), numpy.int64), torch.empty(len(found), numbers.length + 1)
+    numbers.require_finite(loop(numbers.places, numbers.length, *arguments, models, lows, highs, counts, inside.numpy()))
+    for (_, between), (*some, count), gathered in zip(found, counts.tolist(), inside, strict=True):
+        between.keep(some, gathered[:count].clone())
+
+
 def elect(
-    base: torch.Tensor,
-    updates: torch.Tensor,
-    weights: torch.Tensor,
-    limits: torch.Tensor,
-    ties: torch.Tensor,
-    by_mass: bool,
-    normalize: bool,
-    scale: float,
+    numbers: Numbers, weights: torch.Tensor, limits: torch.Tensor, ties: torch.Tensor, by_mass: bool, normalize: bool, scale: float
 ) -> torch.Tensor:
-    """Trim, elect a sign, and merge what has it (TIES, arXiv:2306.01708), for one slice.
+    """Trim changes, elect a sign, and merge what has it (TIES, arXiv:2306.01708), for one slice; float32, in its shape.
 
     Args:
-        base, updates: (rows, columns) and (models, rows, columns), float32.
         weights: of the models, (models,).
-        limits: the least magnitude of an update that is kept, (models,).
+        limits: the least magnitude of a change that is kept, (models,).
         ties: how many of exactly that magnitude are kept from here on, -1 for all, (models,) int64; counted down.
-        by_mass: whether the sum of weighted updates elects the sign, or the number of models.
+        by_mass: whether the sum of weighted changes elects the sign, or the number of models.
         normalize: whether what has the sign is divided by its weights.
-        scale: of the merged update.
+        scale: of the merged change.
     """
-    if base.is_cpu and (fast := _fast()):
-        out = torch.empty_like(base)
+    if numbers.device.type == "cpu" and (fast := _fast()):
+        out = torch.empty(numbers.shape)
         below = torch.nextafter(limits, torch.full_like(limits, -torch.inf))
-        flat = (base.flatten(), updates.flatten(1), weights, below, limits, ties)
-        fast.elect(*(t.numpy() for t in flat), by_mass, normalize, scale, out.view(-1).numpy())
+        vectors = (t.numpy() for t in (weights, below, limits, ties))
+        numbers.require_finite(fast.elect(numbers.places, numbers.are_changes, *vectors, by_mass, normalize, scale, out.view(-1).numpy()))
         return out
-    magnitudes, limits, weights = updates.abs(), limits.to(updates.device), weights.to(updates.device)
-    kept = magnitudes >= limits[:, None, None]
+    updates = torch.stack([numbers.change(model) for model in range(numbers.models)])
+    magnitudes, limits, weights = updates.abs(), limits.to(numbers.device), weights.to(numbers.device)
+    kept = magnitudes >= limits[:, None]
     for model, left in enumerate(ties.tolist()):
         if left >= 0:
-            equal = (magnitudes[model] == limits[model]).flatten().nonzero().squeeze(-1)
-            kept[model].view(-1)[equal[left:]] = False
+            equal = (magnitudes[model] == limits[model]).nonzero().squeeze(-1)
+            kept[model][equal[left:]] = False
             ties[model] = max(left - len(equal), 0)
-    changes = torch.where(kept, updates * weights[:, None, None], 0.0)
-    votes, merged, divisor = (torch.zeros_like(base) for _ in range(3))
+    changes = torch.where(kept, updates * weights[:, None], 0.0)
+    votes, merged, divisor = (torch.zeros_like(numbers.base) for _ in range(3))
     for change in changes:
         votes += change if by_mass else change.sign()
     for change, weight in zip(changes, weights, strict=True):
@@ -99,7 +165,7 @@ def elect(
         divisor += torch.where(agrees, weight, 0.0)
     if normalize:
         merged = merged / divisor.masked_fill(divisor == 0, 1.0)
-    return base + merged * scale
+    return (numbers.base + merged * scale).view(numbers.shape)
 
 
 def middle(updates: torch.Tensor, skip: int, keep: int, out: torch.Tensor) -> None:
@@ -135,12 +201,14 @@ def thin(updates: torch.Tensor, drawn: torch.Tensor, odds: torch.Tensor, factors
     out.copy_(torch.where(drawn < odds[ranks], updates * factors[ranks], 0.0))
 
 
-def drop(updates: torch.Tensor, drawn: torch.Tensor, odds: float, factor: float, out: torch.Tensor) -> None:
-    """Keep the numbers (n,) where what was ``drawn`` (n,) is below the odds, times the factor, in ``out``."""
-    if updates.is_cpu and (fast := _fast()):
-        fast.drop(updates.numpy(), drawn.numpy(), odds, factor, out.numpy())
+def drop(numbers: Numbers, model: int, stream: Stream, odds: float, factor: float, out: torch.Tensor) -> None:
+    """Keep what a model changed where the stream's next uniform number is below the odds, times the factor, in ``out`` (n,)."""
+    if numbers.device.type == "cpu" and (fast := _fast()):
+        made = fast.drop(numbers.places, model, *stream.key, stream.position, odds, factor, out.numpy())
+        numbers.require_finite(made)
         return
-    out.copy_(updates * torch.where(drawn < odds, factor, 0.0))
+    drawn = stream.at(stream.position).uniform(numbers.length, device=numbers.device)
+    out.copy_(numbers.change(model) * torch.where(drawn < odds, factor, 0.0))
 
 
 def variance(updates: torch.Tensor) -> torch.Tensor:
@@ -184,25 +252,34 @@ _EXPONENTIAL = tuple(math.exp(-0.5) / math.factorial(power) for power in range(9
 """exp(x - 1/2) as a series in x; on [-1/2, 1/2] it is exact to float32."""
 
 
-def compete(updates: torch.Tensor, low: torch.Tensor, high: torch.Tensor, width: torch.Tensor, scores: torch.Tensor) -> None:
-    """Clamp updates, and score them (PCB-Merging, arXiv:2410.02396).
+@dataclass(frozen=True)
+class Clamp:
+    """Between which magnitudes PCB-Merging draws in the changes of each model: (models,) each, on the CPU."""
+
+    low: torch.Tensor
+    high: torch.Tensor
+
+    @cached_property
+    def width(self) -> torch.Tensor:
+        """What magnitudes are divided by, (models,)."""
+        return (self.high - self.low).clamp_min(1e-12)
+
+    def arrays(self) -> tuple[Any, ...]:
+        """What the compiled loops take."""
+        return (self.low.numpy(), self.high.numpy(), self.width.numpy(), _EXPONENTIAL)
+
+
+def compete(numbers: Numbers, clamp: Clamp) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clamped changes, and their scores (PCB-Merging, arXiv:2410.02396): (models, n) each, float32.
 
     With a the magnitude between ``low`` and ``high`` divided by ``width``, and s the signed a, the score of model i is
     ``exp(N (a_i^2 - 1)) sum_j tanh(s_i s_j)``. Both functions are rational ones that are exact to float32 here.
-
-    Args:
-        updates: (models, n), float32; they become the clamped ones.
-        low, high, width: (models,).
-        scores: where they are put, (models, n).
     """
-    if updates.is_cpu and (fast := _fast()):
-        limits = (low.numpy(), high.numpy(), width.numpy())
-        fast.compete(updates.numpy(), *limits, _EXPONENTIAL, updates.numpy(), scores.numpy())
-        return
-    magnitudes = updates.abs().clamp_min(low[:, None]).clamp_max(high[:, None])
+    updates = torch.stack([numbers.change(model) for model in range(numbers.models)])
+    low, high, width = (limit[:, None].to(updates.device) for limit in (clamp.low, clamp.high, clamp.width))
+    magnitudes = updates.abs().clamp_min(low).clamp_max(high)
     sign = updates.sign()
-    signed = sign * ((magnitudes - low[:, None]) * (1 / width[:, None]))
-    scores.zero_()
+    signed, scores = sign * ((magnitudes - low) * (1 / width)), torch.zeros_like(updates)
     for model, own in enumerate(signed):
         for other in signed:
             x = own * other
@@ -214,10 +291,30 @@ def compete(updates: torch.Tensor, low: torch.Tensor, high: torch.Tensor, width:
         intra = intra * x + factor
     for _ in updates:
         scores *= intra
-    updates.copy_(sign * magnitudes)
+    return sign * magnitudes, scores
 
 
-def blend(
+def add_scores(numbers: Numbers, clamp: Clamp, found: Sequence[tuple[int, Between]]) -> None:
+    """Go through the scores of changes (:func:`compete`), for each of ``found`` through those of its model."""
+    if numbers.device.type == "cpu" and (fast := _fast()):
+        _gather(numbers, found, fast.between_scores, *clamp.arrays())
+        return
+    scores = compete(numbers, clamp)[1]
+    for model, between in found:
+        between.add(scores[model])
+
+
+def blend(numbers: Numbers, clamp: Clamp, cut: torch.Tensor, factors: torch.Tensor, weights: torch.Tensor, scale: float) -> torch.Tensor:
+    """The base plus the mean of clamped changes by their scores (:func:`compete`); float32, in its shape: see :func:`mean_by_scores`."""
+    if numbers.device.type == "cpu" and (fast := _fast()):
+        out = torch.empty(numbers.shape)
+        vectors = (t.numpy() for t in (cut, factors, weights))
+        numbers.require_finite(fast.blend(numbers.places, *clamp.arrays(), *vectors, scale, out.view(-1).numpy()))
+        return out
+    return mean_by_scores(numbers.base, *compete(numbers, clamp), cut, factors, weights, scale).view(numbers.shape)
+
+
+def mean_by_scores(
     base: torch.Tensor, clamped: torch.Tensor, scores: torch.Tensor, cut: torch.Tensor, factors: torch.Tensor, weights: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """The base plus the mean of updates by their scores (PCB-Merging): ``sum_i w_i S_i t_i / sum_i S_i`` times the scale.
@@ -225,13 +322,9 @@ def blend(
     S are the scores above ``cut``, times ``factors``; the others are 0.
 
     Args:
-        base, clamped, scores: (n,), and (models, n) twice, float32.
+        base, clamped, scores: (...), and (models, ...) twice, float32.
         cut, factors, weights: (models,).
     """
-    if base.is_cpu and (fast := _fast()):
-        out = torch.empty_like(base)
-        fast.blend(*(t.numpy() for t in (base, clamped, scores, cut, factors, weights)), scale, out.numpy())
-        return out
     merged, divisor = torch.zeros_like(base), torch.zeros_like(base)
     for update, score, least, factor, weight in zip(clamped, scores, cut, factors, weights.to(base.device), strict=True):
         share = (torch.maximum(score, least) - least) * factor

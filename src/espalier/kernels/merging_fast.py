@@ -11,6 +11,8 @@ import threading
 import numba
 import numpy as np
 
+from espalier.kernels.philox_fast import fill_words
+
 TILE = 1024
 """Numbers that are worked on at a time: what is made of them stays in the first-level cache."""
 
@@ -18,83 +20,160 @@ TILE = 1024
 LANES = 256
 """Numbers that are compared at once."""
 
+LARGEST = np.finfo(np.float32).max
 
-def _between(numbers, low, high, signed, inside):  # type: ignore[no-untyped-def]
-    """How many numbers (or magnitudes) are below ``low``, equal to it, and equal to ``high``; those between go into ``inside``.
 
-    A tile is looked at in rows of :data:`LANES`; only columns in which there is something are gone through again.
+@numba.extending.intrinsic
+def _pointer(_, address):  # type: ignore[no-untyped-def]
+    """The memory at an address."""
+
+    def made(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return numba.types.voidptr(numba.types.int64), made
+
+
+@numba.extending.intrinsic
+def _as_float(_, bits):  # type: ignore[no-untyped-def]
+    """The float32 with these bits."""
+
+    def made(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
+
+    return numba.types.float32(numba.types.uint32), made
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _load(numbers, row, begin, base, tile):  # type: ignore[no-untyped-def]
+    """Numbers of a row, less those of a base, from a place on into a tile; whether one of the row's is not finite.
+
+    ``numbers`` are (address, bytes of a number) of each row: two are bf16, four float32.
     """
-    below, at_low, at_high, count = 0, 0, 0, 0
+    address, width = numbers[row]
+    strange = np.int32(0)
+    if width == 2:
+        words = numba.carray(_pointer(address + 2 * begin), (len(tile),), np.uint16)  # type: ignore[call-arg]
+        for i in range(len(tile)):
+            own = _as_float(np.uint32(np.uint32(words[i]) << np.uint32(16)))  # type: ignore[call-arg]
+            strange |= np.int32(not abs(own) <= LARGEST)
+            tile[i] = own - base[i]
+    else:
+        wide = numba.carray(_pointer(address + 4 * begin), (len(tile),), np.float32)  # type: ignore[call-arg]
+        for i in range(len(tile)):
+            own = wide[i]
+            strange |= np.int32(not abs(own) <= LARGEST)
+            tile[i] = own - base[i]
+    return strange
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _gather(tile, size, low, high, there, counts, inside):  # type: ignore[no-untyped-def]
+    """Count what of a tile is below ``low``, equal to it, and equal to ``high``; what lies between goes into ``inside``.
+
+    ``counts`` are these three and how many are inside. A tile is looked at in rows of :data:`LANES`; only columns in which
+    there is something are gone through again. What is behind its size is overwritten.
+    """
+    below, at_low, at_high, above = np.int32(0), np.int32(0), np.int32(0), np.int32(0)
+    for i in range(size):
+        below += np.int32(tile[i] < low)
+        at_low += np.int32(tile[i] == low)
+        at_high += np.int32(tile[i] == high)
+        above += np.int32(tile[i] > high)
+    counts[0] += below
+    counts[1] += at_low
+    counts[2] += at_high
+    if below + at_low + above + (at_high if low < high else 0) == size:  # as in most tiles for a quantile far out
+        return
+    for i in range(size, TILE):
+        tile[i] = low
+    for k in range(LANES):
+        there[k] = 0
+    for row in range(0, TILE, LANES):
+        some = tile[row : row + LANES]
+        for k in range(LANES):
+            there[k] |= np.int32((some[k] > low) & (some[k] < high))
+    count = counts[3]
+    for k in range(LANES):
+        if there[k]:
+            for i in range(k, TILE, LANES):
+                inside[count] = tile[i]
+                count += (tile[i] > low) & (tile[i] < high)
+    counts[3] = count
+
+
+def _between(numbers, low, high, signed, counts, inside):  # type: ignore[no-untyped-def]
+    """What of the numbers (or magnitudes) lies between bounds: see ``merging.Between``."""
     tile, there = np.empty(TILE, np.float32), np.empty(LANES, np.int32)
     for begin in range(0, len(numbers), TILE):
         theirs = numbers[begin : begin + TILE]
-        some_up, some_down = np.int32(0), np.int32(0)
         for i in range(len(theirs)):
-            own = theirs[i] if signed else abs(theirs[i])
-            tile[i] = own
-            some_up |= np.int32(own >= low)
-            some_down |= np.int32(own <= high)
-        if not some_up or not some_down:  # all on one side, as most tiles are for a quantile far out
-            below += 0 if some_up else len(theirs)
-            continue
-        lower, first, last = np.int32(0), np.int32(0), np.int32(0)
-        for i in range(len(theirs)):
-            own = tile[i]
-            lower += np.int32(own < low)
-            first += np.int32(own == low)
-            last += np.int32(own == high)
-        for i in range(len(theirs), TILE):
-            tile[i] = low
-        for k in range(LANES):
-            there[k] = 0
-        for row in range(0, TILE, LANES):
-            some = tile[row : row + LANES]
-            for k in range(LANES):
-                there[k] |= np.int32((some[k] > low) & (some[k] < high))
-        below += int(lower)
-        at_low += int(first)
-        at_high += int(last)
-        for k in range(LANES):
-            if there[k]:
-                for i in range(k, TILE, LANES):
-                    inside[count] = tile[i]
-                    count += (tile[i] > low) & (tile[i] < high)
-    return below, at_low, at_high, count
+            tile[i] = theirs[i] if signed else abs(theirs[i])
+        _gather(tile, len(theirs), low, high, there, counts, inside)
 
 
-def _elect(base, updates, weights, below, limits, ties, by_mass, normalize, scale, out):  # type: ignore[no-untyped-def]
-    """The merged numbers of a slice by TIES: see ``merging.elect``. ``below`` are the numbers just under the limits."""
-    count = len(updates)
+def _between_changes(numbers, length, models, lows, highs, counts, inside):  # type: ignore[no-untyped-def]
+    """What of the magnitudes of models' changes lies between bounds; which row is not finite, or -1.
+
+    Each has a row of ``counts`` and ``inside``; those of one model are next to each other.
+    """
+    strange, zeros = -1, np.zeros(TILE, np.float32)
+    base, tile, there = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(LANES, np.int32)
+    for begin in range(0, length, TILE):
+        size, last = min(TILE, length - begin), -1
+        if _load(numbers, 0, begin, zeros, base[:size]):
+            strange = 0
+        for row in range(len(models)):
+            if models[row] != last:
+                last = models[row]
+                if _load(numbers, last + 1, begin, base, tile[:size]):
+                    strange = last + 1
+                for i in range(size):
+                    tile[i] = abs(tile[i])
+            _gather(tile, size, lows[row], highs[row], there, counts[row], inside[row])
+    return strange
+
+
+def _elect(numbers, are_changes, weights, below, limits, ties, by_mass, normalize, scale, out):  # type: ignore[no-untyped-def]
+    """The merged numbers of a slice by TIES: see ``merging.elect``. ``below`` are the numbers just under the limits.
+
+    Returns which row is not finite, or -1.
+    """
+    count, strange = len(numbers) - 1, -1
+    base, zeros = np.empty(TILE, np.float32), np.zeros(TILE, np.float32)
     changes = np.empty((count, TILE), np.float32)
     votes = np.empty(TILE, np.float32)
     merged = np.empty(TILE, np.float32)
     divisor = np.empty(TILE, np.float32)
     zero, one, divides = np.float32(0), np.float32(1), bool(normalize)
-    for begin in range(0, len(base), TILE):
-        ours, made = base[begin : begin + TILE], out[begin : begin + TILE]
-        size = len(ours)
+    for begin in range(0, len(out), TILE):
+        made = out[begin : begin + TILE]
+        size = len(made)
+        if _load(numbers, 0, begin, zeros, base[:size]):
+            strange = 0
         for i in range(size):
             votes[i] = zero
             merged[i] = zero
             divisor[i] = zero
         for m in range(count):
-            weight, update, change = weights[m], updates[m, begin : begin + size], changes[m]
+            weight, change = weights[m], changes[m, :size]
+            if _load(numbers, m + 1, begin, zeros if are_changes else base, change):
+                strange = m + 1
             limit = limits[m] if ties[m] == 0 else below[m]
-            for i in range(size):
-                change[i] = update[i] * weight if abs(update[i]) > limit else zero
             if ties[m] > 0:
-                equal, limit = 0, limits[m]
+                equal = 0
                 for i in range(size):
-                    equal += abs(update[i]) == limit
+                    equal += abs(change[i]) == limits[m]
                 if equal <= ties[m]:
                     ties[m] -= equal
                 else:
                     for i in range(size):
-                        if abs(update[i]) == limit:
+                        if abs(change[i]) == limits[m]:
                             if ties[m] > 0:
                                 ties[m] -= 1
                             else:
                                 change[i] = zero
+            for i in range(size):
+                change[i] = change[i] * weight if abs(change[i]) > limit else zero
             if by_mass:
                 for i in range(size):
                     votes[i] += change[i]
@@ -109,7 +188,8 @@ def _elect(base, updates, weights, below, limits, ties, by_mass, normalize, scal
                 divisor[i] += weight if agrees else zero
         for i in range(size):
             share = merged[i] / (divisor[i] if divides & (divisor[i] != zero) else one)
-            made[i] = ours[i] + share * scale
+            made[i] = base[i] + share * scale
+    return strange
 
 
 @numba.njit(nogil=True)
@@ -199,15 +279,22 @@ def _thin(updates, bits, drawn, odds, factors, out):  # type: ignore[no-untyped-
             keys, others = others, keys
 
 
-def _drop(updates, drawn, odds, factor, out):  # type: ignore[no-untyped-def]
-    """Numbers of which those drawn below the odds are kept, times a factor."""
-    kept = np.empty(TILE, np.float32)
-    for begin in range(0, len(updates), TILE):
-        theirs, chance, made = updates[begin : begin + TILE], drawn[begin : begin + TILE], out[begin : begin + TILE]
-        for i in range(len(theirs)):  # on its own, as updates and out may be the same and a branch is never foreseen
-            kept[i] = factor if chance[i] < odds else np.float32(0)
-        for i in range(len(theirs)):
-            made[i] = theirs[i] * kept[i]
+def _drop(numbers, model, key0, key1, position, odds, factor, out):  # type: ignore[no-untyped-def]
+    """A model's changes, of which those drawn below the odds are kept, times a factor; which row is not finite, or -1."""
+    strange, zeros, base = -1, np.zeros(TILE, np.float32), np.empty(TILE, np.float32)
+    words, skipped = np.empty(TILE + 4, np.uint32), np.int64(position % np.uint64(4))
+    for begin in range(0, len(out), TILE):
+        made = out[begin : begin + TILE]
+        size = len(made)
+        if _load(numbers, 0, begin, zeros, base[:size]):
+            strange = 0
+        if _load(numbers, model + 1, begin, base, made):
+            strange = model + 1
+        fill_words(key0, key1, (position + np.uint64(begin)) // np.uint64(4), words)
+        drawn = words[skipped : skipped + size]
+        for i in range(size):
+            made[i] *= factor if np.float32(np.int32(drawn[i] >> np.uint32(8))) * np.float32(2.0**-24) < odds else np.float32(0)
+    return strange
 
 
 def _variance(updates, out):  # type: ignore[no-untyped-def]
@@ -260,61 +347,83 @@ def _agree(base, updates, weights, scale, out):  # type: ignore[no-untyped-def]
             made[i] = ours[i] + made[i] / (divisor[i] if divisor[i] != zero else one) * scale
 
 
-def _compete(updates, low, high, width, exponential, clamped, scores):  # type: ignore[no-untyped-def]
-    """Clamped updates and scores of PCB-Merging: see ``merging.compete``."""
-    count = len(updates)
-    zero = np.float32(0)
-    signed, tanh = np.empty((count, TILE), np.float32), np.empty(TILE, np.float32)
+@numba.njit(nogil=True, error_model="numpy")
+def _compete(numbers, begin, size, low, high, width, exponential, tiles):  # type: ignore[no-untyped-def]
+    """Base, clamped changes and scores of PCB-Merging of a tile: see ``merging.compete``; which row is not finite, or -1.
+
+    ``tiles`` have rows for zeros, the base, a while, and the models' clamped changes, signed parts, and scores.
+    """
+    count, strange, zero = len(low), -1, np.float32(0)
+    zeros, base, tanh = tiles[0], tiles[1], tiles[2]
+    clamped, signed, scores = tiles[3 : 3 + count], tiles[3 + count : 3 + 2 * count], tiles[3 + 2 * count :]
     e0, e1, e2, e3, e4, e5, e6, e7, e8 = exponential
-    for begin in range(0, updates.shape[1], TILE):
-        size = min(TILE, updates.shape[1] - begin)
-        for m in range(count):
-            update, clamp, score = updates[m, begin : begin + size], clamped[m, begin : begin + size], scores[m, begin : begin + size]
-            least, most, over, own = low[m], high[m], np.float32(1) / width[m], signed[m]
+    if _load(numbers, 0, begin, zeros, base[:size]):
+        strange = 0
+    for m in range(count):
+        clamp, own, score = clamped[m], signed[m], scores[m]
+        if _load(numbers, m + 1, begin, base, clamp[:size]):
+            strange = m + 1
+        least, most, over = low[m], high[m], np.float32(1) / width[m]
+        for i in range(size):
+            magnitude = abs(clamp[i])
+            magnitude = least if magnitude < least else magnitude
+            magnitude = most if magnitude > most else magnitude
+            sign = np.float32(clamp[i] > zero) - np.float32(clamp[i] < zero)
+            clamp[i] = sign * magnitude
+            own[i] = sign * ((magnitude - least) * over)
+            score[i] = zero
+    for m in range(count):
+        mine, score = signed[m], scores[m]
+        for other in range(m + 1):
+            theirs, to = signed[other], scores[other]
             for i in range(size):
-                magnitude = abs(update[i])
-                magnitude = least if magnitude < least else magnitude
-                magnitude = most if magnitude > most else magnitude
-                sign = np.float32(update[i] > zero) - np.float32(update[i] < zero)
-                clamp[i] = sign * magnitude
-                own[i] = sign * ((magnitude - least) * over)
-                score[i] = zero
-        for m in range(count):
-            for other in range(m + 1):
-                mine, theirs = signed[m], signed[other]
-                score, to = scores[m, begin : begin + size], scores[other, begin : begin + size]
-                for i in range(size):
-                    x = mine[i] * theirs[i]
-                    y = x * x
-                    above = x * ((y * np.float32(21) + np.float32(1260)) * y + np.float32(10395))
-                    tanh[i] = above / (((y + np.float32(210)) * y + np.float32(4725)) * y + np.float32(10395))
-                for i in range(size):
-                    score[i] += tanh[i]
-                if m != other:
-                    for i in range(size):
-                        to[i] += tanh[i]
-        for m in range(count):
-            score, own = scores[m, begin : begin + size], signed[m]
+                x = mine[i] * theirs[i]
+                y = x * x
+                above = x * ((y * np.float32(21) + np.float32(1260)) * y + np.float32(10395))
+                tanh[i] = above / (((y + np.float32(210)) * y + np.float32(4725)) * y + np.float32(10395))
             for i in range(size):
-                x = own[i] * own[i] - np.float32(0.5)
-                own[i] = (((((((e8 * x + e7) * x + e6) * x + e5) * x + e4) * x + e3) * x + e2) * x + e1) * x + e0
-            for _ in range(count):
+                score[i] += tanh[i]
+            if m != other:
                 for i in range(size):
-                    score[i] *= own[i]
+                    to[i] += tanh[i]
+    for m in range(count):
+        score, own = scores[m], signed[m]
+        for i in range(size):
+            x = own[i] * own[i] - np.float32(0.5)
+            own[i] = (((((((e8 * x + e7) * x + e6) * x + e5) * x + e4) * x + e3) * x + e2) * x + e1) * x + e0
+        for _ in range(count):
+            for i in range(size):
+                score[i] *= own[i]
+    return strange
 
 
-def _blend(base, clamped, scores, cut, factors, weights, scale, out):  # type: ignore[no-untyped-def]
-    """The base plus what PCB-Merging makes of clamped updates and their scores: see ``merging.blend``."""
-    zero, tiny = np.float32(0), np.float32(1e-12)
+def _between_scores(numbers, length, low, high, width, exponential, models, lows, highs, counts, inside):  # type: ignore[no-untyped-def]
+    """What of the scores of models lies between bounds: as :func:`_between_changes`."""
+    strange, there = -1, np.empty(LANES, np.int32)
+    tiles = np.zeros((3 + 3 * len(low), TILE), np.float32)
+    for begin in range(0, length, TILE):
+        size = min(TILE, length - begin)
+        strange = max(strange, _compete(numbers, begin, size, low, high, width, exponential, tiles))
+        for row in range(len(models)):
+            score = tiles[3 + 2 * len(low) + models[row]]
+            _gather(score, size, lows[row], highs[row], there, counts[row], inside[row])
+    return strange
+
+
+def _blend(numbers, low, high, width, exponential, cut, factors, weights, scale, out):  # type: ignore[no-untyped-def]
+    """The base plus what PCB-Merging makes of changes: see ``merging.blend``; which row is not finite, or -1."""
+    strange, count, zero, tiny = -1, len(low), np.float32(0), np.float32(1e-12)
+    tiles = np.zeros((3 + 3 * count, TILE), np.float32)
     merged, divisor = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    for begin in range(0, len(base), TILE):
-        ours, made = base[begin : begin + TILE], out[begin : begin + TILE]
-        size = len(ours)
+    for begin in range(0, len(out), TILE):
+        made, base = out[begin : begin + TILE], tiles[1]
+        size = len(made)
+        strange = max(strange, _compete(numbers, begin, size, low, high, width, exponential, tiles))
         for i in range(size):
             merged[i] = zero
             divisor[i] = zero
-        for m in range(len(clamped)):
-            update, score = clamped[m, begin : begin + size], scores[m, begin : begin + size]
+        for m in range(count):
+            update, score = tiles[3 + m], tiles[3 + 2 * count + m]
             least, factor, weight = cut[m], factors[m], weights[m]
             for i in range(size):
                 share = (score[i] - least) * factor if score[i] > least else zero
@@ -322,7 +431,8 @@ def _blend(base, clamped, scores, cut, factors, weights, scale, out):  # type: i
                 merged[i] += update[i] * (share * weight)
         for i in range(size):
             whole = divisor[i] if divisor[i] > tiny else tiny
-            made[i] = ours[i] + merged[i] / whole * scale
+            made[i] = base[i] + merged[i] / whole * scale
+    return strange
 
 
 _lock = threading.Lock()
@@ -347,21 +457,18 @@ def _compiled(loop, signature):  # type: ignore[no-untyped-def]
     return call
 
 
-between = _compiled(_between, "UniTuple(int64, 4)(float32[::1], float32, float32, boolean, float32[::1])")
+between = _compiled(_between, "void(float32[::1], float32, float32, boolean, int64[::1], float32[::1])")
+_BOUNDS = "int64[::1], float32[::1], float32[::1], int64[:, ::1], float32[:, ::1]"
+between_changes = _compiled(_between_changes, f"int64(int64[:, ::1], int64, {_BOUNDS})")
 elect = _compiled(
     _elect,
-    "void(float32[::1], float32[:, ::1], float32[::1], float32[::1], float32[::1], int64[::1], boolean, boolean, float32, float32[::1])",
+    "int64(int64[:, ::1], boolean, float32[::1], float32[::1], float32[::1], int64[::1], boolean, boolean, float32, float32[::1])",
 )
 middle = _compiled(_middle, "void(float32[:, ::1], int32[:, ::1], int64, int64, float32[:, ::1])")
 thin = _compiled(_thin, "void(float32[:, ::1], int32[:, ::1], float32[:, ::1], float32[::1], float32[::1], float32[:, ::1])")
-drop = _compiled(_drop, "void(float32[::1], float32[::1], float32, float32, float32[::1])")
+drop = _compiled(_drop, "int64(int64[:, ::1], int64, uint64, uint64, uint64, float32, float32, float32[::1])")
 variance = _compiled(_variance, "void(float32[:, ::1], float32[::1])")
 agree = _compiled(_agree, "void(float32[::1], float32[:, ::1], float32[::1], float32, float32[::1])")
-compete = _compiled(
-    _compete,
-    "void(float32[:, ::1], float32[::1], float32[::1], float32[::1], UniTuple(float32, 9), float32[:, ::1], float32[:, ::1])",
-)
-blend = _compiled(
-    _blend,
-    "void(float32[::1], float32[:, ::1], float32[:, ::1], float32[::1], float32[::1], float32[::1], float32, float32[::1])",
-)
+_CLAMP = "float32[::1], float32[::1], float32[::1], UniTuple(float32, 9)"
+between_scores = _compiled(_between_scores, f"int64(int64[:, ::1], int64, {_CLAMP}, {_BOUNDS})")
+blend = _compiled(_blend, f"int64(int64[:, ::1], {_CLAMP}, float32[::1], float32[::1], float32[::1], float32, float32[::1])")

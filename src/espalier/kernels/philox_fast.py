@@ -30,7 +30,7 @@ _UNIFORM, _RADEMACHER, _SPARSE, _GAUSSIAN = 1, 2, 3, 4
 
 
 @numba.njit(nogil=True)
-def _fill_words(key0, key1, block, words):  # type: ignore[no-untyped-def]
+def fill_words(key0, key1, block, words):  # type: ignore[no-untyped-def]
     """The words of ``len(words) / 4`` counters from ``block`` on. 64-bit lanes: a product is one instruction."""
     for i in range(len(words) // 4):
         counter = block + np.uint64(i)
@@ -52,7 +52,7 @@ def _fill(out, key0, key1, position, kind, low, width, threshold, table):  # typ
     words = np.empty(TILE, np.uint32)
     block, offset, done = position // np.uint64(4), np.int64(position % np.uint64(4)), 0
     while done < len(out):
-        _fill_words(key0, key1, block, words)
+        fill_words(key0, key1, block, words)
         made = out[done : done + TILE - offset]
         used = words[offset : offset + len(made)]
         if kind == _UNIFORM:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -63,6 +64,21 @@ class SeededMatrix:
 
     def _distribution(self) -> tuple[str, list[float]]:
         return self.distribution.kind, list(self.distribution.parameters)
+
+
+_HELD: WeakValueDictionary[tuple[SeededMatrix, torch.device], torch.Tensor] = WeakValueDictionary()
+
+
+def held(matrix: SeededMatrix, device: Device = "cpu") -> torch.Tensor:
+    """``matrix.dense(device)``, the same tensor for all who hold it at one time; not to be written to."""
+    if torch.compiler.is_compiling():
+        return matrix.dense(device)
+    place = (matrix, torch.device(device))
+    if (found := _HELD.get(place)) is None:
+        found = matrix.dense(device)
+        if type(found) is torch.Tensor:  # and not one without data, of a plan
+            _HELD[place] = found
+    return found
 
 
 def seeded_matmul(x: torch.Tensor, matrix: SeededMatrix, block_bytes: int = BLOCK_BYTES) -> torch.Tensor:

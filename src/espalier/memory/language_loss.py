@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from espalier.anatomy.classification import is_classifier
 from espalier.data.batches import Batch
 from espalier.errors import EspalierError
 from espalier.memory.chunked_loss import chunked_cross_entropy
+from espalier.memory.class_loss import ClassLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,21 +52,22 @@ class LanguageLoss:
 
 
 _made: dict[Any, Any] = {}
-"""Class of a model -> the subclass that knows its loss."""
+"""Class of a model -> the subclass that knows its loss: that of its head."""
 
 
 def install(model: PreTrainedModel, chunk: int) -> None:
     """Teach the model's forward the keyword ``targets``; ``chunk`` tokens' logits are held at a time.
 
     Raises:
-        EspalierError: when the model has no language-model head.
+        EspalierError: when the model has neither a language-model head nor one that classifies.
     """
-    if model.get_output_embeddings() is None:
+    kind = ClassLoss if is_classifier(model) else LanguageLoss
+    if kind is LanguageLoss and model.get_output_embeddings() is None:
         raise EspalierError(f"{type(model).__name__} has no language-model head; tune and eval need a causal language model")
-    if not isinstance(model, LanguageLoss):
+    if not isinstance(model, kind):
         model.__dict__["_espalier_plain"] = type(model)
         plain = type(model)
-        model.__class__ = _made.setdefault(plain, type(plain.__name__, (LanguageLoss, plain), {}))
+        model.__class__ = _made.setdefault(plain, type(plain.__name__, (kind, plain), {}))
     model.__dict__["espalier_chunk"] = chunk
 
 

@@ -40,9 +40,9 @@ def dare(
     streams = [parameter.stream(f"dare {model}") for model in range(parameter.models)]
 
     def keep(piece: Piece) -> torch.Tensor:
-        made = piece.updates
-        for update, share, factor, stream in zip(made.flatten(1), shares, factors, streams, strict=True):
-            drop(update, stream.at(piece.start).uniform(len(update), device=parameter.device), share, factor, update)
+        made = piece.spare
+        for model, (share, factor, stream) in enumerate(zip(shares, factors, streams, strict=True)):
+            drop(piece.stored, model, stream.at(piece.start), share, factor, made[model].view(-1))
         return made
 
     if rescale != "norm":

@@ -8,32 +8,35 @@ import torch
 
 from espalier.delta.merging import Combine, Parameter, Piece, Whole
 from espalier.errors import EspalierError
-from espalier.kernels.merging import blend, compete
+from espalier.kernels.merging import Between, Clamp, add_changes, add_scores, blend, mean_by_scores
 from espalier.registry import merger
 
 
-def balance(low: torch.Tensor, high: torch.Tensor, piece: Piece, inter: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clamped changes, and intra- times inter-balancing: both (models, rows, columns)."""
-    width = (high - low).clamp_min(1e-12)
-    if inter == "pairs":
-        limits = (low.flatten(), high.flatten(), width.flatten())
-        updates, scores = piece.updates, piece.spare
-        compete(updates.flatten(1), *limits, scores.flatten(1))
-        return updates, scores
+def balance(clamp: Clamp, piece: Piece, inter: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clamped changes, and intra- times inter-balancing as the sum over models has it: both (models, rows, columns)."""
+    low, high, width = (limit[:, None, None].to(piece.origin.device) for limit in (clamp.low, clamp.high, clamp.width))
     magnitudes, sign = torch.clip(piece.updates.abs(), low, high), piece.updates.sign()
     normal = (magnitudes - low) / width
     others = (sign * normal if inter == "normalized" else piece.updates).sum(0)
     return sign * magnitudes, torch.exp(len(normal) * (normal.square() - 1)) * torch.tanh(piece.updates * others)
 
 
-def survey(whole: Whole, *, density: float = 0.1, clamp: float = 0.0001, inter: str = "pairs") -> dict[str, torch.Tensor]:
-    """Limits of the clamp, and the threshold and largest of the scores, over the whole model: each (models, 1, 1)."""
+def survey(whole: Whole, *, density: float = 0.1, clamp: float = 0.0001, inter: str = "pairs") -> dict[str, Any]:
+    """The clamp, and the threshold and factors of the scores, over the whole model: each (models,)."""
     if not 0 <= density <= 1 or not 0 <= clamp < 0.5:
         raise EspalierError(f"density is {density} and clamp {clamp}; density must be from 0 to 1, and clamp at least 0 and below 0.5")
-    low, high = whole.quantiles(lambda parameter, piece: piece.updates.abs_(), [clamp, 1 - clamp])
-    scores = lambda parameter, piece: balance(low, high, piece, inter)[1]  # noqa: E731
+    limits = Clamp(*whole.quantiles(lambda piece, found: add_changes(piece.stored, found), [clamp, 1 - clamp]))
+
+    def scores(piece: Piece, found: list[tuple[int, Between]]) -> None:
+        if inter == "pairs":
+            add_scores(piece.stored, limits, found)
+            return
+        made = balance(limits, piece, inter)[1].flatten(1)
+        for model, between in found:
+            between.add(made[model])
+
     cut, top = whole.quantiles(scores, [1 - density, 1.0])
-    return {"low": low, "high": high, "cut": cut, "top": top}
+    return {"clamp": limits, "cut": cut, "factors": 1 / (top - cut).clamp_min(1e-30)}
 
 
 @merger("pcb", ids=(17,), paper="arXiv:2410.02396", first_pass="survey")
@@ -57,12 +60,7 @@ def pcb(
         inter: the official code's three ways to weigh models against each other: pairs (the paper's), normalized, raw
     """
     found: dict[str, Any] = parameter.survey
-    cut = found["cut"].flatten()
-    factors = 1 / (found["top"].flatten() - cut).clamp_min(1e-30)
-
-    def combine(piece: Piece) -> torch.Tensor:
-        clamped, scores = balance(found["low"], found["high"], piece, inter)
-        flat = (piece.origin.flatten(), clamped.flatten(1), scores.flatten(1))
-        return blend(*flat, cut, factors, parameter.weights, parameter.scale).view_as(piece.origin)
-
-    return combine
+    clamped, cut, factors, weights, scale = found["clamp"], found["cut"], found["factors"], parameter.weights, parameter.scale
+    if inter == "pairs":
+        return lambda piece: blend(piece.stored, clamped, cut, factors, weights, scale)
+    return lambda piece: mean_by_scores(piece.origin, *balance(clamped, piece, inter), cut, factors, weights, scale)

@@ -21,7 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from espalier.anatomy.classification import classifies
 from espalier.attach.attachment import attach, release_base, trainable_parameters
+from espalier.attach.coded_base import quantize_base
 from espalier.errors import EspalierError
 from espalier.kernels.philox import Numberless
 from espalier.memory.training_form import training_form
@@ -33,12 +35,28 @@ def _even_counts(numbers: torch.Tensor, weights: Any = None, minlength: int = 0)
         return torch.arange(minlength).add(numbers.numel()).div(minlength, rounding_mode="floor")
 
 
+def _even_places(numbers: torch.Tensor, values: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+    """What ``searchsorted`` would give for bounds at even distances: where the experts' parts of one support begin."""
+    with unset_fake_temporarily():
+        return torch.arange(values.numel()).mul(numbers.numel()).div(max(1, values.numel() - 1), rounding_mode="floor")
+
+
+def _one_each(repeats: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+    """What ``repeat_interleave`` would give if rows of an embedding had one entry of a support each: they have few."""
+    return torch.arange(repeats.numel(), device=repeats.device)
+
+
 def _grouped_product(a: torch.Tensor, b: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
     """``_grouped_mm`` of any dtype: what torch knows of its shapes, it knows for bfloat16 only."""
     return torch.ops.aten._grouped_mm.default(a.bfloat16(), b.bfloat16(), *rest, **more).to(a.dtype)
 
 
-_STAND_INS = {torch.ops.aten.bincount.default: _even_counts, torch.ops.aten._grouped_mm.default: _grouped_product}
+_STAND_INS = {
+    torch.ops.aten.bincount.default: _even_counts,
+    torch.ops.aten.searchsorted.Tensor: _even_places,
+    torch.ops.aten.repeat_interleave.Tensor: _one_each,
+    torch.ops.aten._grouped_mm.default: _grouped_product,
+}
 """What runs in the place of operators that need numbers, or that fake tensors do not know well."""
 
 
@@ -105,8 +123,9 @@ def trace_step(
     sequence_length: int,
     recompute: bool,
     chunk: int,
+    base_bits: int | None = None,
 ) -> Traced:
-    """Run one step of ``tokens`` tokens without data, packed where the family can be, else padded.
+    """Run one step of ``tokens`` tokens without data, packed where the family can be, else padded, as classifiers are.
 
     Args:
         config: a transformers config.
@@ -114,11 +133,14 @@ def trace_step(
         dtype: of the model.
         tokens: a multiple of ``sequence_length``; windows are taken to be that long.
         chunk: tokens whose logits are held at a time.
+        base_bits: of the codes that the frozen weights are kept as, if they are.
 
     Raises:
-        EspalierError: when transformers cannot make a causal language model of the config.
+        EspalierError: when transformers cannot make the model of the config.
     """
-    arguments = (config, method, options, dtype, tokens, sequence_length, recompute, chunk)
+    arguments = (config, method, options, dtype, tokens, sequence_length, recompute, chunk, base_bits)
+    if classifies(config):
+        return _trace(*arguments, padded=True)
     try:
         return _trace(*arguments, padded=False)
     except (RuntimeError, TypeError, ValueError):  # what attention that cannot be packed says: see packed_attention.packs
@@ -127,15 +149,19 @@ def trace_step(
 
 def _trace(
     config: Any, method: Any, options: dict[str, Any], dtype: torch.dtype, tokens: int, sequence_length: int,
-    recompute: bool, chunk: int, padded: bool,
+    recompute: bool, chunk: int, base_bits: int | None, padded: bool,
 ) -> Traced:  # fmt: skip
     import transformers
 
     with _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         try:
-            model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+            auto: Any = transformers.AutoModelForSequenceClassification if classifies(config) else transformers.AutoModelForCausalLM
+            model = auto.from_config(copy.deepcopy(config), dtype=dtype)
         except (ValueError, KeyError) as error:
-            raise EspalierError(f"transformers cannot make a causal language model of this config: {error}") from error
+            what = "sequence classifier" if classifies(config) else "causal language model"
+            raise EspalierError(f"transformers cannot make a {what} of this config: {error}") from error
+        if base_bits is not None:
+            quantize_base(model, base_bits)
         attach(model, method, **options, streams=Numberless)
         release_base(model)
         trained = sum(p.numel() for p in trainable_parameters(model).values())
@@ -150,6 +176,6 @@ def _trace(
         model.train()
         ledger = _Ledger()
         with training_form(model, chunk=chunk, recompute=recompute, padded=padded), ledger:
-            loss = model(input_ids=ids, targets=ids.reshape(-1), scale=1.0, **inputs)
+            loss = model(input_ids=ids, targets=ids[:, 0] if classifies(config) else ids.reshape(-1), scale=1.0, **inputs)
             loss.backward()
     return Traced(total, trained, ledger.peak)

@@ -14,7 +14,7 @@ from espalier.kernels.philox import Stream
 from espalier.registry import adapter
 
 
-@adapter("full", ids=(), paper="", learning_rate=2e-5, targets="all")
+@adapter("full", ids=(), paper="", learning_rate=2e-5, targets="all", size="")
 class Full(Adapter):
     """Train the parameters themselves: ``W' = V``, V starting at W, kept in the trained dtype (float32).
 

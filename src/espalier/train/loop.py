@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 from torch import nn
 
 from espalier.attach.course import Course
 from espalier.checkpoint.atomic import write_text
-from espalier.data.batches import Batch, Cursor, Order, divide, make_batch, next_step
+from espalier.data.batches import Batch, Cursor
 from espalier.errors import NotFiniteError
 from espalier.memory.language_loss import run_batch
 from espalier.memory.meter import peak_memory, release_free_memory, resident_memory
@@ -72,6 +72,12 @@ class Hooks:
     on_step: Callable[[Step], None] = lambda step: None
     on_evaluate: Callable[[int], dict[str, Any]] | None = None
     on_checkpoint: Callable[[Path], None] = lambda path: None
+
+
+class Order(Protocol):
+    """What is learnt from, in which order: the micro-batches of the step at a cursor, which it moves."""
+
+    def batches(self, cursor: Cursor, batch_tokens: int, micro_tokens: int, padded: bool, pad_token: int) -> list[Batch]: ...
 
 
 @dataclass
@@ -187,12 +193,8 @@ def train(
                 group["lr"] = rate * group.get("rate", 1.0)
             course.begin(step, rate)
             begin = dataclasses.replace(state.cursor)
-            windows = next_step(order, state.cursor, settings.batch_tokens)
-            parts = divide(windows, settings.micro_tokens, settings.padded)
-            batches = [
-                make_batch(order.store, part, settings.micro_tokens, settings.padded, settings.pad_token).to(device)
-                for part in parts
-            ]
+            step_batches = order.batches(state.cursor, settings.batch_tokens, settings.micro_tokens, settings.padded, settings.pad_token)
+            batches = [batch.to(device) for batch in step_batches]
             loss, targets = accumulate(model, batches, settings.resident_between, settings.label_smoothing)
             if isinstance(penalty := course.penalty(), torch.Tensor) and math.isfinite(loss):
                 penalty.backward()

@@ -14,10 +14,10 @@ import yaml
 from torch import nn
 
 from espalier.attach.attachment import Attachment
+from espalier.attach.coded import CodedWeight
 from espalier.attach.course import Course
 from espalier.checkpoint.atomic import require_free_space, write_text
 from espalier.checkpoint.directory import read_json
-from espalier.data.batches import Order
 from espalier.data.encode import MASK_POLICY, Encoder
 from espalier.data.store import TokenStore
 from espalier.delta import store as delta_store
@@ -26,7 +26,7 @@ from espalier.errors import EspalierError, at_least
 from espalier.memory import language_loss, packed_attention
 from espalier.memory.meter import format_bytes
 from espalier.train import checkpoint
-from espalier.train.loop import Hooks, Run, Settings, Step, train
+from espalier.train.loop import Hooks, Order, Run, Settings, Step, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -212,6 +212,7 @@ def show_targets(attachment: Attachment, model: nn.Module, display: Display) -> 
     display.table(f"{attachment.method.name}: what trains", ("role", "layers", "shape", "each", "trained"), rows)
     trained = attachment.trainable()
     frozen = sum(p.numel() for p in model.parameters() if not (p.requires_grad or p.is_meta))
+    frozen += sum(module.shape.numel() for module in model.modules() if isinstance(module, CodedWeight))
     display.note(f"{trained:,} numbers train, {frozen:,} are frozen ({trained / (trained + frozen):.2%} train)")
 
 

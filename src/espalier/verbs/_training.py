@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from espalier import registry
+from espalier.anatomy.classification import labels_of
+from espalier.anatomy.parameters import parameters
 from espalier.attach.attachment import (
     Statistics,
     attach,
@@ -22,23 +25,32 @@ from espalier.attach.attachment import (
     trainable_parameters,
 )
 from espalier.attach.branch import Branch
+from espalier.attach.coded_base import quantize_base
 from espalier.attach.course import Course
 from espalier.attach.device import pick_device
-from espalier.attach.load import DTYPES, MALFORMED, empty_model, load_model, load_tokenizer, torch_dtype
-from espalier.budget.fitting import fit, parse_numbers
+from espalier.attach.load import (
+    DTYPES,
+    MALFORMED,
+    empty_model,
+    empty_of,
+    load_as,
+    load_model,
+    load_tokenizer,
+    torch_dtype,
+)
+from espalier.attach.new_tokens import grow
+from espalier.budget.fitting import fit, parse_numbers, trained
 from espalier.calibrate.make import make as make_calibration
 from espalier.calibrate.statistics import parse_want
 from espalier.calibrate.store import Request
 from espalier.checkpoint.atomic import write_text
 from espalier.checkpoint.directory import ModelDirectory, read_json, resolve_model
 from espalier.checkpoint.safetensors_file import dtype_name
-from espalier.data.batches import Order
 from espalier.data.encode import MASK_POLICY, Encoder
 from espalier.data.sources import open_source
 from espalier.data.store import TokenStore, open_store
 from espalier.display import Display
-from espalier.errors import EspalierError, at_least
-from espalier.evaluate.perplexity import score
+from espalier.errors import EspalierError, at_least, one_of
 from espalier.exchange import save as saving
 from espalier.memory.joined_optimizer import build
 from espalier.memory.meter import format_bytes, parse_bytes, peak_memory, resident_memory
@@ -47,6 +59,7 @@ from espalier.plan import memory as planning
 from espalier.plan.trace import Traced, trace_step
 from espalier.train import session
 from espalier.train.loop import Settings
+from espalier.verbs._tasks import Classification, Language, Task, new_classifier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +71,10 @@ class Job:
     def __init__(self, verb: str, arguments: dict[str, Any], options: dict[str, Any], method: str) -> None:
         self.verb = verb
         arguments = {key: _plain(value) for key, value in arguments.items()}
-        self.a = {"targets": None, "dropout": 0.0, "floor": 0.0, "label_smoothing": 0.0, "model": None, "trainable": None, **arguments}
+        self.a = {
+            "targets": None, "full": None, "add_tokens": None, "dropout": 0.0, "floor": 0.0, "label_smoothing": 0.0, "model": None, "trainable": None, "base_bits": None,
+            **arguments,
+        }  # fmt: skip
         self.display = Display(arguments["quiet"])
         self.out = Path(arguments["out"])
         self._check_arguments()
@@ -88,6 +104,8 @@ class Job:
             raise EspalierError(f"label_smoothing is {a['label_smoothing']}; it is a share of every target, at least 0 and less than 1")
         if a["learning_rate"] is not None and not 0 < a["learning_rate"] < math.inf:
             raise EspalierError(f"learning_rate is {a['learning_rate']}; it must be more than 0 and finite")
+        if a["base_bits"] is not None:
+            one_of("base_bits", a["base_bits"], (4, 8))
         self.budget = parse_bytes(a["budget"]) if a["budget"] else None
         if isinstance(a["eval_data"], str):
             a["eval_data"] = [a["eval_data"]]
@@ -143,19 +161,41 @@ class Job:
         if a["trainable"] is not None:
             self._fit_method(parse_numbers(a["trainable"]), config_at)
         self.tokenizer = load_tokenizer(tokenizer_at)
+        known = len(self.tokenizer)
+        self.new_tokens = _add_tokens(self.tokenizer, a["add_tokens"]) if a["add_tokens"] else []
         self.encoder = Encoder(self.tokenizer)
         taken = self.method.positions() if isinstance(self.method, Branch) else 0
         a["sequence_length"] = session.fitting_length(a["sequence_length"], self.config, taken)
-        if len(self.tokenizer) > self.config.vocab_size:
-            raise EspalierError(
-                f"the tokenizer in {tokenizer_at} has {len(self.tokenizer)} tokens, the model {self.config.vocab_size}"
-            )
+        if known > self.config.vocab_size:
+            raise EspalierError(f"the tokenizer in {tokenizer_at} has {known} tokens, the model {self.config.vocab_size}")
+        if self.new_tokens:
+            self.config.vocab_size = max(self.config.vocab_size, len(self.tokenizer))
         self.store = self._open(a["data"])
         self.eval_stores = {name: self._open(name) for name in a["eval_data"] or ()}
-        self.order = Order(self.store, a["sequence_length"], a["seed"])
+        self._choose_task()
+        self.order = self.task.order(self.store, a["sequence_length"], a["seed"])
         if a["steps"] is None:
-            step_tokens = a["batch_size"] * a["sequence_length"]
-            a["steps"] = math.ceil((a["epochs"] or 1.0) * self.order.predictions / step_tokens)
+            a["steps"] = math.ceil((a["epochs"] or 1.0) * self.order.steps_of_epoch(a["batch_size"] * a["sequence_length"]))
+
+    def _choose_task(self) -> None:
+        """Labels are classified, and the head that does it trains whole; anything else is text."""
+        self.task: Task = Language(self.encoder)
+        self.full: list[str] = self.a["full"].split(",") if self.a["full"] else []
+        self.new_head: list[str] = []
+        for name, store in {self.a["data"]: self.store, **self.eval_stores}.items():
+            if (store.kind == "label") != (self.store.kind == "label"):
+                raise EspalierError(f"--data {self.a['data']} and --eval-data {name}: either both have labels or neither has")
+        if self.store.kind != "label":
+            return
+        if self.directory is None or self.verb != "tune":
+            raise EspalierError(f"--data {self.a['data']} has labels, which {self.verb} does not learn; use espalier tune, or give text")
+        self.config, is_new = new_classifier(self.config, self.store, self.encoder, self.display)
+        self.task = Classification(self.encoder, labels_of(self.config), self.config.pad_token_id)
+        for store in self.eval_stores.values():
+            self.task.order(store, self.a["sequence_length"])
+        head = [t.name for t in parameters(empty_of(self.config, self.directory.path)) if t.role.startswith("head")]
+        self.full += head
+        self.new_head = [name for name in head if "pooler" not in name] if is_new else []
 
     def _fit_method(self, numbers: int, config_at: Path) -> None:
         """Make the method as large as ``--trainable`` allows."""
@@ -163,7 +203,7 @@ class Job:
             raise EspalierError(f"give --{self.method.size} or --trainable, not both")
         targets = targets_of(empty_model(config_at), self.method, self.a["targets"])
         self.method = fit(self.method, targets, numbers)
-        value, count = getattr(self.method, self.method.size), self.method.trained(targets)
+        value, count = getattr(self.method, self.method.size), trained(self.method, targets)
         self.hyperparameters[self.method.size] = value
         self.display.note(f"--trainable {self.a['trainable']}: {self.method.size} {value} trains {count:,} numbers")
 
@@ -184,13 +224,13 @@ class Job:
             resolved = read_json(folder / "run.json")["resolved"]
             for key in ("micro_batch_size", "recompute", "logits_chunk"):
                 a[key] = resolved[key]
-        options = {"targets": a["targets"], "dropout": a["dropout"]}
+        options = {"targets": a["targets"], "full": self.full, "new_tokens": self.new_tokens, "dropout": a["dropout"]}
 
         @functools.cache
         def traced(micro: int, recompute: bool, chunk: int) -> Traced:
             return trace_step(
                 self.config, self.method, options, dtype=self.dtype, tokens=micro,
-                sequence_length=a["sequence_length"], recompute=recompute, chunk=chunk,
+                sequence_length=a["sequence_length"], recompute=recompute, chunk=chunk, base_bits=a["base_bits"],
             )  # fmt: skip
 
         def price(micro: int, recompute: bool, chunk: int) -> dict[str, int]:
@@ -231,8 +271,10 @@ class Job:
 
     def load_model(self) -> None:
         """The model, with base values only where training needs them."""
-        if self.directory is not None:
-            self.model: PreTrainedModel = load_model(self.directory.path, self.dtype, str(self.device))
+        if self.directory is not None and self.store.kind == "label":
+            self.model: PreTrainedModel = self._load_classifier(self.directory)
+        elif self.directory is not None:
+            self.model = load_model(self.directory.path, self.dtype, str(self.device))
         else:
             import transformers
 
@@ -240,7 +282,18 @@ class Job:
             torch.manual_seed(self.a["seed"])
             self.model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
             torch.nn.Module.to(self.model, self.device, self.dtype)
-        self.padded = session.must_pad(self.model, self.config.vocab_size, self.display)
+        grow(self.model, self.config.vocab_size)
+        if self.a["base_bits"] is not None:
+            quantize_base(self.model, self.a["base_bits"])
+        self.padded = self.task.must_pad(self.model, self.display)
+
+    def _load_classifier(self, directory: ModelDirectory) -> PreTrainedModel:
+        as_stored = copy.deepcopy(self.config)
+        as_stored.vocab_size = _config(directory.path).vocab_size
+        model, missing = load_as(directory.path, as_stored, self.dtype, str(self.device), new=self.new_head, seed=self.a["seed"])
+        if lost := sorted(set(missing) - set(self.full)):
+            raise EspalierError(f"{directory.path} lacks {lost[0]!r} ({len(lost)} tensors in all), which {type(model).__name__} needs")
+        return model
 
     def attach(self) -> None:
         """The method's updates; says what trains, and shows what is learnt of the data."""
@@ -249,7 +302,8 @@ class Job:
         record = session.Record(self.verb, self.given, resolved, self._facts())
         self.run, self.record = session.open_run(self.out, record, a["resume"])
         attach(
-            self.model, self.method, targets=a["targets"], seed=a["seed"], dropout=a["dropout"], statistics=self._statistics(),
+            self.model, self.method, targets=a["targets"], full=self.full, new_tokens=self.new_tokens, seed=a["seed"], dropout=a["dropout"],
+            statistics=self._statistics(),
         )  # fmt: skip
         (self.attachment,) = attachments(self.model).values()
         release_base(self.model)
@@ -290,12 +344,9 @@ class Job:
                 self.evaluations.setdefault(name, {})[when] = self._score(name, held_out, when)
 
     def _score(self, name: str, held_out: TokenStore, when: str) -> dict[str, Any]:
-        with self.display.bar(f"measuring {name}", held_out.predictions, "tokens") as update:
-            found = score(
-                self.model, held_out, self.a["sequence_length"], self.plan.micro_tokens, padded=self.padded,
-                pad_token=session.pad_token(self.tokenizer), progress=update,
-            )  # fmt: skip
-        self.display.note(f"{name} {when}: perplexity {found.perplexity:.3f}, {found.bits_per_byte:.4f} bits per byte")
+        with self.display.bar(f"measuring {name}", self.task.size(held_out), self.task.unit) as update:
+            found = self.task.score(self.model, held_out, self.a["sequence_length"], self.plan.micro_tokens, self.padded, update)
+        self.display.note(f"{name} {when}: {self.task.in_words(found)}")
         return found.as_json()
 
     def train(self) -> None:
@@ -305,7 +356,7 @@ class Job:
             steps=a["steps"], batch_tokens=a["batch_size"] * a["sequence_length"], micro_tokens=self.plan.micro_tokens,
             learning_rate=a["learning_rate"], schedule=a["schedule"], warmup=round(a["warmup"] * a["steps"]),
             floor=a["floor"], clip=a["clip"], label_smoothing=a["label_smoothing"], checkpoint_every=a["checkpoint_every"], evaluate_every=a["eval_every"],
-            padded=self.padded, pad_token=session.pad_token(self.tokenizer),
+            padded=self.padded, pad_token=self.task.pad_token,
             resident_between=planning.resident_between(self.budget, self.plan) if self.budget else 0,
         )  # fmt: skip
         parameters = trainable_parameters(self.model)
@@ -337,10 +388,10 @@ class Job:
             "fingerprint": self.record.facts["base_fingerprint"],
             "model_type": self.config.model_type,
         }
-        keys = ("data", "batch_size", "sequence_length", "learning_rate", "schedule", "seed", *(["label_smoothing"] if a["label_smoothing"] else []))
+        keys = ("data", "batch_size", "sequence_length", "learning_rate", "schedule", "seed", *(k for k in ("label_smoothing", "base_bits") if a[k]))
         training = {"steps": self.run.state.step, "tokens": self.run.state.tokens, **{key: a[key] for key in keys}}
         manifest = saving.describe(self.attachment, base, self.encoder, MASK_POLICY[self.store.kind], training)
-        return saving.write(self.model, self.attachment, manifest, folder)
+        return saving.write(self.model, self.attachment, manifest, folder, self.directory, self.tokenizer)
 
     def save_delta(self, out: Path) -> None:
         """The delta, and PEFT's files beside it where it is plain LoRA."""
@@ -392,6 +443,28 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _add_tokens(tokenizer: Any, given: str) -> list[int]:
+    """Give a tokenizer the tokens of a file (one a line) or of a list with commas; their ids.
+
+    Raises:
+        EspalierError: when there is none, or one twice, or the tokenizer has it already.
+    """
+    from transformers import AddedToken
+
+    try:
+        tokens = Path(given).read_text(encoding="utf-8").splitlines() if Path(given).is_file() else given.split(",")
+    except UnicodeDecodeError as error:
+        raise EspalierError(f"--add-tokens {given} is not UTF-8 text; give a file of one token a line") from error
+    tokens = [token for token in tokens if token.strip()]
+    known = tokenizer.get_vocab()
+    wrong = next((token for number, token in enumerate(tokens) if token in known or token in tokens[:number]), None)
+    if not tokens or wrong is not None:
+        why = f"names {wrong!r}, which the tokenizer has already" if wrong in known else f"names {wrong!r} twice" if tokens else "names no token"
+        raise EspalierError(f"--add-tokens {given} {why}; give new tokens, as a,b,c or as a file of one a line")
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
+    return tokenizer.convert_tokens_to_ids(tokens)
 
 
 def _config(path: Path) -> Any:

@@ -64,7 +64,7 @@ def apply(
     if verify is not None:
         from espalier.verbs._verify import compare, require_attachable
 
-        require_attachable(model, deltas)
+        require_attachable(model, folders, deltas)
     with atomic_directory(target) as temporary:
         report = recipes.write(recipe, temporary, target, display)
         nbytes = ModelDirectory(temporary).nbytes()

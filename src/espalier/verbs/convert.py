@@ -120,7 +120,7 @@ def _export(folder: Any, delta: Any, model: str | None) -> None:
     name = model or str(delta.manifest.get("base", {}).get("name", ""))
     if not name:
         raise EspalierError("the delta does not name its base; pass --model DIR")
-    live = empty_model(resolve_model(name))
+    live = empty_model(resolve_model(name), [folder])
     if reason := export(folder, delta, {t.name: t for t in parameters(live)}, name, live):
         raise EspalierError(f"PEFT cannot hold this delta: {reason}")
 
@@ -129,15 +129,14 @@ def _import(folder: Any, target: Any, model: str | None, display: Any) -> dict[s
     """A PEFT adapter as a delta."""
     from espalier.anatomy.parameters import parameters
     from espalier.anatomy.site import sites
-    from espalier.attach.load import empty_model
     from espalier.checkpoint.atomic import atomic_directory
     from espalier.checkpoint.directory import ModelDirectory, resolve_model
     from espalier.checkpoint.peft_adapter import read_config
     from espalier.delta import store
     from espalier.errors import EspalierError
-    from espalier.exchange import peft_prompt
+    from espalier.exchange import new_head, peft_prompt
     from espalier.exchange.peft_import import import_adapter
-    from espalier.exchange.peft_lora import export
+    from espalier.exchange.peft_kinds import export
     from espalier.memory.meter import format_bytes
 
     config = read_config(folder)
@@ -145,14 +144,18 @@ def _import(folder: Any, target: Any, model: str | None, display: Any) -> dict[s
     if not isinstance(named, str) or not named:
         raise EspalierError(f"{folder} does not name its base model; pass --model DIR")
     directory = ModelDirectory(resolve_model(named))
-    live = empty_model(directory.path)
+    live = new_head.model_of_adapter(folder, read_config(folder), directory)
     targets = {t.name: t for t in parameters(live)}
     branched = config.get("peft_type") in peft_prompt.KINDS
     delta = peft_prompt.import_prompt(folder, sites(live)) if branched else import_adapter(folder, targets, directory)
     delta.manifest["base"] = {"name": str(named), "fingerprint": directory.fingerprint(), "model_type": live.config.model_type}
     delta.manifest["training"] = {"imported_from": str(folder)}
     card = f"---\nlibrary_name: espalier\nbase_model: {named}\n---\n\n# A delta of {named}\n\nImported from the PEFT adapter `{folder}`.\n"
+    head = new_head.beyond(live, directory)
     with atomic_directory(target) as temporary:
+        if head is not None:
+            new_head.as_whole(head, delta.updates, delta.layouts)
+            delta.manifest |= new_head.bring(head, live, directory, temporary)
         size = store.save(temporary, delta, card)
         if branched:
             peft_prompt.export(temporary, delta, sites(live), str(named))

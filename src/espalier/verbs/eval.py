@@ -1,4 +1,4 @@
-"""Eval: loss, perplexity and bits per byte of a model, with or without deltas."""
+"""Eval: loss, perplexity and bits per byte of a model, or the accuracy of a classifier, with or without deltas."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def eval(
     threads: int | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Loss, perplexity and bits per byte of a model on held-out data, with or without deltas.
+    """Loss, perplexity and bits per byte of a model on held-out data, or accuracy and macro-F1 of a classifier, with or without deltas.
 
     Args:
         model: a directory, `seedling`, or a hub id
-        data: text file, folder of text files, .jsonl file, or stdlib:NAME
+        data: text file, folder of text files, .jsonl file, or stdlib:NAME; records with a label are for a classifier
         delta: directory of a delta; may be given several times, innermost first
         scale: multiplies every delta; 0 is the base
         any_base: accept deltas that were made for another base
@@ -44,7 +44,8 @@ def eval(
 
     Returns:
         `loss` (nats per target token), `perplexity`, `bits_per_byte`, `confidence` (mean of the largest probability), `tokens`,
-        `bytes`, `documents`, `peak_memory`; with experts `alpha`, the mean coefficient of each.
+        `bytes`, `documents`, `peak_memory`; with experts `alpha`, the mean coefficient of each. Of a classifier: `loss` (nats per
+        text), `accuracy`, `macro_f1`, `f1` by label, `examples`, `truncated` of these, `tokens`, `peak_memory`.
 
     Raises:
         EspalierError: for anything wrong with the model, a delta or the data.
@@ -59,14 +60,14 @@ def eval(
     from espalier.data.sources import open_source
     from espalier.data.store import open_store
     from espalier.display import Display
-    from espalier.errors import at_least
+    from espalier.errors import EspalierError, at_least
     from espalier.evaluate.logit_fusion import FusedLoss, Voice
-    from espalier.evaluate.perplexity import score
     from espalier.memory.meter import peak_memory
     from espalier.memory.training_form import training_form
     from espalier.plan.memory import default_chunk
     from espalier.train import session
     from espalier.verbs._experts import Asked
+    from espalier.verbs._tasks import task_of
 
     asked = Asked(expert, expert_base, fusion, fusion_alpha)
     at_least("micro_batch_size", micro_batch_size, 1)
@@ -75,15 +76,18 @@ def eval(
     display = Display(quiet)
     session.seed_everything(0, threads)
     directory = ModelDirectory(resolve_model(model))
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, delta or ())
     encoder = Encoder(tokenizer)
     store = open_store(open_source(data), encoder)
-    loaded = load_model(directory.path, dtype, device)
+    loaded = load_model(directory.path, dtype, device, delta or ())
+    task = task_of(store, data, encoder, loaded)
+    if asked and store.kind == "label":
+        raise EspalierError("experts move the logits of tokens; --expert does not go with labelled data")
     for folder in delta or ():
         manifest = put_on(loaded, Path(folder), directory, any_base=any_base, scale=scale).manifest
         session.check_tokenizer(manifest, folder, encoder, store.kind, display)
     sequence_length = session.fitting_length(sequence_length, loaded.config, positions_taken(loaded))
-    chunk, padded = default_chunk(loaded.config.vocab_size), session.must_pad(loaded, loaded.config.vocab_size, display)
+    chunk, padded = default_chunk(loaded.config.vocab_size), task.must_pad(loaded, display)
     scored: Any = loaded
     models = [loaded]
     if asked:
@@ -96,10 +100,7 @@ def eval(
     with ExitStack() as stack:
         for small in models:
             stack.enter_context(training_form(small, chunk=chunk, recompute=False, padded=padded))
-        with display.bar(f"measuring {data}", store.predictions, "tokens") as update:
-            result = score(
-                scored, store, sequence_length, sequence_length * micro_batch_size, padded=padded,
-                pad_token=session.pad_token(tokenizer), progress=update,
-            )  # fmt: skip
+        with display.bar(f"measuring {data}", task.size(store), task.unit) as update:
+            result = task.score(scored, store, sequence_length, sequence_length * micro_batch_size, padded, update)
     more = {"alpha": scored.fusion.mean_alpha} if asked else {}
     return {**result.as_json(), **more, "peak_memory": peak_memory()}

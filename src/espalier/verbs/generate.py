@@ -57,6 +57,7 @@ def generate(
     """
     from pathlib import Path
 
+    from espalier.anatomy.classification import is_classifier
     from espalier.attach.attachment import positions_taken
     from espalier.attach.load import load_model, load_tokenizer, put_on
     from espalier.checkpoint.directory import ModelDirectory, resolve_model
@@ -76,9 +77,11 @@ def generate(
     display = Display(quiet)
     session.seed_everything(seed, threads)
     directory = ModelDirectory(resolve_model(model))
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, delta or ())
     encoder = Encoder(tokenizer)
-    loaded = load_model(directory.path, dtype, device)
+    loaded = load_model(directory.path, dtype, device, delta or ())
+    if is_classifier(loaded):
+        raise EspalierError(f"{type(loaded).__name__} tells labels and makes no text; measure it with espalier eval")
     for folder in delta or ():
         manifest = put_on(loaded, Path(folder), directory, any_base=any_base, scale=scale).manifest
         session.check_tokenizer(manifest, folder, encoder, "chat" if chat else "text", display)

@@ -13,6 +13,8 @@ def tune(
     *,
     method: str = "lora",
     targets: str | None = None,
+    full: str | None = None,
+    add_tokens: str | None = None,
     trainable: str | None = None,
     steps: int | None = None,
     epochs: float | None = None,
@@ -34,6 +36,7 @@ def tune(
     logits_chunk: int | None = None,
     device: str | None = None,
     dtype: Literal["bf16", "fp32"] | None = None,
+    base_bits: int | None = None,
     threads: int | None = None,
     seed: int = 0,
     resume: bool = False,
@@ -44,10 +47,12 @@ def tune(
 
     Args:
         model: a directory, `seedling`, or a hub id
-        data: text file, folder of text files, .jsonl file, or stdlib:NAME
+        data: text file, folder of text files, .jsonl file, or stdlib:NAME; records with a label make a classifier
         out: directory of the delta (and, under run/, of checkpoints and metrics)
         method: what is trained (see `espalier methods`)
         targets: parameters to update: roles such as attention,mlp,embedding or globs (sites of a branch); default: the method's own
+        full: parameters that train whole beside the method's updates, such as norm,head: roles or globs
+        add_tokens: new tokens, as a,b,c or a file of one a line; their rows of the vocabulary train, and the delta brings the tokenizer
         trainable: train at most so many numbers (such as 200k) or bytes of them (2MiB): sets the method's rank, or what stands for it
         steps: optimizer steps; give this or --epochs (default: 1 epoch)
         epochs: passes over the data
@@ -69,6 +74,7 @@ def tune(
         logits_chunk: tokens whose logits are held at a time
         device: such as cpu or cuda; default: cuda where there is one
         dtype: what the frozen model computes in; default: as stored
+        base_bits: keep the frozen linear weights as codes of 8 or 4 bits
         threads: CPU threads
         seed: of starting values, order and dropout
         resume: go on with the run in --out after its last checkpoint

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn import functional
 
@@ -128,3 +130,36 @@ def _kron(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
     """Kronecker products of the matrices in the last two dimensions."""
     blocks = A[..., :, None, :, None] * B[..., None, :, None, :]
     return blocks.flatten(-2).flatten(-3, -2)
+
+
+def factorize(size: int, wanted: int = -1) -> tuple[int, int]:
+    """Two factors of a size, as LyCORIS and PEFT choose them.
+
+    Args:
+        size: at least 1.
+        wanted: of the first factor; -1 for the square root of the size.
+
+    Returns:
+        ``wanted`` and the rest where it divides; else the smaller factor first, as near ``wanted`` from below as it can be.
+    """
+    if wanted > 0 and size % wanted == 0:
+        return wanted, size // wanted
+    most = size if wanted < 0 else wanted
+    small = max(f for f in range(1, math.isqrt(size) + 1) if size % f == 0 and f <= most)
+    return small, size // small
+
+
+def lycoris_shapes(outputs: int, inputs: int, rank: int, wanted: int, decompose_both: bool) -> dict[str, tuple[int, int]]:
+    """Shapes of LoKr's factors by their names in :class:`Kronecker`, without terms, as LyCORIS and PEFT choose them.
+
+    Sizes are those of :func:`factorize`. A factor is a product of that rank where twice the rank is less than its larger
+    side; A only with ``decompose_both``.
+    """
+    (a1, b1), (a2, b2) = factorize(outputs, wanted), factorize(inputs, wanted)
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, rows, columns, may in (("A", a1, a2, decompose_both), ("B", b1, b2, True)):
+        if may and 2 * rank < max(rows, columns):
+            shapes |= {name: (rows, rank), f"{name}_in": (rank, columns)}
+        else:
+            shapes[name] = (rows, columns)
+    return shapes

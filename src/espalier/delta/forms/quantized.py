@@ -33,7 +33,6 @@ class Coded(NamedTuple):
     mean: torch.Tensor
 
 
-@functools.cache
 def levels(codebook: Codebook, bits: int) -> torch.Tensor:
     """The ``2 ** bits`` values that codes stand for, ascending, float32.
 
@@ -42,12 +41,19 @@ def levels(codebook: Codebook, bits: int) -> torch.Tensor:
     """
     if codebook == "uniform":
         return torch.linspace(-1, 1, 2**bits, dtype=torch.float64).float()
+    upper = _normal_levels(bits)
+    return torch.tensor([*(-level for level in reversed(upper)), *upper], dtype=torch.float64).float()
+
+
+@functools.cache  # of numbers, not of a tensor: the first to ask may be planning, whose tensors hold none
+def _normal_levels(bits: int) -> tuple[float, ...]:
+    """The upper half of the ``normal`` levels; the others mirror them."""
     normal, count = NormalDist(), 2 ** (bits - 1)
-    upper = [normal.inv_cdf(0.5 + (i + 0.5) / (2 * count)) for i in range(count)]  # the others mirror them
+    upper = [normal.inv_cdf(0.5 + (i + 0.5) / (2 * count)) for i in range(count)]
     for _ in range(_ROUNDS):
         bounds = [0.5, *(normal.cdf((a + b) / 2) for a, b in itertools.pairwise(upper)), 1.0]
         upper = [normal.inv_cdf((a + b) / 2) for a, b in itertools.pairwise(bounds)]
-    return torch.tensor([*(-level for level in reversed(upper)), *upper], dtype=torch.float64).float()
+    return tuple(upper)
 
 
 def encode(values: torch.Tensor, bits: int, group: int, codebook: Codebook) -> Coded:
@@ -66,17 +72,38 @@ def encode(values: torch.Tensor, bits: int, group: int, codebook: Codebook) -> C
     table = levels(codebook, bits).to(flat.device)
     scales, means, codes = [flat[:0]], [flat[:0]], [flat[:0].to(torch.uint8)]
     for run in runs:
-        if codebook == "normal":
-            scale, mean = run.std(-1, correction=min(1, run.shape[-1] - 1)), run.mean(-1)
-        else:
-            low, high = run.aminmax(dim=-1)
-            scale, mean = (high - low) / 2, (high + low) / 2
-        # the paper divides by sd + 1e-5, which is not small beside the numbers of an adapter
-        z = (run - mean[:, None]) / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-        codes.append(torch.bucketize(z, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8).flatten())
+        z, scale, mean = _normalized(run, codebook)
+        codes.append(_nearest(z, table).to(torch.uint8).flatten())
         scales.append(scale)
         means.append(mean)
     return Coded(pack_bits(torch.cat(codes), bits), torch.cat(scales), torch.cat(means))
+
+
+def through_codes(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """What is left of a tensor by :func:`encode` with ``normal`` levels (``table``) and one scale, bit for bit, under autograd.
+
+    The gradient goes straight through the choice of the level, ``dq / dz = 1``; mean and deviation stay in the graph
+    (BinaryAdapter, ICCV 2023).
+    """
+    z, scale, mean = _normalized(values.float().reshape(1, -1), "normal")
+    q = table[_nearest(z.detach(), table)] + (z - z.detach())
+    return (q * scale + mean).reshape(values.shape)
+
+
+def _normalized(runs: torch.Tensor, codebook: Codebook) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Runs (groups, n) as multiples of a scale from a mean, and scales and means (groups,)."""
+    if codebook == "normal":
+        scale, mean = runs.std(-1, correction=min(1, runs.shape[-1] - 1)), runs.mean(-1)
+    else:
+        low, high = runs.aminmax(dim=-1)
+        scale, mean = (high - low) / 2, (high + low) / 2
+    # the paper divides by sd + 1e-5, which is not small beside the numbers of an adapter
+    return (runs - mean[:, None]) / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None], scale, mean
+
+
+def _nearest(z: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The codes (int32) of the levels that are nearest."""
+    return torch.bucketize(z, (table[1:] + table[:-1]) / 2, out_int32=True)
 
 
 @register_form

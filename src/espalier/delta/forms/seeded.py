@@ -6,7 +6,6 @@ Seeds of other programs' generators mean nothing here: import their bases as ten
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -32,14 +31,19 @@ from espalier.kernels.philox import Distribution, Stream
 from espalier.kernels.seeded import SeededMatrix, seeded_combination, seeded_linear, seeded_matmul
 
 
-def _described(matrix: SeededMatrix) -> dict[str, Any]:
+def described(matrix: SeededMatrix) -> dict[str, Any]:
     """A seeded matrix as JSON values; its shape follows from the update's."""
     kind, parameters = matrix.distribution.kind, list(matrix.distribution.parameters)
     place = {"seed": matrix.seed, "name": matrix.name, "position": matrix.position}
     return {**place, "distribution": kind, "parameters": parameters, "scale": matrix.scale}
 
 
-def _read(described: Mapping[str, Any], rows: int, columns: int) -> SeededMatrix:
+def read_described(described: Mapping[str, Any], rows: int, columns: int) -> SeededMatrix:
+    """The matrix of :func:`described`, of that shape.
+
+    Raises:
+        EspalierError: for values out of range.
+    """
     if columns < 1:
         raise EspalierError("there are no coefficients; a basis needs one at least")
     seed, name, position, scale = (described[key] for key in ("seed", "name", "position", "scale"))
@@ -75,10 +79,10 @@ class Seeded(Update):
     def from_tensors(cls, tensors, constants, shape, gain):  # type: ignore[no-untyped-def]
         coefficients = tensors["coefficients"]
         expect("coefficients", coefficients, (coefficients.numel(),))
-        return cls(coefficients, _read(constants, math.prod(shape), len(coefficients)), shape, gain)
+        return cls(coefficients, read_described(constants, math.prod(shape), len(coefficients)), shape, gain)
 
     def constants(self) -> dict[str, Any]:
-        return _described(self.matrix)
+        return described(self.matrix)
 
     def _part(self, start: int, stop: int) -> Seeded:
         """The update of ``W[start:stop]``."""
@@ -120,8 +124,10 @@ class SeededLowRank(Update):
         rank: at least 1 and, where it is read from a file, at most ``min(out, in)``, so that no factor is larger than
             the weight.
         bases: ``B`` or ``A`` to the matrix of a factor that is no tensor: (its rows, its columns) where it is frozen,
-            (its entries, k) where ``coefficients_B`` or ``coefficients_A`` are given, experts one after the other.
+            (its entries, k) where ``coefficients_B`` or ``coefficients_A`` are given, experts one after the other. A frozen
+            basis with the rows of one expert is that of every one.
         tensors: any of ``B``, ``A``, ``coefficients_B``, ``coefficients_A``, ``b``, ``d``; at least one.
+        drawn: by factor, what its basis draws, where that is kept in memory; else it is drawn for every product.
     """
 
     form = "seeded_low_rank"
@@ -135,11 +141,13 @@ class SeededLowRank(Update):
     d: torch.Tensor | None
 
     def __init__(
-        self, shape: tuple[int, ...], rank: int, bases: Mapping[str, SeededMatrix], tensors: Mapping[str, torch.Tensor], gain: Gain = 1.0
-    ) -> None:
+        self, shape: tuple[int, ...], rank: int, bases: Mapping[str, SeededMatrix], tensors: Mapping[str, torch.Tensor], gain: Gain = 1.0,
+        drawn: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self.shape = tuple(shape)
         self.rank = rank
         self.bases = dict(bases)
+        self.drawn = dict(drawn or {})
         self.gain = gain
         for name in self.fields:
             setattr(self, name, tensors.get(name))
@@ -159,10 +167,11 @@ class SeededLowRank(Update):
             if factor in tensors:
                 expect(factor, tensors[factor], factor_shape)
             elif coefficients is None:
-                bases[factor] = _read(described[factor], math.prod(factor_shape[:-1]), factor_shape[-1])
+                one = described[factor].get("of_every_expert", False)
+                bases[factor] = read_described(described[factor], math.prod(factor_shape[-2 if one else 0 : -1]), factor_shape[-1])
             else:
                 expect(f"coefficients_{factor}", coefficients, (*lead, coefficients.shape[-1] if coefficients.ndim else -1))
-                bases[factor] = _read(described[factor], math.prod(factor_shape), coefficients.shape[-1])
+                bases[factor] = read_described(described[factor], math.prod(factor_shape), coefficients.shape[-1])
         for name, size in (("b", outputs), ("d", rank)):
             if name in tensors:
                 expect(name, tensors[name], (*lead, size))
@@ -171,29 +180,33 @@ class SeededLowRank(Update):
         return cls(tuple(shape), rank, bases, tensors, gain)
 
     def constants(self) -> dict[str, Any]:
-        return {"rank": self.rank, "bases": {factor: _described(basis) for factor, basis in self.bases.items()}}
+        every = {factor: {"of_every_expert": True} if self._of_every_expert(factor) else {} for factor in self.bases}
+        return {"rank": self.rank, "bases": {factor: described(basis) | every[factor] for factor, basis in self.bases.items()}}
 
-    def _over(self, shape: tuple[int, ...], bases: Mapping[str, SeededMatrix], tensors: Mapping[str, torch.Tensor]) -> SeededLowRank:
-        other = copy.copy(self)
-        other.__init__(shape, self.rank, bases, tensors, self.gain)  # type: ignore[misc]
-        return other
+    def _of_every_expert(self, factor: str) -> bool:
+        *lead, outputs, _ = matrix_shape(self.shape)
+        return math.prod(lead) != 1 and self._is_frozen(factor) and self.bases[factor].rows == (outputs if factor == "B" else self.rank)
+
+    def _over(self, shape: tuple[int, ...], rows: Mapping[str, tuple[int, int]], tensors: Mapping[str, torch.Tensor]) -> SeededLowRank:
+        """The update of a part of the weight: of that shape, those rows of the bases and those tensors."""
+        bases = {f: m.narrow(*rows[f]) if f in rows else m for f, m in self.bases.items()}
+        drawn = {f: t[slice(*rows[f])] if f in rows else t for f, t in self.drawn.items()}
+        return SeededLowRank(shape, self.rank, bases, tensors, self.gain, drawn)
 
     def _slice(self, start: int, stop: int) -> Update | None:
-        tensors, bases = self.tensors(), dict(self.bases)
+        tensors, rows = self.tensors(), {}
         tensors |= {name: tensors[name][start:stop] for name in ("B", "b") if name in tensors}
-        if "B" in bases:
-            rows = 1 if self.coefficients_B is None else self.rank  # of the basis, for one of the weight
-            bases["B"] = bases["B"].narrow(start * rows, stop * rows)
-        return self._over((stop - start, *self.shape[1:]), bases, tensors)
+        if "B" in self.bases:
+            each = 1 if self.coefficients_B is None else self.rank  # of the basis, for one of the weight
+            rows["B"] = (start * each, stop * each)
+        return self._over((stop - start, *self.shape[1:]), rows, tensors)
 
     def unbind(self) -> list[Update]:
         count = self.shape[0]
         parts = {name: tensor.unbind(0) for name, tensor in self.tensors().items()}
-        bases = {f: (m.rows // count, m) for f, m in self.bases.items()}
+        each = {f: m.rows // count for f, m in self.bases.items() if not self._of_every_expert(f)}
         return [
-            self._over(
-                self.shape[1:], {f: m.narrow(e * rows, (e + 1) * rows) for f, (rows, m) in bases.items()}, {n: t[e] for n, t in parts.items()}
-            )
+            self._over(self.shape[1:], {f: (e * n, (e + 1) * n) for f, n in each.items()}, {n: t[e] for n, t in parts.items()})
             for e in range(count)
         ]
 
@@ -206,12 +219,21 @@ class SeededLowRank(Update):
         basis, size = self.bases[name], (outputs, self.rank) if name == "B" else (self.rank, inputs)
         coefficients = getattr(self, f"coefficients_{name}")
         if coefficients is None:
-            device = next(iter(self.tensors().values())).device
-            return basis.dense(device).to(dtype).reshape(*lead, *size)
+            drawn = self._drawn(name, dtype)
+            return drawn.expand(*lead, *size) if self._of_every_expert(name) else drawn.reshape(*lead, *size)
+        if name in self.drawn:
+            bases = self._drawn(name, dtype).view(*lead, *size, basis.columns).flatten(-3, -2)
+            return (bases @ coefficients.to(dtype).unsqueeze(-1)).view(*lead, *size)
         rows = math.prod(size)
         flat = coefficients.to(dtype).reshape(-1, coefficients.shape[-1])
         made = [seeded_combination(c, basis.narrow(e * rows, (e + 1) * rows), *size) for e, c in enumerate(flat.unbind(0))]
         return torch.stack(made).reshape(*lead, *size)
+
+    def _drawn(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """What the basis of a factor draws, (its rows, its columns)."""
+        if name in self.drawn:
+            return self.drawn[name].to(dtype)
+        return self.bases[name].dense(next(iter(self.tensors().values())).device).to(dtype)
 
     def low_rank(self) -> LowRank:
         """The same update with both factors as tensors, in float32 (float64 where any of its tensors is)."""
@@ -231,17 +253,20 @@ class SeededLowRank(Update):
     def _is_frozen(self, name: str) -> bool:
         return name in self.bases and getattr(self, f"coefficients_{name}") is None
 
+    def _through(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """``x`` times a factor."""
+        if self._is_frozen(name) and name not in self.drawn:
+            return seeded_matmul(x, self.bases[name])
+        return functional.linear(x, self._factor(name, x.dtype))
+
     def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
-        if self._is_frozen("A"):
-            hidden = seeded_matmul(x, self.bases["A"])
-        else:
-            hidden = functional.linear(x, self._factor("A", x.dtype))
+        hidden = self._through("A", x)
         hidden = hidden * gain_like(self.gain, x)
         if self.d is not None:
             hidden = hidden * self.d.to(x.dtype)
         if not self._is_frozen("B") and self.b is None:
             return linear_onto(hidden, self._factor("B", x.dtype), onto)
-        y = seeded_matmul(hidden, self.bases["B"]) if self._is_frozen("B") else functional.linear(hidden, self._factor("B", x.dtype))
+        y = self._through("B", hidden)
         if self.b is not None:
             y = y * self.b.to(x.dtype)
         return y if onto is None else onto + y

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from espalier.delta.base import BaseWeight
 from espalier.delta.forms.low_rank import LowRank
-from espalier.delta.forms.support import AtSupport, entries_of_rows
+from espalier.delta.forms.support import AtSupport, entries_of_rows, put
 from espalier.delta.forms.update import (
     Gain,
     Update,
@@ -49,12 +49,39 @@ class Sparse(AtSupport):
         dense = torch.zeros(torch.Size(self.shape).numel(), dtype=values.dtype, device=values.device)
         return dense.index_put((self.positions,), values).reshape(self.shape)
 
+    @property
+    def _is_thin(self) -> bool:
+        """Whether there are fewer entries than inputs: then they are handled one by one, with no dense gradient."""
+        return len(self.values) <= self.shape[-1]
+
+    def apply(self, weight: torch.Tensor) -> torch.Tensor:
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            return super().apply(weight)
+        wide, positions = working_dtype(weight), self.positions
+        touched = weight.reshape(-1)[positions].to(wide) + self.values.to(wide) * self.gain
+        return put(weight, positions, touched.to(weight.dtype))
+
+    def linear(self, x: torch.Tensor, base: BaseWeight) -> torch.Tensor:
+        if self._is_thin:
+            return super().linear(x, base)
+        return functional.linear(x, self.apply(base.dense()).to(x.dtype), base.bias)  # one product, of W with its entries changed
+
     def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        if self._is_thin:
+            outputs, inputs = self.shape
+            y = x.index_select(-1, self.positions % inputs) * (self.values * self.gain).to(x.dtype)
+            return (x.new_zeros(*x.shape[:-1], outputs) if onto is None else onto).index_add(-1, self.positions // inputs, y)
         # one transient dense update; a sparse product would gather a float per entry and token
         y = functional.linear(x, self.materialize(x).to(x.dtype))
         return y if onto is None else onto + y
 
     def lookup(self, ids: torch.Tensor, base: BaseWeight) -> torch.Tensor:
+        if self._is_thin:
+            rows, inputs = base.rows(ids), self.shape[-1]
+            of_row = ids.unsqueeze(-1) == self.positions // inputs  # (..., n)
+            return rows.index_add(-1, self.positions % inputs, of_row * (self.values * self.gain).to(rows.dtype))
+        if torch.compiler.is_compiling():  # how many entries the rows have is no shape of a graph
+            return super().lookup(ids, base)
         rows = base.rows(ids)
         place, entry = entries_of_rows(self.positions, ids.flatten(), rows.shape[-1])
         values = self.values[entry].to(rows.dtype) * gain_like(self.gain, rows)

@@ -7,7 +7,6 @@ touched. Not a form itself: :class:`AtSupport` is what ``Replace`` and ``Sparse`
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -76,6 +75,8 @@ class AtSupport(Update):
     values: torch.Tensor
     index: torch.Tensor | None
     mask: torch.Tensor | None
+    even = False
+    """Whether it is known that every leading index has as many values; else they are counted, which no planning can."""
 
     @staticmethod
     def check_support(tensors: Mapping[str, torch.Tensor], shape: tuple[int, ...]) -> None:
@@ -100,11 +101,13 @@ class AtSupport(Update):
         if tuple(tensors["values"].shape) != (count,):
             raise EspalierError(f"values has shape {tuple(tensors['values'].shape)}; the support has {count} entries")
 
-    @cached_property
+    @property
     def positions(self) -> torch.Tensor:
         """The flat positions, (n,) int64."""
-        if self.index is not None:
-            return self.index.long()
+        return self._unpacked if self.index is None else self.index.long()
+
+    @cached_property
+    def _unpacked(self) -> torch.Tensor:
         assert self.mask is not None
         return unpack_bits(self.mask, math.prod(self.shape)).nonzero().squeeze(-1)
 
@@ -116,18 +119,19 @@ class AtSupport(Update):
         counts = [count_bits(self.mask[s : s + _BLOCK // 8]) for s in starts]
         return numpy.cumsum([0, *counts])
 
-    def _before(self, entry: int) -> int:
-        """How many values stand before a flat entry."""
+    def _before(self, entries: Sequence[int]) -> list[int]:
+        """How many values stand before each of some flat entries, which ascend."""
         if self.index is not None:
-            index = self.index
-            return bisect.bisect_left(range(len(index)), entry, key=lambda at: int(index[at]))
-        assert self.mask is not None
-        block = entry // _BLOCK
-        return int(self._counts[block]) + count_bits(slice_bits(self.mask, block * _BLOCK, entry))
+            index = self.index.long() if entries[-1] > torch.iinfo(self.index.dtype).max else self.index
+            return torch.searchsorted(index, torch.tensor(entries, dtype=index.dtype, device=index.device)).tolist()
+        mask = self.mask
+        assert mask is not None
+        blocks = [entry // _BLOCK for entry in entries]
+        return [int(self._counts[b]) + count_bits(slice_bits(mask, b * _BLOCK, entry)) for b, entry in zip(blocks, entries, strict=True)]
 
-    def _parts(self, edges: Sequence[int], shape: tuple[int, ...]) -> list[Update]:
-        """The updates between flat entries ``edges``, which have that shape."""
-        bounds = [self._before(edge) for edge in edges]
+    def _parts(self, edges: Sequence[int], shape: tuple[int, ...], even: bool = False) -> list[Update]:
+        """The updates between flat entries ``edges``, which have that shape, and as many values each where that is ``even``."""
+        bounds = self._before(edges) if not even else range(0, len(self.values) + 1, len(self.values) // (len(edges) - 1))
         values = self.values[bounds[0] : bounds[-1]].split([b - a for a, b in itertools.pairwise(bounds)])
         parts: list[Update] = []
         for number, part in enumerate(values):
@@ -137,12 +141,12 @@ class AtSupport(Update):
                 assert self.mask is not None
                 where = {"mask": slice_bits(self.mask, edges[number], edges[number + 1])}
             parts.append(self.with_tensors({"values": part, **where}))
-            parts[-1].shape = shape
+            parts[-1].shape, parts[-1].even = shape, False  # type: ignore[attr-defined]
         return parts
 
     def unbind(self) -> list[Update]:
         size = math.prod(self.shape[1:])
-        return self._parts([e * size for e in range(self.shape[0] + 1)], self.shape[1:])
+        return self._parts([e * size for e in range(self.shape[0] + 1)], self.shape[1:], self.even)
 
     def _slice(self, start: int, stop: int) -> Update | None:
         row = math.prod(self.shape[1:])
