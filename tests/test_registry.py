@@ -59,7 +59,7 @@ def decorated() -> dict[str, Path]:
     """Name to file of every decorated method, found by looking for decorators at the beginning of lines."""
     found = {}
     for file in SOURCE.glob("*/*.py"):
-        for _, name in re.findall(r"^@(adapter|optimizer|compressor|merger|searcher)\(\s*\"([\w-]+)\"", file.read_text(), re.MULTILINE):
+        for _, name in re.findall(r"^@(adapter|brancher|optimizer|compressor|merger|searcher)\(\s*\"([\w-]+)\"", file.read_text(), re.MULTILINE):
             found[name] = file
     return found
 
@@ -158,7 +158,7 @@ def test_two_methods_of_one_name_are_refused(plugins: None, tmp_path: Path) -> N
     ("content", "complaint"),
     [
         (None, r"does not exist; give a Python file"),
-        (b"def nothing(): ...\n", r"declares no method \(a class or function under @adapter or @optimizer or @compressor or @merger or @searcher\)"),
+        (b"def nothing(): ...\n", r"declares no method \(a class or function under @adapter or @brancher or @optimizer or @compressor or @merger or @searcher\)"),
         (b"# mentions @adapter( only\n", "declares no method"),
         (b'@adapter("x", ids=(), paper="")\nclass X(:\n', r"p\.py is not Python"),
         (b"@adapter(\xff\n", r"p\.py is not Python"),

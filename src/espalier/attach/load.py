@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from espalier import registry
 from espalier.anatomy.classification import classifies, with_labels
 from espalier.attach.attachment import attach_updates, attachments
 from espalier.attach.device import pick_device
@@ -260,12 +261,14 @@ def put_on(model: PreTrainedModel, folder: Path, directory: ModelDirectory, *, a
     Raises:
         EspalierError: when the delta is damaged, does not fit, or is for another base (unless ``any_base``).
     """
-    delta = store.load(folder)
+    delta = store.load(folder, branches=True)
     _refuse_scale(delta, folder, scale)
     if not any_base:
         store.check_base(delta, folder, directory.path, directory.fingerprint(), store.ANY_BASE)
     name = f"delta{len(attachments(model))}"
-    attach_updates(model, delta.updates, name, scale, delta.manifest.get("method", "stored"))
+    made_by = delta.manifest.get("method", "stored")
+    method = registry.make(made_by, "brancher", **delta.manifest.get("hyperparameters", {})) if delta.branches else None
+    attach_updates(model, delta.updates, name, scale, made_by, delta.branches, method)
     return delta
 
 

@@ -25,15 +25,8 @@ from espalier.anatomy.classification import classifies
 from espalier.attach.attachment import attach, release_base, trainable_parameters
 from espalier.attach.coded_base import quantize_base
 from espalier.errors import EspalierError
-from espalier.kernels.philox import Device, Distribution, Stream
+from espalier.kernels.philox import Numberless
 from espalier.memory.training_form import training_form
-
-
-class _NoNumbers(Stream):
-    """Random numbers for tensors that hold none."""
-
-    def numbers(self, count: int, distribution: Distribution, device: Device) -> torch.Tensor:
-        return torch.zeros(count, dtype=distribution.dtype, device=device)
 
 
 def _even_counts(numbers: torch.Tensor, weights: Any = None, minlength: int = 0) -> torch.Tensor:
@@ -169,7 +162,7 @@ def _trace(
             raise EspalierError(f"transformers cannot make a {what} of this config: {error}") from error
         if base_bits is not None:
             quantize_base(model, base_bits)
-        attach(model, method, **options, streams=_NoNumbers)
+        attach(model, method, **options, streams=Numberless)
         release_base(model)
         trained = sum(p.numel() for p in trainable_parameters(model).values())
         frozen = [t for t in (*model.parameters(), *model.buffers()) if not (t.requires_grad or t.is_meta)]
