@@ -80,3 +80,17 @@ def test_a_prompt_takes_positions_that_the_model_must_have(notes: Path, tmp_path
     with pytest.raises(EspalierError, match=r"sequence_length is \d+; the model has \d+ positions, of which the branch takes 8"):
         longest = espalier.info("seedling")["config"]["max_position_embeddings"]
         espalier.tune("seedling", str(notes), str(tmp_path / "out"), method="prompt", prompt_length=8, **{**SMALL, "sequence_length": longest})
+
+
+@pytest.mark.parametrize("method", ["houlsby", "prompt"])
+def test_a_branch_trains_beside_a_new_head_norms_and_new_tokens_on_a_coded_base(method: str, notes: Path, tmp_path: Path) -> None:
+    labelled = tmp_path / "labelled.jsonl"
+    labelled.write_text("".join(json.dumps({"text": f"x = {i}", "label": "odd" if i % 2 else "even"}) + "\n" for i in range(12)))
+    cases = (("classifier", labelled, {}), ("text", notes, {"base_bits": 8, "full": "norm", "add_tokens": "<|tool|>"}))
+    for name, data, more in cases:
+        made = espalier.tune("seedling", str(data), str(tmp_path / name), method=method, eval_data=[str(data)], **SMALL, **more)
+        (measured,) = made["evaluation"].values()
+        found = espalier.eval("seedling", str(data), delta=[str(tmp_path / name)], sequence_length=32, quiet=True)
+        assert found["loss"] == pytest.approx(measured["after"]["loss"], rel=0.02)
+        with pytest.raises(EspalierError, match="holds branches"):
+            espalier.apply("seedling", [str(tmp_path / name)], str(tmp_path / "merged"), quiet=True)

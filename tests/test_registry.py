@@ -91,7 +91,9 @@ def test_what_is_read_is_what_runs(name: str) -> None:
     method = registry.load(info)
     assert (method.name, method.role, method.ids, method.paper) == (name, info.role, info.ids, info.paper)
     if isinstance(method, type):
-        made, fields = registry.make(name, info.role), [(f.name, f.default) for f in dataclasses.fields(method)]
+        # one that needs an option cannot be made without it
+        made = method() if "needs" in info.settings else registry.make(name, info.role)
+        fields = [(f.name, f.default) for f in dataclasses.fields(method)]
     else:
         made, fields = method, [(p.name, p.default) for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY]
     assert [(h.name, h.default) for h in info.hyperparameters] == fields
