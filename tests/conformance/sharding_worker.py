@@ -19,6 +19,7 @@ def run(method: str, family: str, targets: str | None, folder: Path, rank: int) 
     from families import statistics_of, tiny
 
     from espalier.attach.attachment import attach, trainable_parameters
+    from espalier.attach.course import Course
     from espalier.checkpoint.safetensors_file import read_safetensors
     from espalier.exchange.save import save
 
@@ -27,12 +28,16 @@ def run(method: str, family: str, targets: str | None, folder: Path, rank: int) 
 
     def steps(model: torch.nn.Module, mine: torch.Tensor) -> list[float]:
         optimizer = torch.optim.SGD(trainable_parameters(model).values(), lr=0.1)
+        course = Course(model, 2)
         losses = []
-        for _ in range(2):
-            optimizer.zero_grad()
+        for step in range(2):
+            course.begin(step, 0.1)
             loss = model(mine, labels=mine).loss
-            loss.backward()
+            (loss + course.penalty()).backward()
+            course.before_step()
             optimizer.step()
+            course.after_step()
+            optimizer.zero_grad()
             losses.append(float(loss))
         return losses
 

@@ -84,7 +84,8 @@ class AdaLoRA(Adapter):
         return self.update(part, None).without(part.e == 0)
 
     def penalty(self, parts: Sequence[Any]) -> torch.Tensor:
-        grams = [gram for part in parts for gram in (part.B.transpose(-1, -2) @ part.B, part.A @ part.A.transpose(-1, -2))]
+        factors = [(whole(part.B), whole(part.A)) for part in parts]
+        grams = [gram for B, A in factors for gram in (B.transpose(-1, -2) @ B, A @ A.transpose(-1, -2))]
         identity = torch.eye(self.most, device=grams[0].device)
         return self.orthogonality * torch.stack([torch.linalg.matrix_norm(gram - identity).mean() for gram in grams]).mean()
 

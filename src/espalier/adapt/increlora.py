@@ -107,7 +107,7 @@ class IncreLoRA(Adapter):
         distances = []
         for part in parts:
             used = self._used(part)
-            B, A = part.B[..., :used], part.A[..., :used, :]
+            B, A = whole(part.B)[..., :used], whole(part.A)[..., :used, :]
             for gram in (B.transpose(-1, -2) @ B, A @ A.transpose(-1, -2)):
                 distances.append(torch.linalg.matrix_norm(gram - torch.eye(used, device=gram.device)).mean())
         return self.orthogonality * torch.stack(distances).mean()
