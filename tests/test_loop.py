@@ -165,6 +165,7 @@ def test_metrics_are_one_line_a_step_after_stopping_and_resuming(model: Path, te
     [
         ("adalora", {"rank": 2, "interval": 1}), ("increlora", {"rank": 2, "matrices": 8}), ("sora", {"threshold": 0.02}),
         ("lamda", {"rank": 4, "freeze": 0.5}), ("allora", {}), ("eva", {"rank": 2, "tokens": 256}), ("lora", {"ratio": 16.0}),
+        ("lora", {"ratio": 16.0, "optimizer": "muon"}), ("sora", {"optimizer": "muon"}),
         ("lora", {"rank": 2, "initialization": "pissa"}), ("hydra", {}), ("svfit", {}), ("dsee", {"rank": 2}), ("binary", {"rank": 4}),
     ],
 )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny, tokens
+from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from espalier import apply, attach, convert, detach, load, save, tune
@@ -180,3 +181,15 @@ def test_an_adapter_of_a_classifier_without_its_head_is_refused(tmp_path: Path) 
     (tmp_path / "delta" / "delta.json").unlink()
     with pytest.raises(EspalierError, match=r"is of a sequence classifier and does not hold its head 'score\.weight'"):
         convert(str(tmp_path / "delta"), str(tmp_path / "back"), model=str(base), quiet=True)
+
+
+@pytest.mark.parametrize("shape", [(10**13, 0), (3, 7), (0, 32), (3,), ()])
+def test_a_head_of_another_size_is_refused_before_its_labels_are_made(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """A tensor without numbers may have any number of rows."""
+    base = base_of("llama", tmp_path)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "task_type": "SEQ_CLS", "r": 2}))
+    save_file({"base_model.model.score.weight": torch.empty(shape)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(EspalierError, match=r"has shape \(.*\); the head of this base has a row of 32 for each label"):
+        convert(str(adapter), str(tmp_path / "back"), model=str(base), quiet=True)

@@ -117,6 +117,20 @@ def test_the_trained_count_is_the_declared_formula(method: str, place: str) -> N
     assert attachment.trainable() == sum(p.numel() for p in trainable_parameters(model).values())
 
 
+@every_method
+def test_checkpoints_hold_what_is_computed_from_the_weight_and_not_trained(method: str) -> None:
+    """A decomposition is not the same bits, nor always the same signs, with other threads or on another machine."""
+    model, other = fresh("linear"), fresh("linear")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(torch.linspace(0.5, -1.5, parameter.shape[-1]))
+    slots = [put(m, method, "linear").slots for m in (model, other)]
+    for name, slot in slots[0].items():
+        made = dict(slots[1][name].named_buffers())
+        moved = {key for key, t in slot.named_buffers() if t.shape != made[key].shape or not torch.equal(t, made[key])}
+        assert moved <= set(slot.method.kept)
+
+
 @routes
 @every_method
 def test_planning_counts_the_same_and_draws_no_random_number(method: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:

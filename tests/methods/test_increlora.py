@@ -44,7 +44,7 @@ def test_the_output_is_unchanged_when_ranks_are_added() -> None:
 
 def test_dividing_by_the_active_rank_shrinks_what_was_learnt_when_ranks_are_added() -> None:
     """The trap of the official code: by rho / (rho + g) at that instant."""
-    model, parts = attached(scaling="per-rank")
+    model, parts = attached(scaling="per-rank", rank=1)
     run(model, 3, finish=False)
     method, part = attachments(model)["increlora"].method, parts[0]
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_dividing_by_the_active_rank_shrinks_what_was_learnt_when_ranks_are_adde
 
 
 def test_reserves_learn_in_advance_and_unused_room_does_not_move() -> None:
-    model, _ = attached(begin=1.0, end=1.0)
+    model, _ = attached(begin=1.0, end=1.0, matrices=14)
     start = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
     seen: list[dict[str, torch.Tensor]] = []
     run(model, 5, lambda step: seen.append({name: p.detach().clone() for name, p in trainable_parameters(model).items()}), finish=False)
@@ -113,7 +113,17 @@ def test_growth_finds_the_two_matrices_in_which_a_planted_change_lies() -> None:
     assert ranks[2] + ranks[9] >= 12 and sum(ranks) == 24
 
 
-def test_a_run_too_short_for_the_budget_says_so() -> None:
+def test_a_run_too_short_for_the_budget_is_refused_at_its_first_step() -> None:
     model, _ = attached(rank=6)
-    with pytest.raises(EspalierError, match=r"ranks have grown of 84: the run is too short"):
-        run(model, 3)
+    seen: list[int] = []
+    with pytest.raises(EspalierError, match=r"its 3 steps have room for \d growths .*; take more steps"):
+        run(model, 3, seen.append)
+    assert not seen
+
+
+@pytest.mark.parametrize(("targets", "options"), [("embedding", {}), ("attention.q", {"rank": 3, "most": 3})])
+def test_the_budget_is_reached_where_fewer_matrices_than_grow_at_a_time_are_left(targets: str, options: dict[str, int]) -> None:
+    model = attach(tiny("llama"), "increlora", targets=targets, **options)
+    run(model, 20)
+    parts = attachments(model)["increlora"].parts
+    assert sum(int(part.active) for part in parts) == options.get("rank", 4) * len(parts)

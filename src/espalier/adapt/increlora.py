@@ -112,7 +112,28 @@ class IncreLoRA(Adapter):
                 distances.append(torch.linalg.matrix_norm(gram - torch.eye(used, device=gram.device)).mean())
         return self.orthogonality * torch.stack(distances).mean()
 
+    def _interval(self, parts: int, steps: int) -> int:
+        """Steps between growths."""
+        rounds = math.ceil((self.rank - 1) * parts / (min(self.matrices, parts) * self.step_rank))
+        return max(1, math.floor((self.end - self.begin) * steps / max(rounds, 1)))
+
+    def _grows(self, step: int, steps: int, interval: int) -> bool:
+        """Whether there is a growth after a step, the first of which is 1; after ``end`` there is one in each, until the budget is reached."""
+        since = step - math.ceil(self.begin * steps)
+        return since >= 0 and (since % interval == 0 or step > self.end * steps)
+
+    def _refuse_too_short(self, parts: int, steps: int) -> None:
+        interval = self._interval(parts, steps)
+        growths = sum(self._grows(step, steps, interval) for step in range(1, steps + 1))
+        if growths * min(self.matrices, parts) * self.step_rank < (self.rank - 1) * parts:
+            raise EspalierError(
+                f"the run is too short for an average rank of {self.rank}: its {steps} steps have room for {growths} growths of {self.matrices} "
+                f"matrices by {self.step_rank}, on {parts} matrices; take more steps, a lower --rank, or a higher --matrices or --step-rank"
+            )
+
     def before_step(self, parts: Sequence[Any], moment: Moment) -> list[dict[str, torch.Tensor]]:
+        if moment.step == 0:
+            self._refuse_too_short(len(parts), moment.steps)
         for part in parts:
             sensitivity = whole(part.e * part.e.grad).abs().sum() / math.sqrt(part.target.size)
             part.sensitivity.lerp_(sensitivity, 1 - self.decay)
@@ -121,15 +142,13 @@ class IncreLoRA(Adapter):
 
     def after_step(self, parts: Sequence[Any], moment: Moment, before: list[dict[str, torch.Tensor]]) -> None:
         goal, total = self.rank * len(parts), sum(int(part.active) for part in parts)
-        rounds = math.ceil((self.rank - 1) * len(parts) / (self.matrices * self.step_rank))
-        interval = max(1, math.floor((self.end - self.begin) * moment.steps / max(rounds, 1)))
+        interval = self._interval(len(parts), moment.steps)
         for part, was in zip(parts, before, strict=True):  # new triplets warm up
             share = ((moment.step + 1 - part.born) / interval).clamp(0, 1)
             for name, axis in (("B", 0), ("e", 0), ("A", 1)):
                 now, factor = whole(getattr(part, name)), share.unsqueeze(-1) if axis else share
                 put(getattr(part, name), was[name] + factor * (now - was[name]))
-        since = moment.step + 1 - math.ceil(self.begin * moment.steps)
-        if total < goal and since >= 0 and since % interval == 0:
+        if total < goal and self._grows(moment.step + 1, moment.steps, interval):
             self._grow(parts, goal - total, moment.step + 1)
         if sum(int(part.active) for part in parts) == goal:
             for part in parts:
@@ -151,7 +170,7 @@ class IncreLoRA(Adapter):
     def finish(self, parts: Sequence[Any]) -> None:
         total, goal = sum(int(part.active) for part in parts), self.rank * len(parts)
         if total != goal:
-            raise EspalierError(f"{total} ranks have grown of {goal}: the run is too short for growths of {self.matrices} x {self.step_rank}")
+            raise EspalierError(f"{total} ranks have grown of {goal}: the run is too short for growths of {self.matrices} x {self.step_rank}; take more steps")
 
     def count(self, target: Target) -> int:
         return math.prod(target.lead) * self.most * (target.outputs + target.inputs + 1)

@@ -40,6 +40,7 @@ class LaMDA(Adapter):
     """the same rank for all, or by the energy of their singular values (LaMDA++)"""
 
     surveys_ranks = True
+    kept = ("A", "origin")
 
     def check(self) -> None:
         at_least("rank", self.rank, 1)

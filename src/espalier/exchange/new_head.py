@@ -124,20 +124,24 @@ def model_of_adapter(folder: Path, config: Mapping[str, Any], base: ModelDirecto
         config: content of adapter_config.json.
 
     Raises:
-        EspalierError: when the adapter of a classifier does not hold the head.
+        EspalierError: when the adapter of a classifier does not hold the head, or holds one of another size.
     """
     if config.get("task_type") != "SEQ_CLS":
         return empty_model(base.path)
     own = load_config(base.path)
     pad_token = next((token for token in (own.pad_token_id, own.eos_token_id) if isinstance(token, int)), 0)
     likely = empty_of(with_labels(own, ["0", "1"], pad_token), base.path)
-    head = [t.name for t in parameters(likely) if t.role == "head.classifier" and len(t.shape) == 2][-1]
+    target = [t for t in parameters(likely) if t.role == "head.classifier" and len(t.shape) == 2][-1]
+    head = target.name
     with SafetensorsFile(folder / peft_adapter.TENSORS) as file:
         if (stored := f"{peft_adapter.PREFIX}{head}") not in file.tensors:
             if classifies(own):
                 return empty_model(base.path)
             raise EspalierError(f"{folder} is of a sequence classifier and does not hold its head {head!r}, which the base does not have either")
-        count = file.info(stored).shape[0]
+        shape = file.info(stored).shape
+        if len(shape) != 2 or shape[1] != target.inputs or not shape[0]:  # so there are no more labels than the file has rows
+            raise EspalierError(f"{file.path}: {stored!r} has shape {shape}; the head of this base has a row of {target.inputs} for each label")
+        count = shape[0]
     if classifies(own) and len(own.id2label) == count:
         return empty_model(base.path)
     return empty_of(with_labels(own, [f"LABEL_{number}" for number in range(count)], pad_token), base.path)

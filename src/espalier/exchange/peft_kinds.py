@@ -60,6 +60,8 @@ def _block_affine(update: BlockAffine, target: Target, options: Mapping[str, Any
 
 def _kronecker(update: Kronecker, target: Target, options: Mapping[str, Any]) -> Part | str:
     rank, wanted, both = (options.get(name, default) for name, default in (("rank", 0), ("factor", -1), ("decompose_both", False)))
+    if type(rank) is not int or type(wanted) is not int or not (wanted == -1 or wanted >= 1):  # as another program's adapter may say
+        return f"it was made with rank {rank!r} and factor {wanted!r}, which LoKr does not have"
     shapes = lycoris_shapes(target.outputs, target.inputs, rank, wanted, both)
     if {name: (1, *shape) for name, shape in shapes.items()} != {name: tuple(t.shape) for name, t in update.tensors().items()}:
         return f"the factors of {target.name} have other sizes than LoKr of rank {rank} has"

@@ -18,7 +18,11 @@ class Joined(torch.optim.Optimizer):
             self.add(part)
 
     def add(self, part: torch.optim.Optimizer) -> None:
-        """One more; its groups must be among those that there are, or are added."""
+        """One more; its groups must be among those that there are, or are added. Of a joined one, its parts, which hold its state."""
+        if isinstance(part, Joined):
+            for one in part.parts:
+                self.add(one)
+            return
         self.parts.append(part)
         self.param_groups += [group for group in part.param_groups if all(group is not there for there in self.param_groups)]
         part.state = self.state
