@@ -47,8 +47,14 @@ def has_twin(name: str) -> bool:
 
 
 def twin(base: Any, method: Any, steps: int) -> Any:
-    """A model with PEFT's adapter that does what ``method`` does, in place."""
+    """A model with PEFT's adapter that does what ``method`` does, in place.
+
+    Raises:
+        EspalierError: when PEFT cannot put it on this model.
+    """
     import peft
+
+    from espalier.errors import EspalierError
 
     kind, options = TWINS[method.name](method, steps)
     options = {"target_modules": MODULES, "task_type": "CAUSAL_LM", **options}
@@ -56,4 +62,7 @@ def twin(base: Any, method: Any, steps: int) -> Any:
         del options["target_modules"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return peft.get_peft_model(base, getattr(peft, f"{kind}Config")(**options))
+        try:
+            return peft.get_peft_model(base, getattr(peft, f"{kind}Config")(**options))
+        except ValueError as error:
+            raise EspalierError(f"PEFT refuses: {error}") from error

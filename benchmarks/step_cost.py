@@ -202,8 +202,12 @@ class Clock:
             steps["ours"] = our_step(model, self.ids, method, alone=False)
         except EspalierError as error:
             return {"refused": str(error)}
+        refused = None
         if has_twin(method.name):
-            steps["peft"] = their_step(self.copy(), self.ids, method)
+            try:
+                steps["peft"] = their_step(self.copy(), self.ids, method)
+            except EspalierError as error:
+                refused = str(error)
         seconds: dict[str, list[float]] = {side: [] for side in steps}
         for number in range(-1, self.a.rounds):
             for side in reversed(steps) if number % 2 else steps:
@@ -214,7 +218,7 @@ class Clock:
         trained = sum(p.numel() for p in trainable_parameters(model).values())
         del steps, model
         gc.collect()
-        return {"seconds": seconds, "trained": trained}
+        return {"seconds": seconds, "trained": trained, "peft refused": refused}
 
 
 # -- memory
@@ -325,8 +329,9 @@ def main() -> None:
     floor_peak = None if a.no_memory else ledger.get(json.dumps({"what": "floor", **common}, sort_keys=True), lambda: peak(a, "floor"))
     for label, method in settings(names, a.shape).items():
         timed = ledger.get(key("time", label, rounds=a.rounds), lambda m=method: clock.measure(m))
+        if why := timed.get("refused", timed.get("peft refused")):
+            refused[label] = why
         if "refused" in timed:
-            refused[label] = timed["refused"]
             continue
         sides = [] if a.no_memory else [side for side in ("ours", "peft") if side in timed["seconds"]]
         peaks = {side: ledger.get(key(side, label), lambda s=side, n=label: peak(a, s, n)) for side in sides}
@@ -339,7 +344,7 @@ def main() -> None:
     if ours := [row["to floor"] for row in rows if math.isfinite(row["to floor"])]:
         print(f"median over {len(ours)} settings: {statistics.median(ours):.3f} times the floor")
     for label, why in refused.items():
-        print(f"{label} was not measured: {why}")
+        print(f"{label}: {why}")
     if not a.quick and not names and not a.no_memory:
         path = RESULTS / "step_cost.json"
         before = json.loads(path.read_text()) if path.exists() else {}
