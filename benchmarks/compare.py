@@ -37,7 +37,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, Ledger, machine, table, write_result
+from common import RESULTS, Ledger, digest, machine, table, write_result
 from peft_twins import PROMPTS, has_twin, twin
 
 KINDS = ("adapt", "select", "branch")
@@ -97,7 +97,7 @@ def run_ours(spec: dict[str, Any], out: Path) -> dict[str, Any]:
         "seedling", spec["data"]["train"], str(out), method=spec["method"], steps=spec["steps"], batch_size=BATCH, sequence_length=LENGTH,
         learning_rate=spec["rate"], warmup=WARMUP, clip=CLIP, eval_data=[spec["data"][part] for part in spec["measured"]],
         checkpoint_every=0, dtype="fp32", micro_batch_size=BATCH, recompute=False, threads=spec["threads"], seed=spec["seed"],
-        quiet=True, weight_decay=0.0,
+        quiet=True, weight_decay=0.0, **spec["options"],
     )  # fmt: skip
     scores = {part: found["evaluation"][spec["data"][part]] for part in spec["measured"]}
     kept = {part: {when: {k: s[k] for k in ("loss", "accuracy") if k in s} for when, s in score.items()} for part, score in scores.items()}
@@ -191,16 +191,32 @@ def worker(spec: dict[str, Any]) -> None:
 
 
 class Lab:
-    """Runs, each once, kept by everything that they depend on."""
+    """Runs of one job, each once, kept by everything that they depend on."""
 
-    def __init__(self, a: argparse.Namespace, data: dict[str, str], common: dict[str, Any]) -> None:
-        self.a, self.data, self.common = a, data, common
+    def __init__(self, a: argparse.Namespace) -> None:
+        from espalier.checkpoint.directory import ModelDirectory, resolve_model
+
+        self.a = a
+        a.out.mkdir(parents=True, exist_ok=True)
+        if a.quick:
+            a.steps = 6
+            (a.out / "quick.jsonl").unlink(missing_ok=True)
+        name = f"{a.job}-{a.package}" if a.job == "package" else a.job
+        self.data = write_data(a.out.resolve() / ("quick" if a.quick else "data") / name, a.job, a.package, a.quick)
+        text = sorted(p for path in map(Path, self.data.values()) for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file())
+        versions = {k: v for k, v in machine().items() if k in ("torch", "transformers", "peft")}
+        self.common = {
+            "job": name, "data": hashlib.sha256(b"".join(p.read_bytes() for p in text)).hexdigest()[:16], "threads": a.threads,
+            "base": ModelDirectory(resolve_model("seedling")).fingerprint(), "batch": BATCH, "length": LENGTH, "warmup": WARMUP, "clip": CLIP, **versions,
+        }  # fmt: skip
         self.ledger = Ledger(a.out / ("quick.jsonl" if a.quick else "ledger.jsonl"))
 
-    def run(self, info: Any, system: str, rate: float, seed: int, steps: int, measured: tuple[str, ...]) -> dict[str, Any]:
-        spec = {"system": system, "method": info.name, "rate": rate, "seed": seed, "steps": steps, "measured": measured}
-        options = {h.name: h.default for h in info.hyperparameters}
-        key = json.dumps({**spec, **self.common, "options": options, "code": digest([info.file])}, sort_keys=True)
+    def run(
+        self, info: Any, system: str, options: dict[str, Any], rate: float, seed: int, steps: int, measured: tuple[str, ...]
+    ) -> dict[str, Any]:
+        spec = {"system": system, "method": info.name, "options": options, "rate": rate, "seed": seed, "steps": steps, "measured": measured}
+        whole = {h.name: h.default for h in info.hyperparameters} | options
+        key = json.dumps({**spec, **self.common, "options": whole, "code": digest(info.file)}, sort_keys=True)
         return self.ledger.get(key, lambda: self._process({**spec, "data": self.data, "threads": self.a.threads}))
 
     def _process(self, spec: dict[str, Any]) -> dict[str, Any]:
@@ -214,19 +230,20 @@ class Lab:
         print(spec["system"], spec["method"], f"rate {spec['rate']:.2g} seed {spec['seed']}", loss or found, file=sys.stderr, flush=True)
         return found
 
-    def row(self, info: Any, system: str) -> dict[str, Any]:
-        """The whole of one method; ``refused`` where no run of it ended well."""
-        a = self.a
+    def row(self, info: Any, system: str = "ours", options: dict[str, Any] | None = None, share: float = 1.0) -> dict[str, Any]:
+        """The whole of one method, over a share of the steps; ``refused`` where no run of it ended well."""
+        a, given = self.a, options or {}
+        steps = max(round(self.a.steps * share), 3)
         default = rate_of(info)
         grid = [default * factor for factor in (GRID[1:2] if a.quick else GRID)]
-        tried = {rate: self.run(info, system, rate, SEEDS[0], max(a.steps // 3, 1), ("choose",)) for rate in grid}
+        tried = {rate: self.run(info, system, given, rate, SEEDS[0], steps // 3, ("choose",)) for rate in grid}
         losses = {rate: found["scores"]["choose"]["after"]["loss"] for rate, found in tried.items() if "failed" not in found}
         losses = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
         if not losses:
             return {"system": system, "method": info.name, "refused": next(iter(tried.values())).get("failed", "no finite loss")}
         best = min(losses, key=lambda rate: losses[rate])
         measured = tuple(part for part in ("test", "own") if part in self.data)
-        runs = [self.run(info, system, best, seed, a.steps, measured) for seed in (SEEDS[:1] if a.quick else SEEDS)]
+        runs = [self.run(info, system, given, best, seed, steps, measured) for seed in (SEEDS[:1] if a.quick else SEEDS)]
         ended = [found for found in runs if "failed" not in found]
         if not ended:
             return {"system": system, "method": info.name, "refused": runs[0]["failed"]}
@@ -249,14 +266,6 @@ def rate_of(info: Any) -> float:
     from espalier import registry
 
     return float(registry.load(info).learning_rate)
-
-
-def digest(files: list[str]) -> str:
-    """Of the contents of files of the package, by their names in the registry."""
-    from espalier import registry
-
-    root = Path(registry.__file__).parents[1]
-    return hashlib.sha256(b"".join((root / file).read_bytes() for file in files)).hexdigest()[:12]
 
 
 def front(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -345,27 +354,13 @@ def main() -> None:
     if a.worker:
         worker(json.loads(a.worker))
         return
-    from espalier.checkpoint.directory import ModelDirectory, resolve_model
-
     systems = a.systems.split(",") if a.job != "packages" else ["ours"]
     work = chosen(a.methods, systems)
-    a.out.mkdir(parents=True, exist_ok=True)
-    if a.quick:
-        a.steps = 6
-        (a.out / "quick.jsonl").unlink(missing_ok=True)
-    name = f"{a.job}-{a.package}" if a.job == "package" else a.job
-    data = write_data(a.out.resolve() / ("quick" if a.quick else "data") / name, a.job, a.package, a.quick)
-    text = sorted(p for path in map(Path, data.values()) for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file())
-    versions = {k: v for k, v in machine().items() if k in ("torch", "transformers", "peft")}
-    common = {
-        "job": name, "data": hashlib.sha256(b"".join(p.read_bytes() for p in text)).hexdigest()[:16], "threads": a.threads,
-        "base": ModelDirectory(resolve_model("seedling")).fingerprint(), "batch": BATCH, "length": LENGTH, "warmup": WARMUP, "clip": CLIP, **versions,
-    }  # fmt: skip
-    lab, rows = Lab(a, data, common), []
+    lab, rows = Lab(a), []
     for info, system in work:
         rows.append(lab.row(info, system))
         if not a.quick:
-            publish(a.job, {**common, "steps": a.steps, "grid": list(GRID), "seeds": list(SEEDS)}, rows[-1])
+            publish(a.job, {**lab.common, "steps": a.steps, "grid": list(GRID), "seeds": list(SEEDS)}, rows[-1])
     columns = ("system", "method", "rate", "loss", "deviation", "accuracy", "forgetting", "trained", "bytes", "peak", "speed")
     done = sorted((row for row in rows if "loss" in row), key=lambda row: row["loss"])
     print(table(columns, [[f"{v:.4g}" if isinstance(v := row[c], float) else v for c in columns] for row in done]))

@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import hashlib
 import json
 import math
 import os
@@ -37,7 +36,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, SHAPES, Ledger, llama_config, machine, table, write_result
+from common import RESULTS, SHAPES, Ledger, digest, llama_config, machine, table, write_result
 from peft_twins import has_twin, twin
 
 KINDS = ("adapt", "select", "branch")
@@ -322,7 +321,7 @@ def main() -> None:
     common = {"shape": a.shape, "tokens": a.tokens, "dtype": a.dtype, "threads": a.threads, **versions}
 
     def key(what: str, label: str, **more: Any) -> str:
-        code = hashlib.sha256((Path(registry.__file__).parents[1] / registry.find(label.split(",")[0]).file).read_bytes()).hexdigest()[:12]
+        code = digest(registry.find(label.split(",")[0]).file)
         return json.dumps({"what": what, "label": label, "code": code, **common, **more}, sort_keys=True)
 
     rows, refused = [], {}
