@@ -80,9 +80,10 @@ class Ledger:
         self.path = path
         self.entries: dict[str, Any] = {}
         if path.exists():
-            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            path.write_text("".join(whole))  # without a line that a kill cut short
-            self.entries = {entry["key"]: entry["value"] for entry in map(json.loads, whole)}
+            lines = path.read_text().splitlines(keepends=True)
+            if lines and not lines[-1].endswith("\n"):  # which a kill cut short
+                path.write_text("".join(lines := lines[:-1]))
+            self.entries = {entry["key"]: entry["value"] for entry in map(json.loads, lines)}
 
     def get(self, key: str, make: Callable[[], Any]) -> Any:
         """The value of a key, made and kept if there is none yet."""
