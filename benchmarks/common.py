@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,26 +36,62 @@ def machine() -> dict[str, Any]:
     }
 
 
-def make_llama(
-    path: Path, hidden: int = 512, layers: int = 12, intermediate: int = 1376, heads: int = 8, vocabulary: int = 32000
-) -> Path:
-    """A random Llama of about 70 M parameters in bf16 with seedling's tokenizer, written to ``path``."""
+SHAPES: dict[str, dict[str, int]] = {"70m": {}, "350m": {"hidden": 1024, "layers": 24, "intermediate": 2816, "heads": 16}}
+"""Arguments of :func:`llama_config` by the parameters that they make."""
+
+
+def llama_config(hidden: int = 512, layers: int = 12, intermediate: int = 1376, heads: int = 8, vocabulary: int = 32000) -> Any:
+    """The config of a Llama, by default of about 70 M parameters."""
+    import transformers
+
+    return transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=2048, tie_word_embeddings=False,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+
+
+def make_llama(path: Path, **shape: int) -> Path:
+    """A random Llama in bf16 with seedling's tokenizer, written to ``path``; ``shape`` as of :func:`llama_config`."""
     import torch
     import transformers
 
     from espalier.checkpoint.directory import resolve_model
 
-    config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=2048, tie_word_embeddings=False,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model = transformers.LlamaForCausalLM(llama_config(**shape)).to(torch.bfloat16)
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(path)
     transformers.AutoTokenizer.from_pretrained(resolve_model("seedling")).save_pretrained(path)
     return path
+
+
+def digest(file: str) -> str:
+    """Of the contents of a method's file, by its name in the registry: what was measured with another one does not count."""
+    from espalier import registry
+
+    return hashlib.sha256((Path(registry.__file__).parents[1] / file).read_bytes()).hexdigest()[:12]
+
+
+class Ledger:
+    """What has been measured, by name; kept in a file, so that nothing is measured twice."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, Any] = {}
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            if lines and not lines[-1].endswith("\n"):  # which a kill cut short
+                path.write_text("".join(lines := lines[:-1]))
+            self.entries = {entry["key"]: entry["value"] for entry in map(json.loads, lines)}
+
+    def get(self, key: str, make: Callable[[], Any]) -> Any:
+        """The value of a key, made and kept if there is none yet."""
+        if key not in self.entries:
+            self.entries[key] = make()
+            with self.path.open("a") as file:
+                file.write(json.dumps({"key": key, "value": self.entries[key]}) + "\n")
+        return self.entries[key]
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

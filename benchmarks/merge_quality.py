@@ -31,11 +31,11 @@ import statistics
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, machine, table, write_result
+from common import RESULTS, Ledger, machine, table, write_result
 
 TASKS = ("asyncio", "bytecode", "email", "documentation", "xml", "trees")
 EFFORT = 8
@@ -181,23 +181,6 @@ class Judge:
                 parameter.copy_(tensors[name])
         with training_form(self.model, chunk=1024, recompute=False, padded=False):
             return {task: score(self.model, self.stores[task, split], 512, 4096).loss for task in tasks}
-
-
-class Ledger:
-    """What has been measured, by name; kept in a file, so that nothing is measured twice."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.entries: dict[str, Any] = {}
-        if path.exists():
-            self.entries = {entry["key"]: entry["value"] for entry in map(json.loads, path.read_text().splitlines())}
-
-    def get(self, key: str, make: Callable[[], Any]) -> Any:
-        if key not in self.entries:
-            self.entries[key] = make()
-            with self.path.open("a") as file:
-                file.write(json.dumps({"key": key, "value": self.entries[key]}) + "\n")
-        return self.entries[key]
 
 
 # the experiment

@@ -1,0 +1,131 @@
+"""Do the headline claims of some papers show in the small? Each by a protocol and a pass line that stand here before it is run.
+
+    python benchmarks/claims.py [--claims adalora,lst] [--steps 240] [--threads 2] [--out runs/compare] [--quick]
+
+But for LST, the protocol is that of ``compare.py`` (same job, effort and ledger: a learning rate chosen from the grid for every setting, three seeds).
+"Better" means a mean loss on the held-out files that is lower by more than the larger of the two standard deviations over seeds;
+"no worse" that it is not higher by more than that. Prints "shows" or "does not show at this size", and writes results/claims.json. About
+1.5 hours on 2 cores (estimated).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, machine, table, write_result
+from compare import Lab
+
+Settings = dict[str, tuple[str, dict[str, Any], float]]
+"""Name -> method, options, and the share of the steps that it may take."""
+LORA_16 = 369_920
+"""Numbers that LoRA of rank 16 trains on seedling."""
+TARGETS = 35
+"""Matrices of seedling's blocks."""
+DIMENSIONS = (256, 1024, 4096)
+"""All below a thousandth of the 4.7 million numbers that seedling has."""
+
+CLAIMS: dict[str, tuple[str, str, Settings]] = {
+    "adalora": (
+        "better than LoRA, most of all at a low budget (AdaLoRA)",
+        "AdaLoRA of average rank 2 is better than LoRA of rank 2",
+        {"mine": ("adalora", {"rank": 2, "alpha": 6.0}, 1.0), "other": ("lora", {"rank": 2, "alpha": 4.0}, 1.0)},
+    ),
+    "eva": (
+        "converges faster than LoRA (EVA)",
+        "after a quarter of the steps, a whole schedule in them, EVA is better than LoRA of the same average rank and alpha",
+        {"mine": ("eva", {}, 0.25), "other": ("lora", {"alpha": 16.0}, 0.25)},
+    ),
+    "mos": (
+        "better than LoRA with as many trained numbers (MoS: 36.39 against 34.98)",
+        "MoS of equivalent rank 2 is better than LoRA of rank 2",
+        {"mine": ("mos", {"equivalent_rank": 2}, 1.0), "other": ("lora", {"rank": 2, "alpha": 4.0}, 1.0)},
+    ),
+    "nola": (
+        "as good as LoRA of rank 1 with half its numbers (NOLA)",
+        f"NOLA of 128 coefficients a factor trains at most half as many numbers ({2 * 128 * TARGETS:,}) as LoRA of rank 1, and is no worse",
+        {"mine": ("nola", {"coefficients": 128}, 1.0), "other": ("lora", {"rank": 1, "alpha": 2.0}, 1.0)},
+    ),
+    "randlora": (
+        "full-rank updates beat LoRA with as many trained numbers (RandLoRA)",
+        "RandLoRA that trains at most as many numbers as LoRA of rank 16 is better than it",
+        {"mine": ("randlora", {"trainable": str(LORA_16)}, 1.0), "other": ("lora", {}, 1.0)},
+    ),
+    "lst": (
+        "saves 69 % of the training memory, LoRA 26 % (LST), so has 0.42 of LoRA's peak",
+        "the peak of three steps of 1,024 tokens on the 70 M shape of step_cost.py is at most 0.7 of LoRA's, half of the way to 0.42",
+        {},
+    ),
+    "intrinsic": (
+        "a few hundred to thousand dimensions reach 90 % of full tuning (arXiv:2012.13255)",
+        f"some d of {', '.join(map(str, DIMENSIONS))}, all below a thousandth of the model's numbers, has at least 90 % of what full tuning gains",
+        {"full": ("full", {}, 1.0)} | {f"d = {d}": ("intrinsic", {"dimensions": d}, 1.0) for d in DIMENSIONS},
+    ),
+}
+"""Claim -> what the paper says, the pass line, and what is run for it."""
+
+
+def judge(claim: str, rows: dict[str, dict[str, Any]]) -> tuple[bool, str]:
+    """Whether the pass line is reached, and by what figures."""
+    if claim == "intrinsic":
+        gain = rows["full"]["base loss"] - rows["full"]["loss"]
+        shares = {name: (row["base loss"] - row["loss"]) / gain for name, row in rows.items() if name != "full"}
+        return max(shares.values()) >= 0.9, ", ".join(f"{name}: {share:.0%}" for name, share in shares.items()) + f" of {gain:.4f}"
+    mine, other = rows["mine"], rows["other"]
+    figures = "; ".join(f"{row['method']}: {row['loss']:.4f} ± {row['deviation']:.4f} of {row['trained']:,}" for row in (mine, other))
+    spread = max(mine["deviation"], other["deviation"])
+    if claim == "nola":
+        return 2 * mine["trained"] <= other["trained"] and mine["loss"] <= other["loss"] + spread, figures
+    return mine["loss"] < other["loss"] - spread, figures
+
+
+def judge_memory(threads: int, quick: bool) -> tuple[bool, str]:
+    """LST's peak beside LoRA's, as step_cost.py measures peaks."""
+    from step_cost import default_dtype, peak
+
+    a = argparse.Namespace(shape="70m", tokens=64 if quick else 1024, dtype=default_dtype(), threads=threads)
+    mine, other = peak(a, "ours", "lst"), peak(a, "ours", "lora")
+    return mine <= 0.7 * other, f"{mine / 2**20:.0f} MiB, LoRA's {other / 2**20:.0f} MiB: {mine / other:.2f}"
+
+
+def main() -> None:
+    """Run what was asked for, and say what shows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--claims", default=",".join(CLAIMS))
+    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="that of compare.py, whose runs are used again")
+    parser.add_argument("--quick", action="store_true", help="a few steps at one rate, to see that it runs; nothing is published")
+    a = parser.parse_args()
+    a.job, a.package = "package", "asyncio"
+    from espalier import registry
+
+    lab, verdicts = Lab(a), []
+    for claim in a.claims.split(","):
+        says, line, settings = CLAIMS[claim]
+        if claim not in {info.name for info in registry.methods()}:
+            print(f"{claim}: no method has that name", file=sys.stderr)
+            continue
+        rows = {name: lab.row(registry.find(method), options=options, share=share) for name, (method, options, share) in settings.items()}
+        if refused := [f"{name}: {row['refused']}" for name, row in rows.items() if "refused" in row]:
+            raise SystemExit(f"{claim} cannot be judged: {refused[0]}")
+        shows, figures = judge(claim, rows) if settings else judge_memory(a.threads, a.quick)
+        verdicts.append({"claim": claim, "says": says, "pass line": line, "verdict": "shows" if shows else "does not show at this size", "figures": figures})
+        print(json.dumps(verdicts[-1]), file=sys.stderr, flush=True)
+    if not verdicts:
+        return
+    print(table(list(verdicts[0]), [list(verdict.values()) for verdict in verdicts]))
+    if not a.quick:
+        path = RESULTS / "claims.json"
+        before = json.loads(path.read_text())["verdicts"] if path.exists() else []
+        asked = {verdict["claim"] for verdict in verdicts}
+        kept = [verdict for verdict in before if verdict["claim"] not in asked]
+        write_result("claims", {"machine": machine(), "steps": a.steps, "verdicts": kept + verdicts})
+
+
+if __name__ == "__main__":
+    main()
