@@ -50,6 +50,11 @@ def fresh(place: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     return copy.deepcopy(tiny(family)).to(dtype).eval()
 
 
+def shallow(place: str) -> torch.nn.Module:
+    """A model of one block, for what is dear and asks nothing of a second."""
+    return copy.deepcopy(tiny(PLACES[place][0], num_hidden_layers=1)).eval()
+
+
 def put(model: torch.nn.Module, method: str, place: str) -> Attachment:
     attach(model, method, targets=PLACES[place][1], name="d", seed=3, statistics=statistics_of(model))
     return attachments(model)["d"]
@@ -136,10 +141,10 @@ def test_checkpoints_hold_what_is_computed_from_the_weight_and_not_trained(metho
 def test_planning_counts_the_same_and_draws_no_random_number(method: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers that nobody sees would make planning as slow as starting; a method draws from the streams that it is given."""
     family, targets = PLACES[place]
-    attachment = put(fresh(place), method, place)
+    attachment = put(shallow(place), method, place)
     monkeypatch.setattr(philox, "philox", lambda *arguments: pytest.fail("a number was drawn"))
     step = trace_step(
-        config(family), registry.make(method, "adapter"), {"targets": targets}, dtype=torch.float32, tokens=8, sequence_length=8,
+        config(family, num_hidden_layers=1), registry.make(method, "adapter"), {"targets": targets}, dtype=torch.float32, tokens=8, sequence_length=8,
         recompute=False, chunk=8,
     )  # fmt: skip
     method_, chosen = attachment.method, attachment.targets
@@ -322,7 +327,7 @@ def test_recomputation_changes_nothing(method: str, place: str) -> None:
 @routes
 def test_it_compiles_whole(method: str, place: str) -> None:
     torch._dynamo.reset()
-    model = fresh(place)
+    model = shallow(place)
     put(model, method, place)
     randomize(model)
     expected = model(ids(model)).logits
@@ -334,7 +339,7 @@ def test_it_compiles_whole(method: str, place: str) -> None:
 
 @every_method
 def test_fifty_steps_leave_the_number_of_live_tensors_flat(method: str) -> None:
-    model = fresh("non-square")
+    model = shallow("non-square")
     put(model, method, "non-square")
     parameters = trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
