@@ -106,7 +106,7 @@ def write(
         EspalierError: when the model has a parameter that neither the base nor the delta sets.
     """
     targets = {name: slot.target for name, slot in attachment.slots.items()}
-    updates = attachment.updates()
+    updates, branches = attachment.updates(), attachment.stored_branches()  # every process gathers
     layouts = {name: store.Layout.of(t) for name, t in targets.items()}
     head = new_head.beyond(model, base) if base is not None else None
     if head is not None:
@@ -118,7 +118,7 @@ def write(
     if base is not None and (tokens := new_tokens.tokens_of(attachment)):
         new_tokens.as_whole(base, targets, updates, layouts)
         manifest = manifest | new_tokens.bring(tokens, tokenizer, model, base, manifest, out)
-    delta = store.Delta(updates, layouts, manifest, branches=attachment.stored_branches())
+    delta = store.Delta(updates, layouts, manifest, branches=branches)
     if store.is_delta(out):
         peft_adapter.remove(out)  # the old delta's files: PEFT may not be able to hold the new one
     size = store.save(out, delta, card(manifest, bool(delta.branches)))
