@@ -101,6 +101,8 @@ class Slot(Holder):
     """
 
     gain: torch.Tensor
+    strength: torch.Tensor | None
+    """What the update is multiplied by at run time beside its gain, 0-d; ``None``: nothing, which is exact."""
     pool: Pool | None
 
     def __init__(
@@ -112,6 +114,7 @@ class Slot(Holder):
         register(self, tensors)
         self.base_dtype = weight.dtype
         self.register_buffer("gain", torch.tensor(method.gain(target), device=weight.device) if gain is None else gain)
+        self.register_buffer("strength", None, persistent=False)
         self.method = method
         self.target = target
         self.bases = bases
@@ -130,11 +133,15 @@ class Slot(Holder):
             return self.held
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.pool is not None:
             self._cached = None
-            return self._make()
+            return self._scaled()
         key = versions(self.sources())
         if key is None or self._cached is None or self._cached[0] != key:
-            self._cached = (key, self._make())
+            self._cached = (key, self._scaled())
         return self._cached[1]
+
+    def _scaled(self) -> Update:
+        update = self._make()
+        return update if self.strength is None else update.scaled(self.strength)
 
     def _make(self) -> Update:
         return self.method.update(self, self.pool.context_of(self.target) if self.pool is not None else None)
@@ -154,7 +161,7 @@ class Companion(Slot):
         self.__dict__["leader"] = leader  # its tensors have one owner: it is not a child of this module
 
     def sources(self) -> list[torch.Tensor]:
-        return self.leader.sources()
+        return [*self.leader.sources(), *self.buffers()]
 
     def _make(self) -> Update:
         return self.method.accompany(self.leader, self.target)
