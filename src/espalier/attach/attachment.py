@@ -287,7 +287,9 @@ def release_base(model: nn.Module) -> None:
     _prepare(model)
     for attachment in attachments(model).values():
         for slot in attachment.slots.values():
-            if not (slot.update().ignores_base and slot.target.names):
+            owner, local = _owner(model, slot.target.name)
+            alone = len(owner.__dict__["_espalier"].get(local, ())) == 1  # what stands below it reads the base
+            if not (alone and slot.update().ignores_base and slot.target.names):
                 continue
             empty = nn.Parameter(torch.empty_like(stored(model, slot.target.name), device="meta"), requires_grad=False)
             for alias in slot.target.names:
