@@ -33,7 +33,8 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, out: str, **options: Any) -> dict[str, Any]:
-    settings = {"steps": 4, "batch_size": 2, "sequence_length": 32, "learning_rate": 0.02, "quiet": True, "threads": 1, **options}
+    settings = {"steps": 4, "batch_size": 2, "sequence_length": 32, "learning_rate": 0.02, "quiet": True, "threads": 1}
+    settings |= {"micro_batch_size": 2, "recompute": False, "logits_chunk": 64, **options}
     return tune(str(folder / "base"), str(folder / "text.txt"), str(folder / out), eval_data=[str(folder / "text.txt")], **settings)
 
 
@@ -93,7 +94,7 @@ def test_a_run_over_another_first_delta_cannot_be_resumed(there: Path) -> None:
         run(there, "second", over=[str(there / "again")], rank=4, resume=True)
 
 
-@pytest.mark.parametrize("method", ["full", "mos", "shira", "dora"])
+@pytest.mark.parametrize("method", ["full", "mos"])
 def test_any_method_trains_over_any(there: Path, method: str) -> None:
     over = [str(there / "first"), str(there / "second")]
     result = run(there, f"third-{method}", over=over, method=method, learning_rate=0.005)

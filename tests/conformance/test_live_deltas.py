@@ -73,3 +73,27 @@ def test_a_mixed_batch_is_separate_batches_row_by_row(method: str, family: str) 
             assert together[name] is None or not together[name].any()
         else:
             torch.testing.assert_close(together[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@families
+@every_method
+def test_strengths_of_0_and_1_disabling_and_removing_are_exact(method: str, family: str) -> None:
+    """Bit for bit what was there before; a strength of a half lies between."""
+    model, ids = tiny(family), tokens()
+    base = logits(model, ids)
+    put(model, method, "a", targets_of(method, family), 1)
+    there = logits(model, ids)
+    assert not torch.allclose(there, base, atol=1e-3)
+    espalier.scale(model, "a", 0)
+    assert torch.equal(logits(model, ids), base)
+    espalier.scale(model, "a", 0.5)
+    half = logits(model, ids)
+    assert not torch.allclose(half, base, atol=1e-4) and not torch.allclose(half, there, atol=1e-4)
+    espalier.scale(model, "a", 1)
+    assert torch.equal(logits(model, ids), there)
+    espalier.activate(model, [])
+    assert torch.equal(logits(model, ids), base)
+    espalier.activate(model, ["a"])
+    assert torch.equal(logits(model, ids), there)
+    detach(model)
+    assert torch.equal(logits(model, ids), base)
