@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "methods"
 TITLES = {
     "adapt": "Methods of `adapt/`: updates with tensors of their own",
+    "branch": "Methods of `branch/`: small modules at named sites of the model",
     "select": "Methods of `select/`: some of the model's own numbers train",
     "optim": "Methods of `optim/`: optimizers",
     "compress": "Methods of `compress/`: smaller deltas",
@@ -28,7 +29,10 @@ TITLES = {
     "search": "Methods of `search/`: how a merge is chosen by data",
 }
 """Kind -> title of its page; any other kind that has methods gets a plain one."""
-OPTION_OF = {"adapter": "--method", "optimizer": "--optimizer", "compressor": "--method", "merger": "--method", "searcher": "--strategy"}
+OPTION_OF = {
+    "adapter": "--method", "brancher": "--method", "optimizer": "--optimizer", "compressor": "--method", "merger": "--method",
+    "searcher": "--strategy",
+}  # fmt: skip
 """Role -> the option that chooses a method of it."""
 
 

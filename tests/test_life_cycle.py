@@ -109,7 +109,7 @@ def test_what_rows_cannot_do_is_refused_in_one_line() -> None:
     with espalier.rows(model, ["a", ("a", "b")]):  # their experts are the same
         assert logits(model, ids).isfinite().all()
     sinks = carrying("gpt_oss", a=("full", "sinks"))
-    with pytest.raises(EspalierError, match="GptOssAttention.* takes hidden_states"), espalier.rows(sinks, ["a", None]):
+    with pytest.raises(EspalierError, match=r"GptOssAttention.* takes hidden_states"), espalier.rows(sinks, ["a", None]):
         pass
     model = carrying("llama", a=("lora", "linear"))
     with pytest.raises(EspalierError, match="no delta called 'x'"), espalier.rows(model, ["a", "x"]):
@@ -170,6 +170,31 @@ def test_detaching_one_of_two_leaves_the_other_as_it_was_alone() -> None:
     espalier.activate(model, ["a"])
     detach(model, "a")
     assert active(model) == [] and torch.equal(logits(model, ids), logits(tiny("llama"), ids))
+
+
+def test_branches_have_strengths_exact_at_both_ends_and_act_on_all_rows_or_none() -> None:
+    ids, base = tokens(), logits(tiny("llama"), tokens())
+    for method in ("pfeiffer", "prefix", "prompt"):
+        model = tiny("llama")
+        attach(model, method, name="a")
+        with torch.no_grad():
+            for parameter in trainable_parameters(model).values():
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.2)
+        there = logits(model, ids)
+        assert (there - base).abs().max() > 1e-4
+        for factor, wanted in ((0, base), (1, there)):
+            espalier.scale(model, "a", factor)
+            assert torch.equal(logits(model, ids), wanted), method
+        with pytest.raises(EspalierError, match="holds branches"), espalier.rows(model, ["a", None]):
+            pass
+        with espalier.rows(model, ["a", "a"]):
+            assert torch.equal(logits(model, ids), there)
+        with espalier.rows(model, [None, None]):
+            assert torch.equal(logits(model, ids), base)
+        assert torch.equal(logits(model, ids), there)
+        if method == "prompt":
+            with pytest.raises(EspalierError, match="there or not"):
+                espalier.scale(model, "a", 0.5)
 
 
 def test_changing_a_strength_recompiles_nothing() -> None:

@@ -59,7 +59,7 @@ def decorated() -> dict[str, Path]:
     """Name to file of every decorated method, found by looking for decorators at the beginning of lines."""
     found = {}
     for file in SOURCE.glob("*/*.py"):
-        for _, name in re.findall(r"^@(adapter|optimizer|compressor|merger|searcher)\(\s*\"([\w-]+)\"", file.read_text(), re.MULTILINE):
+        for _, name in re.findall(r"^@(adapter|brancher|optimizer|compressor|merger|searcher)\(\s*\"([\w-]+)\"", file.read_text(), re.MULTILINE):
             found[name] = file
     return found
 
@@ -91,7 +91,9 @@ def test_what_is_read_is_what_runs(name: str) -> None:
     method = registry.load(info)
     assert (method.name, method.role, method.ids, method.paper) == (name, info.role, info.ids, info.paper)
     if isinstance(method, type):
-        made, fields = registry.make(name, info.role), [(f.name, f.default) for f in dataclasses.fields(method)]
+        # one that needs an option cannot be made without it
+        made = method() if "needs" in info.settings else registry.make(name, info.role)
+        fields = [(f.name, f.default) for f in dataclasses.fields(method)]
     else:
         made, fields = method, [(p.name, p.default) for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY]
     assert [(h.name, h.default) for h in info.hyperparameters] == fields
@@ -158,7 +160,7 @@ def test_two_methods_of_one_name_are_refused(plugins: None, tmp_path: Path) -> N
     ("content", "complaint"),
     [
         (None, r"does not exist; give a Python file"),
-        (b"def nothing(): ...\n", r"declares no method \(a class or function under @adapter or @optimizer or @compressor or @merger or @searcher\)"),
+        (b"def nothing(): ...\n", r"declares no method \(a class or function under @adapter or @brancher or @optimizer or @compressor or @merger or @searcher\)"),
         (b"# mentions @adapter( only\n", "declares no method"),
         (b'@adapter("x", ids=(), paper="")\nclass X(:\n', r"p\.py is not Python"),
         (b"@adapter(\xff\n", r"p\.py is not Python"),

@@ -31,7 +31,9 @@ ROOMS = (
 )  # fmt: skip
 """The rooms of methods; a room's name is the kind of its methods."""
 
-DECORATORS = ("adapter", "optimizer", "compressor", "merger", "searcher")
+DECORATORS = ("adapter", "brancher", "optimizer", "compressor", "merger", "searcher")
+ATTACHED = ("adapter", "brancher")
+"""The roles that ``attach`` and ``tune`` take."""
 _PACKAGE = Path(__file__).parent
 _plugins: list[Path] = []
 T = TypeVar("T")
@@ -104,6 +106,7 @@ def declaration(role: str) -> Callable[..., Callable[[T], T]]:
 
 
 adapter = declaration("adapter")
+brancher = declaration("brancher")
 optimizer = declaration("optimizer")
 compressor = declaration("compressor")
 merger = declaration("merger")
@@ -224,18 +227,19 @@ def methods() -> tuple[MethodInfo, ...]:
     return tuple(sorted(found, key=lambda info: (ROOMS.index(info.kind), info.name)))
 
 
-def find(name: str, role: str | None = None) -> MethodInfo:
-    """The method called ``name``.
+def find(name: str, role: str | tuple[str, ...] | None = None) -> MethodInfo:
+    """The method called ``name``, of that role (or of one of them).
 
     Raises:
         EspalierError: when there is none, listing those of the role.
     """
-    known = [info for info in methods() if role is None or info.role == role]
+    roles = (role,) if isinstance(role, str) else role
+    known = [info for info in methods() if roles is None or info.role in roles]
     for info in known:
         if info.name == name:
             return info
     names = [info.name for info in known]
-    raise EspalierError(f"no {role or 'method'} is called {name!r}{suggestion(name, names)} (there are: {', '.join(names)})")
+    raise EspalierError(f"no {' or '.join(roles or ('method',))} is called {name!r}{suggestion(name, names)} (there are: {', '.join(names)})")
 
 
 def load(info: MethodInfo) -> Any:
@@ -274,7 +278,7 @@ def coerce(name: str, annotation: Any, value: Any) -> Any:
     return made
 
 
-def options_of(name: str, role: str, hyperparameters: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def options_of(name: str, role: str | tuple[str, ...], hyperparameters: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A method's class or function, and the given hyperparameters as its types.
 
     Raises:
@@ -284,7 +288,7 @@ def options_of(name: str, role: str, hyperparameters: Mapping[str, Any]) -> tupl
     known = [h.name for h in info.hyperparameters]
     for option in hyperparameters:
         if option not in known:
-            owners = [m.name for m in methods() if m.role == role and option in [h.name for h in m.hyperparameters]]
+            owners = [m.name for m in methods() if m.role in ((role,) if isinstance(role, str) else role) and option in [h.name for h in m.hyperparameters]]
             belongs = f" (it belongs to {', '.join(owners)})" if owners else suggestion(option, known)
             raise EspalierError(f"{option} is no option of {name}{belongs}; {name} has: {', '.join(known) or 'none'}")
     method = load(info)
@@ -292,7 +296,7 @@ def options_of(name: str, role: str, hyperparameters: Mapping[str, Any]) -> tupl
     return method, {option: coerce(option, hints[option], value) for option, value in hyperparameters.items()}
 
 
-def make(name: str, role: str, **hyperparameters: Any) -> Any:
+def make(name: str, role: str | tuple[str, ...], **hyperparameters: Any) -> Any:
     """A method of a class-based role with the given hyperparameters, checked.
 
     Raises:

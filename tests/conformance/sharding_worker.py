@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-def run(method: str, family: str, targets: str, folder: Path, rank: int) -> dict[str, float]:
+def run(method: str, family: str, targets: str | None, folder: Path, rank: int) -> dict[str, float]:
     """Two steps in both ways; the largest differences of the losses and of the saved tensors."""
     from families import statistics_of, tiny
 

@@ -252,3 +252,44 @@ def test_training_from_the_weight_is_what_peft_does(kind: str, optimizer: str, t
         warnings.simplefilter("ignore")
         read = peft.PeftModel.from_pretrained(bare, tmp_path / "ours")
     torch.testing.assert_close(read(input_ids=tokens()).logits, ours(tokens()).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_from_the_gradient_the_first_step_is_the_best_of_rank_two_r() -> None:
+    """LoRA-GA, theorem 3.1: the first step of SGD moves W by a multiple of the best rank-2r approximation's subspaces of its gradient."""
+    model = tiny("llama")
+    x = tokens()
+    model(x, labels=x).loss.backward()
+    gradients = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    attach(model, "lora", rank=3, initialization="gradient", targets="attention.q,mlp.up", statistics=lambda name, which: gradients[name])
+    slots = attachments(model)["lora"].slots
+    bare = tiny("llama")(x).logits
+    torch.testing.assert_close(model(x).logits, bare, rtol=1e-5, atol=1e-6)
+    for name, slot in slots.items():
+        U, _, Vh = torch.linalg.svd(gradients[name])
+        size = slot.target.outputs**0.25 / 4
+        torch.testing.assert_close(slot.B0.T @ slot.B0, size**2 * torch.eye(3), rtol=1e-4, atol=1e-5)
+        assert torch.linalg.svdvals(slot.B0.double().T @ U[:, 3:6]).min() > 0.999 * size
+        assert torch.linalg.svdvals(slot.A0.double() @ Vh[:3].T).min() > 0.999 * size
+    model(x, labels=x).loss.backward()
+    for name, slot in slots.items():
+        step = slot.gain * (slot.B.grad @ slot.A0 + slot.B0 @ slot.A.grad)
+        U, _, Vh = torch.linalg.svd(gradients[name])
+        inside = U[:, :6] @ U[:, :6].T @ step.double() @ Vh[:6].T @ Vh[:6]
+        torch.testing.assert_close(inside, step.double(), rtol=1e-2, atol=1e-5)
+
+
+def test_the_gradient_of_the_data_is_what_calibrate_finds(tmp_path: Path) -> None:
+    from espalier import calibrate
+    from espalier.attach.load import load
+    from espalier.calibrate.store import load as open_calibration
+
+    text = tmp_path / "text.txt"
+    text.write_text("def add(a, b):\n    return a + b\n" * 20)
+    calibrate("seedling", str(text), str(tmp_path / "found"), "gradient", targets="attention.q", tokens=64, quiet=True)
+    found = open_calibration(tmp_path / "found")
+    model = load("seedling")
+    names = [name for name, _ in model.named_parameters() if "q_proj" in name]
+    assert sorted(found.names("gradient")) == sorted(names)
+    attach(model, "lora", rank=2, initialization="gradient", targets="attention.q", statistics=found.read)
+    assert all(float(slot.B0.abs().max()) > 0 for slot in attachments(model)["lora"].slots.values())

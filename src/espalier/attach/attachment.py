@@ -1,4 +1,4 @@
-"""Attaching updates to a model and taking them off again: for ``tune``, and for one's own training loop."""
+"""Attaching updates and branches to a model and taking them off again: for ``tune``, and for one's own training loop."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from espalier import registry
 from espalier.anatomy.parameters import parameters, select
+from espalier.anatomy.site import select_sites, sites
 from espalier.anatomy.target import Target
-from espalier.attach.method import Adapter
+from espalier.attach.branch import Branch
+from espalier.attach.method import Adapter, Method, Tensors
 from espalier.attach.new_tokens import NewRows, mean_of_others, places
+from espalier.attach.places import PLACES, BranchSlot
 from espalier.attach.routes import rebuild, stored_parameter
 from espalier.attach.slot import Companion, Pool, Slot, Whole
 from espalier.delta.forms import Update
 from espalier.delta.gather import by_parameter
 from espalier.errors import EspalierError
-from espalier.kernels.philox import Stream
+from espalier.kernels.philox import Numberless, Stream
 
 Statistics = Callable[[str, str], torch.Tensor]
 """From the name or site of a parameter, and that of a statistic, to its value."""
@@ -29,27 +33,30 @@ Statistics = Callable[[str, str], torch.Tensor]
 
 @dataclass
 class Attachment:
-    """One named delta on a live model: the method that makes it and its slots, by parameter name."""
+    """One named delta on a live model: the method that makes it, its slots by parameter name, and its branches by site."""
 
     name: str
-    method: Adapter
+    method: Method
     slots: dict[str, Slot]
     pool: Pool | None
     settings: dict[str, Any] = field(default_factory=dict)
+    branches: dict[str, BranchSlot] = field(default_factory=dict)
+    """By name of the site."""
     active: bool = True
     """Whether it acts (see :func:`activate`)."""
     stored: tuple[str, str] | None = None
     """Where it was read from, and the SHA-256 of its ``delta.json``, if it was."""
 
     @property
-    def parts(self) -> list[Slot]:
-        """The slots of the parameters that the method was put on: not those of companions, nor of what trains whole beside it."""
-        return [slot for slot in self.slots.values() if slot.method is self.method and not isinstance(slot, Companion)]
+    def parts(self) -> list[Any]:
+        """The slots that the method was put on, or its branches: not companions, nor what trains whole beside it."""
+        own = [slot for slot in self.slots.values() if slot.method is self.method and not isinstance(slot, Companion)]
+        return [*own, *self.branches.values()]
 
     @property
     def targets(self) -> list[Target]:
         """The parameters that were chosen."""
-        return [slot.target for slot in self.parts]
+        return [slot.target for slot in self.parts if isinstance(slot, Slot)]
 
     def updates(self) -> dict[str, Update]:
         """The update of every parameter in the form in which it is stored, gathered whole where it is sharded."""
@@ -57,15 +64,28 @@ class Attachment:
         with torch.no_grad():
             return {name: slot.export(pool) for name, slot in self.slots.items()}
 
+    def stored_branches(self) -> dict[str, Tensors]:
+        """The tensors of every branch as they are stored, by site; those that sites share under ``shared``."""
+        pool = Whole(self.pool) if self.pool is not None else None
+        with torch.no_grad():
+            found = {name: slot.method.export(Whole(slot), pool) for name, slot in self.branches.items()}
+            shared = self.method.export_shared(pool) if self.branches and isinstance(self.method, Branch) and pool is not None else {}
+        return {**found, "shared": shared} if shared else found
+
     def trainable(self) -> int:
         """How many numbers are trained."""
-        modules = [*self.slots.values(), *([self.pool] if self.pool is not None else [])]
+        modules = [*self.slots.values(), *self.branches.values(), *([self.pool] if self.pool is not None else [])]
         return sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad)
 
 
 def attachments(model: nn.Module) -> dict[str, Attachment]:
     """The deltas on a model, by name, innermost first."""
     return model.__dict__.setdefault("_espalier_attachments", {})
+
+
+def positions_taken(model: nn.Module) -> int:
+    """How many positions in front of every sequence the branches on a model take."""
+    return sum(a.method.positions() for a in attachments(model).values() if a.branches and isinstance(a.method, Branch))
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -98,19 +118,34 @@ def _refuse_within_rows(model: nn.Module) -> None:
         raise EspalierError("the rows of this model have deltas of their own; leave `with rows(...)` before its deltas are changed")
 
 
+def _hold(owner: nn.Module, key: str, held: nn.Module) -> None:
+    if "espalier" not in owner._modules:
+        owner.add_module("espalier", nn.ModuleDict())
+    holder: nn.ModuleDict = owner._modules["espalier"]  # type: ignore[assignment]
+    holder[key] = held
+
+
+def _let_go(owner: nn.Module, key: str) -> None:
+    holder: nn.ModuleDict = owner._modules["espalier"]  # type: ignore[assignment]
+    del holder[key]
+    if not len(holder):
+        del owner._modules["espalier"]
+
+
 def _install(model: nn.Module, attachment: Attachment) -> None:
     for target_name, slot in attachment.slots.items():
         owner, local = _owner(model, target_name)
-        if "espalier" not in owner._modules:
-            owner.add_module("espalier", nn.ModuleDict())
-        holder: nn.ModuleDict = owner._modules["espalier"]  # type: ignore[assignment]
-        key = f"{local}:{attachment.name}"
-        holder[key] = slot
+        _hold(owner, f"{local}:{attachment.name}", slot)
         for alias, route in zip(slot.target.names, slot.target.routes, strict=True):
             module, alias_local = _owner(model, alias)
             module.__dict__.setdefault("_espalier", {}).setdefault(alias_local, []).append(slot)
             module.__dict__.setdefault("_espalier_routes", {})[alias_local] = route
             rebuild(module)
+    for branch in attachment.branches.values():
+        _hold(model.get_submodule(branch.site.owner), f"{branch.site.kind}:{attachment.name}", branch)
+        branch.install(model)
+    for leader in {branch.site.place: branch for branch in reversed(attachment.branches.values())}.values():
+        leader.lead(model)
     if attachment.pool is not None:
         if "espalier_pools" not in model._modules:
             model.add_module("espalier_pools", nn.ModuleDict())
@@ -130,7 +165,7 @@ def _prepare(model: nn.Module, inputs: Any = None) -> None:
 
 def attach(
     model: nn.Module,
-    method: str | Adapter = "lora",
+    method: str | Method = "lora",
     *,
     targets: str | Sequence[str] | None = None,
     full: str | Sequence[str] = (),
@@ -143,12 +178,13 @@ def attach(
     streams: Callable[[int, str], Stream] = Stream,
     **hyperparameters: Any,
 ) -> nn.Module:
-    """Put a method's updates on a transformers model, in place; only their tensors then require gradients.
+    """Put a method's updates or branches on a transformers model, in place; only their tensors then require gradients.
 
     Args:
         model: any transformers model.
         method: name of a registered adaptation method, or one made by ``registry.make``.
-        targets: roles or name patterns (see ``anatomy.parameters.select``); default: the method's own.
+        targets: roles or name patterns (see ``anatomy.parameters.select``), of sites for a branch (see
+            ``anatomy.site.select_sites``); default: the method's own.
         full: roles or name patterns of parameters that train whole beside the method's updates, such as a new head's or the
             norms; the method leaves them alone where ``targets`` names them too.
         new_tokens: ids of tokens whose rows of the embedding and the head train beside the method's updates, from the mean
@@ -170,7 +206,7 @@ def attach(
         EspalierError: for unknown methods, options or targets, or targets that the method cannot update.
     """
     if isinstance(method, str):
-        made: Adapter = registry.make(method, "adapter", **hyperparameters)
+        made: Method = registry.make(method, registry.ATTACHED, **hyperparameters)
     elif hyperparameters:
         raise EspalierError(f"options {sorted(hyperparameters)} go into the method's own constructor")
     else:
@@ -180,16 +216,8 @@ def attach(
     patterns, beside = _patterns(targets if targets is not None else made.targets), _patterns(full)
     present = parameters(model)
     whole = select(present, beside, "--full") if beside else []
-    chosen = [target for target in select(present, patterns) if target not in whole]
-    if not chosen and made.name != "full":
-        raise EspalierError(f"--full {','.join(beside)} leaves nothing of --targets {','.join(patterns)} to {made.name}; --method full trains them")
-    if refused := [t.name for t in chosen if not made.accepts(t)]:
-        raise EspalierError(
-            f"{made.name} takes {made.takes}; --targets {','.join(patterns)} also names {refused[0]} "
-            f"({len(refused)} such of {len(chosen)})"
-        )
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    chosen = targets_of(model, made, patterns, whole)
+    _freeze(model)
     name = _fresh_name(model, name or made.name)
     with torch.no_grad():
         _prepare(model)  # the weights that this delta stands on may have others on them, whose tensors are shared
@@ -200,23 +228,20 @@ def attach(
             for key, t in tensors.items()
         }
 
-    findings: Mapping[str, Any] = {}
-    if streams is Stream:
-        if statistics is None and (wanted := made.wanted()) is not None:
-            raise EspalierError(f"{made.name} starts from statistics of the data ({wanted.statistics}); pass statistics=")
-        findings = made.survey(chosen, functools.partial(_logical, model), statistics)
     device = next(model.parameters()).device
     shared = made.start_shared(chosen, streams(seed, made.name))
     pool = Pool(made, chosen, ready(shared, device)) if shared else None
     slots: dict[str, Slot] = {}
-    for target in chosen:
-        weight = _logical(model, target)
-        tensors = made.start_from(findings.get(target.name), target, weight, streams(seed, target.name))
-        bases = made.bases(target, streams(seed, target.name))
-        slots[target.name] = Slot(made, target, ready(tensors, weight.device), pool, dropout, weight, bases)
+    branches: dict[str, BranchSlot] = {}
+    if isinstance(made, Branch):
+        for site in chosen:
+            tensors = ready(made.at(site).start(site, model, streams(seed, site.name)), device)
+            branches[site.name] = PLACES[site.place](made.at(site), site, tensors, pool, 1.0, dropout, device)
+    else:
+        slots = _slots(model, made, chosen, pool, dropout, statistics, functools.partial(streams, seed), ready)
     aliases = {alias: target for target in present for alias in target.names}
     for leader in list(slots.values()):
-        for companion in {aliases[n].name: aliases[n] for n in made.companions(leader.target) if n in aliases}.values():
+        for companion in {aliases[n].name: aliases[n] for n in leader.method.companions(leader.target) if n in aliases}.values():
             if companion.name in slots:
                 raise EspalierError(f"{made.name} updates {companion.name} with {leader.target.name} and {slots[companion.name].target.name}; target one of them")
             slots[companion.name] = Companion(leader, companion, _logical(model, companion))
@@ -237,12 +262,62 @@ def attach(
         slots[target.name] = Slot(rows, target, ready(rows.start(target, weight, streams(seed, target.name)), weight.device), None, 0.0, weight)
     settings = {"targets": patterns, "seed": seed, "dropout": dropout, **({"full": beside} if beside else {})}
     settings |= {"new_tokens": list(new_tokens)} if new_tokens else {}
-    attachment = Attachment(name, made, slots, pool, settings)
+    attachment = Attachment(name, made, slots, pool, settings, branches)
     if dropout:
         _refuse_dropout(attachment)
     _install(model, attachment)
     model.train(model.training)
     return model
+
+
+def _slots(
+    model: nn.Module, method: Method, chosen: Sequence[Target], pool: Pool | None, dropout: float, statistics: Statistics | None,
+    streams: Callable[[str], Stream], ready: Callable[..., Tensors],
+) -> dict[str, Slot]:  # fmt: skip
+    """The slots of a method's own targets."""
+    assert isinstance(method, Adapter)
+    findings: Mapping[str, Any] = {}
+    if type(streams("")) is Stream:
+        if statistics is None and (wanted := method.wanted()) is not None:
+            raise EspalierError(f"{method.name} starts from statistics of the data ({wanted.statistics}); pass statistics=")
+        findings = method.survey(chosen, functools.partial(_logical, model), statistics)
+    slots = {}
+    for target in chosen:
+        weight = _logical(model, target)
+        tensors = method.start_from(findings.get(target.name), target, weight, streams(target.name))
+        bases = method.bases(target, streams(target.name))
+        slots[target.name] = Slot(method, target, ready(tensors, weight.device), pool, dropout, weight, bases)
+    return slots
+
+
+def targets_of(model: nn.Module, method: Method, targets: str | Sequence[str], whole: Collection[Target] = ()) -> list[Any]:
+    """The parameters (or, for a branch, sites) of a model that the patterns name; for a method that can be at all of them.
+
+    Args:
+        whole: parameters that train whole beside the method, which leaves them alone.
+
+    Raises:
+        EspalierError: when a pattern names nothing, or a parameter that the method cannot update.
+    """
+    patterns = _patterns(targets)
+    if isinstance(method, Branch):
+        return select_sites([site for site in sites(model) if method.accepts(site)], patterns)
+    assert isinstance(method, Adapter)
+    chosen = [target for target in select(parameters(model), patterns) if target not in whole]
+    if not chosen and method.name != "full":
+        beside = ",".join(target.name for target in whole)
+        raise EspalierError(f"--full ({beside}) leaves nothing of --targets {','.join(patterns)} to {method.name}; --method full trains them")
+    if refused := [t.name for t in chosen if not method.accepts(t)]:
+        raise EspalierError(
+            f"{method.name} takes {method.takes}; --targets {','.join(patterns)} also names {refused[0]} "
+            f"({len(refused)} such of {len(chosen)})"
+        )
+    return chosen
+
+
+def _freeze(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
 
 
 def _patterns(targets: str | Sequence[str]) -> list[str]:
@@ -260,6 +335,10 @@ def _fresh_name(model: nn.Module, name: str) -> str:
 
 
 def _refuse_dropout(attachment: Attachment) -> None:
+    if branches := attachment.branches.values():
+        if other := [branch.site.name for branch in branches if branch.site.place != "sublayer"]:
+            raise EspalierError(f"dropout cannot act on the branch at {other[0]}, which has no input; set dropout to 0")
+        return
     if attachment.pool is not None:
         attachment.pool.prepare()
     dropping = attachment.parts
@@ -299,7 +378,13 @@ def release_base(model: nn.Module) -> None:
 
 @torch.no_grad()
 def settle(model: nn.Module) -> nn.Module:
-    """Write every update into the parameters for good and take the updates off: an ordinary model again."""
+    """Write every update into the parameters for good and take the updates off: an ordinary model again.
+
+    Raises:
+        EspalierError: when the model carries a branch, which is no part of any parameter.
+    """
+    if branched := [a.name for a in attachments(model).values() if a.branches]:
+        raise EspalierError(f"{branched[0]} has branches, which cannot be written into parameters; detach it first")
     targets = {name: slot.target for a in attachments(model).values() for name, slot in a.slots.items()}
     _prepare(model)
     values = {}
@@ -315,32 +400,40 @@ def settle(model: nn.Module) -> nn.Module:
 
 
 def attach_updates(
-    model: nn.Module, updates: Mapping[str, Update], name: str, scale: float = 1.0, method_name: str = "stored"
+    model: nn.Module,
+    updates: Mapping[str, Update],
+    name: str,
+    scale: float = 1.0,
+    method_name: str = "stored",
+    branches: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+    method: Branch | None = None,
 ) -> nn.Module:
-    """Put given updates (of a stored delta) on a model, frozen, in place.
+    """Put given updates and branches (of a stored delta) on a model, frozen, in place.
 
     Args:
         updates: parameter name to update; names that the files have are found too (see ``delta/gather.py``).
-        scale: multiplies every update; 0 restores the base.
+        scale: multiplies every update and branch; 0 restores the base.
+        branches: name of a site to its tensors, as :meth:`Attachment.stored_branches` gives them.
+        method: of the branches.
 
     Raises:
-        EspalierError: when the model has no such parameter, or one of another shape, or two updates of one differ.
+        EspalierError: when the model has no such parameter or site, or one of another shape, or two updates of one differ.
     """
     from espalier.attach.stored import Stored
 
-    targets = {target.name: target for target in parameters(model)}
-    name = _fresh_name(model, name)
-    slots = {}
+    targets = {target.name: target for target in parameters(model)} if updates else {}
+    attachment = Attachment(_fresh_name(model, name), Stored.of_many(method_name, scale), {}, None)
     for updated, update in by_parameter(updates, targets.values()).items():
         target = targets[updated]
-        method = Stored(update, scale)
         weight = stored(model, target.name)
         tensors = {key.replace(".", "__"): tensor.to(weight.device) for key, tensor in update.tensors().items()}
-        slots[target.name] = Slot(method, target, tensors, None, 0.0, weight)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    made = Stored.of_many(method_name, scale)
-    _install(model, Attachment(name, made, slots, None))
+        attachment.slots[target.name] = Slot(Stored(update, scale), target, tensors, None, 0.0, weight)
+    if branches:
+        assert method is not None
+        _stored_branches(model, attachment, branches, method, scale)
+    _freeze(model)
+    _install(model, attachment)
+    model.train(model.training)
     return model
 
 
@@ -360,21 +453,57 @@ def _known(model: nn.Module, names: Collection[str]) -> dict[str, Attachment]:
 def scale(model: nn.Module, name: str, factor: float) -> None:
     """Let a delta act with ``factor`` times its strength: 0 is the base, 1 the delta as it is, exactly.
 
-    A factor that is not 1 is a tensor: changing it recompiles nothing. It is of the live model: saving does not see it.
+    A factor of updates that is not 1 is a tensor: changing it recompiles nothing. Branches at 0 do not act. It is of the live
+    model: saving does not see it.
 
     Raises:
-        EspalierError: when the model carries no such delta, or the factor is not finite.
+        EspalierError: when the model carries no such delta, the factor is not finite, or not 0 or 1 for a branch at the embedding.
     """
-    slots = _known(model, [name])[name].slots.values()
+    attachment = _known(model, [name])[name]
     if not math.isfinite(factor):
         raise EspalierError(f"factor is {factor}; it must be a finite number")
-    for slot in slots:
+    for branch in attachment.branches.values():
+        if branch.site.place == "embedding" and factor not in (0, 1):
+            raise EspalierError(f"a branch at the embedding is there or not, and cannot be scaled by {factor}; give 0 or 1")
+        branch.strength = float(factor)
+        branch.gain.fill_(branch.method.gain(branch.site) * branch.scale * factor)
+        branch.active = attachment.active and factor != 0
+    for slot in attachment.slots.values():
         if factor == 1:
             slot.strength = None
         elif slot.strength is None:
             slot.strength = torch.tensor(float(factor), device=slot.gain.device)
         else:
             slot.strength.fill_(factor)
+
+
+def _stored_branches(model: nn.Module, attachment: Attachment, branches: Mapping[str, Mapping[str, torch.Tensor]], method: Branch, scale: float) -> None:
+    """The branches of a stored delta; their sizes are compared with those that the method would give them here."""
+    known = {site.name: site for site in sites(model) if method.accepts(site)}
+    if strange := [name for name in branches if name not in known and name != "shared"]:
+        raise EspalierError(f"the delta has a branch at {strange[0]!r}; this model has no such site for {method.name}")
+    chosen = [site for site in known.values() if site.name in branches]
+    for site in chosen:
+        if site.place == "embedding" and scale not in (0.0, 1.0):
+            raise EspalierError(f"a branch at the embedding is there or not, and cannot be scaled by {scale}; give 0 or 1")
+    with FakeTensorMode(allow_non_fake_inputs=True):  # sizes without memory, whatever the file asks for
+        try:
+            starts = {site.name: method.at(site).start(site, model, Numberless(0, site.name)) for site in chosen}
+            starts["shared"] = method.start_shared(chosen, Numberless(0, method.name))
+        except (RuntimeError, OverflowError, ValueError, TypeError) as error:
+            raise EspalierError(f"no branch of {method.name} can have the options that the delta records: {error}") from error
+    for name, tensors in starts.items():
+        wanted = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        found = {key: tuple(tensor.shape) for key, tensor in branches.get(name, {}).items()}
+        if found != wanted:
+            raise EspalierError(f"the branch at {name} holds tensors {found}; {method.name} with these options has {wanted} on this model")
+    device = next(model.parameters()).device
+    shared = branches.get("shared")
+    attachment.method = method
+    attachment.pool = Pool(method, chosen, {key: t.to(device) for key, t in shared.items()}) if shared else None
+    for site in chosen:
+        tensors = {key: t.to(device) for key, t in branches[site.name].items()}
+        attachment.branches[site.name] = PLACES[site.place](method.at(site), site, tensors, attachment.pool, scale, 0.0, device)
 
 
 def activate(model: nn.Module, names: Collection[str]) -> None:
@@ -391,6 +520,8 @@ def activate(model: nn.Module, names: Collection[str]) -> None:
     acting: dict[nn.Module, dict[str, tuple[str, list[Slot]]]] = {}
     for attachment in present.values():
         attachment.active = attachment.name in names
+        for branch in attachment.branches.values():
+            branch.active = attachment.active and branch.strength != 0
         for slot in attachment.slots.values():
             for alias, route in zip(slot.target.names, slot.target.routes, strict=True):
                 module, local = _owner(model, alias)
@@ -416,14 +547,14 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
         attachment = present.pop(gone)
         for target_name, slot in attachment.slots.items():
             owner, local = _owner(model, target_name)
-            holder: nn.ModuleDict = owner._modules["espalier"]  # type: ignore[assignment]
-            del holder[f"{local}:{gone}"]
-            if not len(holder):
-                del owner._modules["espalier"]
+            _let_go(owner, f"{local}:{gone}")
             for alias in slot.target.names:
                 module, alias_local = _owner(model, alias)
                 module.__dict__["_espalier"][alias_local].remove(slot)
                 rebuild(module)
+        for branch in attachment.branches.values():
+            branch.remove(model)
+            _let_go(model.get_submodule(branch.site.owner), f"{branch.site.kind}:{gone}")
         if attachment.pool is not None:
             pools: nn.ModuleDict = model._modules["espalier_pools"]  # type: ignore[assignment]
             del pools[gone]

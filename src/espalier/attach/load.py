@@ -13,6 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from espalier import registry
 from espalier.anatomy.classification import classifies, with_labels
 from espalier.attach.attachment import attach_updates, attachments
 from espalier.attach.device import pick_device
@@ -262,14 +263,16 @@ def put_on(model: PreTrainedModel, folder: Path, directory: ModelDirectory, *, a
         EspalierError: when the delta is damaged, does not fit, or (unless ``any_base``) is for another base, or was trained
             over others that do not act on the model.
     """
-    delta = store.load(folder)
+    delta = store.load(folder, branches=True)
     _refuse_scale(delta, folder, scale)
     present = attachments(model)
     if not any_base:
         store.check_base(delta, folder, directory.path, directory.fingerprint(), store.ANY_BASE)
         store.check_chain(delta, folder, [a.stored[1] for a in present.values() if a.stored and a.active], store.FIRST)
     name = next(name for number in itertools.count(len(present)) if (name := f"delta{number}") not in present)
-    attach_updates(model, delta.updates, name, scale, delta.manifest.get("method", "stored"))
+    made_by = delta.manifest.get("method", "stored")
+    method = registry.make(made_by, "brancher", **delta.manifest.get("hyperparameters", {})) if delta.branches else None
+    attach_updates(model, delta.updates, name, scale, made_by, delta.branches, method)
     present[name].stored = (str(folder), delta.manifest["sha256"])
     return delta
 

@@ -45,19 +45,15 @@ class Moment:
     learning_rate: float = 0.0
 
 
-class Adapter:
-    """Base of every method that updates parameters; fields of the subclass are its hyperparameters."""
+class Method:
+    """What every method that ``attach`` takes has, whether it updates parameters or branches off (``attach/branch.py``)."""
 
     name: ClassVar[str]
     learning_rate: ClassVar[float] = 1e-4
     """Peak learning rate that ``tune`` takes when none is given."""
-    takes: ClassVar[str] = "matrices"
-    """What :meth:`accepts` accepts, in words."""
-    size: ClassVar[str] = "rank"
+    size: ClassVar[str] = ""
     """The hyperparameter that sets how many numbers train; "" where none does."""
-    surveys_ranks: ClassVar[bool] = False
-    """Whether :meth:`survey` may give parameters other ranks than each other: :meth:`count` is then that of the average."""
-    targets: ClassVar[str] = "linear"
+    targets: ClassVar[str]
     """Targets that ``attach`` takes when none are given."""
 
     def check(self) -> None:
@@ -66,6 +62,72 @@ class Adapter:
         Raises:
             EspalierError: naming the hyperparameter, its value and the range.
         """
+
+    def wanted(self) -> Wanted | None:
+        """The statistics that the method starts from."""
+        return None
+
+    def start_shared(self, targets: Sequence[Any], stream: Stream) -> Tensors:
+        """Tensors that several targets read; owned once, at the model's root."""
+        return {}
+
+    def prepare(self, pool: Any, targets: Sequence[Any]) -> Mapping[str, Any]:
+        """Context per name of a target, from the shared tensors (attributes of ``pool``)."""
+        return {}
+
+    def count(self, target: Any) -> int:
+        """Trained numbers for one target: the planner's formula."""
+        raise NotImplementedError
+
+    def count_shared(self, targets: Sequence[Any]) -> int:
+        """Trained numbers of the shared tensors that are no single target's part."""
+        return 0
+
+    # in the course of a run; ``parts`` are those of all parameters
+
+    kept: ClassVar[tuple[str, ...]] = ()
+    """Names of tensors of a part that are not trained, and that checkpoints hold: they change in a run, or were computed
+    from the base (a decomposition, say), which another machine does to other bits."""
+
+    def optimizer_options(self) -> Mapping[str, Mapping[str, float]]:
+        """Tensor name -> options of the optimizer for it; ``rate`` is a factor on the learning rate."""
+        return {}
+
+    def penalty(self, parts: Sequence[Any]) -> torch.Tensor | None:
+        """What is added to each step's loss, 0-d."""
+        return None
+
+    def frozen(self, part: Any, moment: Moment) -> Mapping[str, torch.Tensor | bool]:
+        """Tensor name -> which of its entries do not move in this step: a mask that broadcasts, or ``True``.
+
+        What is frozen keeps its bits, whatever momentum and decay the optimizer has; a tensor that is frozen whole
+        gets no gradient. Depends on the moment alone.
+        """
+        return {}
+
+    def before_step(self, parts: Sequence[Any], moment: Moment) -> Any:
+        """Called when gradients are there (clipped) and the optimizer has not moved anything."""
+
+    def after_step(self, parts: Sequence[Any], moment: Moment, before: Any) -> None:
+        """Called after the optimizer, with the gradients still there, and with what :meth:`before_step` returned."""
+
+    def finish(self, parts: Sequence[Any]) -> None:
+        """Called after the last step.
+
+        Raises:
+            EspalierError: when what the method promised (a budget) was not reached.
+        """
+
+
+class Adapter(Method):
+    """Base of every method that updates parameters; fields of the subclass are its hyperparameters."""
+
+    takes: ClassVar[str] = "matrices"
+    """What :meth:`accepts` accepts, in words."""
+    size: ClassVar[str] = "rank"
+    surveys_ranks: ClassVar[bool] = False
+    """Whether :meth:`survey` may give parameters other ranks than each other: :meth:`count` is then that of the average."""
+    targets: ClassVar[str] = "linear"
 
     def accepts(self, target: Target) -> bool:
         """Whether the method can update this parameter; by default, any matrix."""
@@ -80,10 +142,6 @@ class Adapter:
             stream: random numbers named after the parameter.
         """
         raise NotImplementedError
-
-    def wanted(self) -> Wanted | None:
-        """The statistics that :meth:`survey` needs."""
-        return None
 
     def survey(
         self, targets: Sequence[Target], weight: Callable[[Target], torch.Tensor], statistic: Callable[[str, str], torch.Tensor] | None
@@ -141,53 +199,6 @@ class Adapter:
         """The largest magnitude that an entry of the update has at the start; by default 0: the start is the base."""
         return 0.0
 
-    def start_shared(self, targets: Sequence[Target], stream: Stream) -> Tensors:
-        """Tensors that several parameters' updates read; owned once, at the model's root."""
-        return {}
-
-    def prepare(self, pool: Any, targets: Sequence[Target]) -> Mapping[str, Any]:
-        """Context per parameter name, from the shared tensors (attributes of ``pool``)."""
-        return {}
-
     def count(self, target: Target) -> int:
         """Trained numbers for one parameter (its part of the shared ones included): the planner's formula."""
         raise NotImplementedError
-
-    def count_shared(self, targets: Sequence[Target]) -> int:
-        """Trained numbers of the shared tensors that are no single parameter's part."""
-        return 0
-
-    # in the course of a run; ``parts`` are those of all parameters
-
-    kept: ClassVar[tuple[str, ...]] = ()
-    """Names of tensors of a part that are not trained, and that checkpoints hold: they change in a run, or were computed
-    from the base (a decomposition, say), which another machine does to other bits."""
-
-    def optimizer_options(self) -> Mapping[str, Mapping[str, float]]:
-        """Tensor name -> options of the optimizer for it; ``rate`` is a factor on the learning rate."""
-        return {}
-
-    def penalty(self, parts: Sequence[Any]) -> torch.Tensor | None:
-        """What is added to each step's loss, 0-d."""
-        return None
-
-    def frozen(self, part: Any, moment: Moment) -> Mapping[str, torch.Tensor | bool]:
-        """Tensor name -> which of its entries do not move in this step: a mask that broadcasts, or ``True``.
-
-        What is frozen keeps its bits, whatever momentum and decay the optimizer has; a tensor that is frozen whole
-        gets no gradient. Depends on the moment alone.
-        """
-        return {}
-
-    def before_step(self, parts: Sequence[Any], moment: Moment) -> Any:
-        """Called when gradients are there (clipped) and the optimizer has not moved anything."""
-
-    def after_step(self, parts: Sequence[Any], moment: Moment, before: Any) -> None:
-        """Called after the optimizer, with the gradients still there, and with what :meth:`before_step` returned."""
-
-    def finish(self, parts: Sequence[Any]) -> None:
-        """Called after the last step.
-
-        Raises:
-            EspalierError: when what the method promised (a budget) was not reached.
-        """

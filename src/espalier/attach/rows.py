@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,11 +68,11 @@ class Divided(Adapted):
             own = tuple(all_rows[i] for i in positions)
             if first == 1:  # one row that all share, such as positions
                 y = self._with(group, own, x)
-                outputs.append(tree_map(lambda t, n=len(own): t.expand(n, *t.shape[1:]), y))
+                outputs.append(tree_map(partial(_spread, count=len(own)), y))
                 continue
             some = x.unflatten(0, (count, -1)).index_select(0, batch.index(positions, x.device)).flatten(0, 1)
             y = self._with(group, own, some)
-            outputs.append(tree_map(lambda t, n=len(own): t.unflatten(0, (n, -1)), y))
+            outputs.append(tree_map(partial(_by_row, count=len(own)), y))
         order = [i for _, positions in parts for i in positions]
         back = batch.index(tuple(sorted(range(count), key=order.__getitem__)), x.device)
 
@@ -89,6 +90,14 @@ class Divided(Adapted):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             batch.rows, self._espalier, self._espalier_cache = before
+
+
+def _spread(y: torch.Tensor, count: int) -> torch.Tensor:
+    return y.expand(count, *y.shape[1:])
+
+
+def _by_row(y: torch.Tensor, count: int) -> torch.Tensor:
+    return y.unflatten(0, (count, -1))
 
 
 _made: dict[type, type] = {}
@@ -143,14 +152,17 @@ def rows(model: nn.Module, names: Sequence[str | Collection[str] | None]) -> Ite
             or ``None``, for the base. Batches are (rows, length), padded, not packed.
 
     Raises:
-        EspalierError: when the model carries no delta of a name, or the rows differ in an update of fused experts, or of a
-            module that takes more than one input; within, when a batch has another number of rows.
+        EspalierError: when the model carries no delta of a name, or the rows differ in a branch, in an update of
+            fused experts, or in one of a module that takes more than one input; within, when a batch has another number of rows.
     """
     if "_espalier_rows" in model.__dict__:
         raise EspalierError("the rows of this model have their deltas already; leave that `with` first")
     if not names or isinstance(names, str):
         raise EspalierError(f"rows are {names!r}; give a list with a name, names or None for each row of the batch")
     chains = [() if one is None else (one,) if isinstance(one, str) else tuple(one) for one in names]
+    for one in attachments(model).values():
+        if one.branches and len({one.name in chain for chain in chains}) > 1:
+            raise EspalierError(f"the delta {one.name!r} holds branches ({one.method.name}), which act on all rows of a batch or on none")
     batch, divided, before = _Batch(tuple(range(len(chains)))), [], active(model)
     activate(model, {name for chain in chains for name in chain})
     name_of = {id(slot): a.name for a in attachments(model).values() for slot in a.slots.values()}

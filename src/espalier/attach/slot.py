@@ -1,4 +1,4 @@
-"""The tensors of one update on one parameter, and the shared ones of a method, as modules."""
+"""The tensors that a method has for one target, and the shared ones of a method, as modules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from espalier.anatomy.target import Target
-from espalier.attach.method import Adapter, Tensors
+from espalier.attach.method import Adapter, Method, Tensors
 from espalier.delta.forms import Update
 
 
@@ -72,9 +72,10 @@ class Holder(nn.Module):
 class Pool(Holder):
     """A method's shared tensors, at the root of the model, and the context of the forward pass under way."""
 
-    def __init__(self, method: Adapter, targets: Sequence[Target], tensors: Tensors) -> None:
+    def __init__(self, method: Method, targets: Sequence[Any], tensors: Tensors) -> None:
         super().__init__()
         register(self, tensors)
+        self.names = tuple(tensors)
         self.method = method
         self.targets = tuple(targets)
         self.context: Mapping[str, Any] | None = None
@@ -83,8 +84,8 @@ class Pool(Holder):
         """Read the shared tensors once for the forward pass that begins."""
         self.context = self.method.prepare(self, self.targets)
 
-    def context_of(self, target: Target) -> Any:
-        """The context of one parameter."""
+    def context_of(self, target: Any) -> Any:
+        """The context of one target."""
         if self.context is None:
             raise RuntimeError(
                 f"{self.method.name} shares tensors that are read at the model's own forward; call the model itself, "
@@ -93,39 +94,48 @@ class Pool(Holder):
         return self.context[target.name]
 
 
-class Slot(Holder):
+class Held(Holder):
+    """The tensors that a method has for one target, their gain, and the shared ones that they go with."""
+
+    gain: torch.Tensor
+    pool: Pool | None
+
+    def __init__(self, tensors: Tensors, gain: float, pool: Pool | None, dropout: float, device: torch.device) -> None:
+        super().__init__()
+        own = tensors.pop("gain", None)
+        register(self, tensors)
+        self.names = tuple(tensors)
+        self.register_buffer("gain", torch.tensor(gain, device=device) if own is None else own)
+        self.dropout = dropout
+        self.__dict__["pool"] = pool  # owned by the root: not a child of this module
+
+    def sources(self) -> list[torch.Tensor]:
+        """The tensors that the update is made of, shared ones left out."""
+        return [*self.parameters(), *self.buffers()]
+
+
+class Slot(Held):
     """One update on one parameter: its tensors, its gain, and how to make the update of this forward pass.
 
     In evaluation the update object is cached until one of its tensors changes, so that what a form derives
     from the base (a norm, say) is computed once.
     """
 
-    gain: torch.Tensor
     strength: torch.Tensor | None
     """What the update is multiplied by at run time beside its gain, 0-d; ``None``: nothing, which is exact."""
-    pool: Pool | None
 
     def __init__(
         self, method: Adapter, target: Target, tensors: Tensors, pool: Pool | None, dropout: float, weight: torch.Tensor,
         bases: Any = None,
     ) -> None:  # fmt: skip
-        super().__init__()
-        gain = tensors.pop("gain", None)
-        register(self, tensors)
+        super().__init__(tensors, method.gain(target), pool, dropout, weight.device)
         self.base_dtype = weight.dtype
-        self.register_buffer("gain", torch.tensor(method.gain(target), device=weight.device) if gain is None else gain)
         self.register_buffer("strength", None, persistent=False)
         self.method = method
         self.target = target
         self.bases = bases
-        self.dropout = dropout
-        self.__dict__["pool"] = pool  # owned by the root: not a child of this module
         self.held: Update | None = None
         self._cached: tuple[Any, Update] | None = None
-
-    def sources(self) -> list[torch.Tensor]:
-        """The tensors that the update is made of, shared ones left out."""
-        return [*self.parameters(), *self.buffers()]
 
     def update(self) -> Update:
         """The update that the tensors make now."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from espalier.errors import EspalierError
 
 if TYPE_CHECKING:
-    from espalier.anatomy.target import Target
-    from espalier.attach.method import Adapter
+    from espalier.attach.method import Method
 
 
 def parse_numbers(text: str) -> int:
@@ -27,7 +26,7 @@ def parse_numbers(text: str) -> int:
     return int(number / 4 if found[4] else number)
 
 
-def fit(method: Adapter, targets: Sequence[Target], numbers: int) -> Adapter:
+def fit(method: Method, targets: Sequence[Any], numbers: int) -> Method:
     """The method with the value of its ``size`` hyperparameter that trains the most numbers, at most so many.
 
     Counts grow with it, or fall (RandLoRA's rank), but do not turn; of values that train equally many, the smallest.
@@ -60,14 +59,14 @@ def fit(method: Adapter, targets: Sequence[Target], numbers: int) -> Adapter:
     return _with_size(method, best)
 
 
-def _with_size(method: Adapter, value: int) -> Adapter:
+def _with_size(method: Method, value: int) -> Method:
     other = copy.copy(method)
     setattr(other, method.size, value)
     return other
 
 
-def trained(method: Adapter, targets: Sequence[Target]) -> int:
-    """How many numbers a method trains on some parameters."""
+def trained(method: Method, targets: Sequence[Any]) -> int:
+    """How many numbers a method trains on some parameters or sites."""
     return sum(method.count(target) for target in targets) + method.count_shared(targets)
 
 

@@ -188,6 +188,15 @@ class SingularVectors(Statistic):
         return (*place[:-1], min(rank, place[-1]), place[-1])
 
 
+@register("gradient", "gradient")
+class Gradient(Statistic):
+    """The gradient itself, summed over sequences, as the model stores the parameter: what LoRA-GA starts from."""
+
+    def add(self, rows: torch.Tensor) -> None:
+        for total, part in zip(self.sum.view(-1).split(PIECE), rows.reshape(-1).split(PIECE), strict=True):
+            total.add_(part)
+
+
 @register("fisher", "gradient")
 class Fisher(Statistic):
     """The diagonal of the empirical Fisher information, summed over sequences: the squares of each one's gradient.

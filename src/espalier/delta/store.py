@@ -40,7 +40,7 @@ FORMAT = 1
 TENSORS, MANIFEST, FILES = "delta.safetensors", "delta.json", "files"
 _KINDS = {
     "base": dict, "method": str, "hyperparameters": dict, "settings": dict, "training": dict, "special_tokens": dict,
-    "tensors": dict, "removed": list, "relaid": dict, "files": dict, "lineage": list,
+    "tensors": dict, "branches": dict, "removed": list, "relaid": dict, "files": dict, "lineage": list,
     "classifier": dict, "vocabulary": int, "added_tokens": list, "over": list,
 }  # fmt: skip
 
@@ -72,12 +72,15 @@ class Delta:
     manifest: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     """Where it was read from, if it was."""
+    branches: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    """Name of a site to the tensors of the branch there; ``shared`` to those that sites share."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, shared factors once."""
+        branches = sum(t.numel() * t.element_size() for tensors in self.branches.values() for t in tensors.values())
         shared = {u.shared[f]: t for u in self.updates.values() for f, t in u.tensors().items() if f in u.shared}
-        return sum(u.nbytes for u in self.updates.values()) + sum(t.numel() * t.element_size() for t in shared.values())
+        return branches + sum(u.nbytes for u in self.updates.values()) + sum(t.numel() * t.element_size() for t in shared.values())
 
     @property
     def base_fingerprint(self) -> str | None:
@@ -123,7 +126,10 @@ Append = Callable[[str, Any], None]
 
 
 @contextlib.contextmanager
-def writing(folder: Path, entries: Mapping[str, Entry], manifest: dict[str, Any], card: str) -> Iterator[Append]:
+def writing(
+    folder: Path, entries: Mapping[str, Entry], manifest: dict[str, Any], card: str,
+    branches: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+) -> Iterator[Append]:  # fmt: skip
     """Write a delta into a directory (made when missing), whose tensors come in parts.
 
     Yields ``append(stored name, bytes)``, which puts the next bytes of a tensor behind those before; different tensors
@@ -132,6 +138,8 @@ def writing(folder: Path, entries: Mapping[str, Entry], manifest: dict[str, Any]
     """
     folder.mkdir(parents=True, exist_ok=True)
     layout = {e.stored(name, key): spec for name, e in entries.items() for key, spec in e.tensors.items()}
+    described = {site: {key: (dtype_name(t.dtype), tuple(t.shape)) for key, t in own.items()} for site, own in (branches or {}).items()}
+    layout |= {_branch(site, key): spec for site, own in described.items() for key, spec in own.items()}
     hashes = {stored: hashlib.sha256() for stored in layout}
     written = dict.fromkeys(layout, 0)
     with atomic_file(folder / TENSORS) as temporary:
@@ -154,6 +162,7 @@ def writing(folder: Path, entries: Mapping[str, Entry], manifest: dict[str, Any]
         **{key: value for key, value in manifest.items() if key not in ("espalier_delta", "sha256")},
         "tensors": {stored: h.hexdigest() for stored, h in hashes.items()},
         "parameters": {name: entry.as_json() for name, entry in entries.items()},
+        **({"branches": described} if described else {}),
     }
     write_text(folder / MANIFEST, json.dumps({**facts, "sha256": _digest(facts)}, indent=1) + "\n")
 
@@ -161,7 +170,10 @@ def writing(folder: Path, entries: Mapping[str, Entry], manifest: dict[str, Any]
 def save(folder: Path, delta: Delta, card: str) -> int:
     """Write a delta that is in memory into a directory; returns the bytes of its tensors' file."""
     entries = {name: Entry.of(update, delta.layouts[name]) for name, update in delta.updates.items()}
-    with writing(folder, entries, delta.manifest, card) as append:
+    with writing(folder, entries, delta.manifest, card, delta.branches) as append:
+        for site, tensors in delta.branches.items():
+            for key, tensor in tensors.items():
+                append(_branch(site, key), tensor_bytes(tensor))
         done: set[str] = set()
         for name, update in delta.updates.items():
             for key, tensor in update.tensors().items():
@@ -169,6 +181,11 @@ def save(folder: Path, delta: Delta, card: str) -> int:
                     append(stored, tensor_bytes(tensor))
                     done.add(stored)
     return (folder / TENSORS).stat().st_size
+
+
+def _branch(site: str, key: str) -> str:
+    """The name in the file of one tensor of a branch."""
+    return f"branch/{site}:{key}"
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -234,10 +251,11 @@ def relaid(manifest: Mapping[str, Any]) -> dict[str, Source]:
     return {name: Source.from_json(entry) for name, entry in manifest.get("relaid", {}).items()}
 
 
-def load(folder: Path, *, mapped: bool = False) -> Delta:
+def load(folder: Path, *, mapped: bool = False, branches: bool = False) -> Delta:
     """Read a delta.
 
     Args:
+        branches: whether the caller knows what to do with a delta's branches; one that works on weights does not.
         mapped: leave the tensors in the file's pages and make each update when it is asked for, so that a delta may be
             larger than memory.
 
@@ -246,6 +264,12 @@ def load(folder: Path, *, mapped: bool = False) -> Delta:
     """
     manifest = manifest_of(folder)
     described, hashes = manifest.pop("parameters"), manifest.pop("tensors", {})
+    branched = manifest.pop("branches", {})
+    if branched and not branches:
+        raise EspalierError(
+            f"{folder} holds branches of {manifest.get('method')} (at {', '.join([*branched][:3])}{', ...' if len(branched) > 3 else ''}): "
+            "they are modules beside the weights and cannot be merged into them; eval, generate and espalier.load use such a delta as it is"
+        )
     path = folder / TENSORS
     if not path.is_file():
         raise EspalierError(f"{path} is missing")
@@ -256,8 +280,9 @@ def load(folder: Path, *, mapped: bool = False) -> Delta:
         if not mapped:
             made[name] = update
     layouts = {name: updates.layout(name) for name in updates}
+    read = {site: updates.branch(site, own) for site, own in branched.items()}
     updates.refuse_strays()
-    return Delta(updates if mapped else made, layouts, manifest, folder)
+    return Delta(updates if mapped else made, layouts, manifest, folder, read)
 
 
 class _Updates(Mapping[str, Update]):
@@ -298,6 +323,17 @@ class _Updates(Mapping[str, Update]):
             raise EspalierError(f"{self.folder}: the update of {name!r}: {error}") from error
         except (KeyError, TypeError) as error:
             raise EspalierError(f"{self.folder / MANIFEST}: the entry of {name!r} is malformed ({error!r})") from error
+
+    def branch(self, site: str, described: Any) -> dict[str, torch.Tensor]:
+        """The tensors of the branch at a site, as ``delta.json`` describes them."""
+        if not isinstance(described, dict):
+            raise EspalierError(f"{self.folder / MANIFEST}: the branch at {site!r} is {described!r}; it must be a table of tensors")
+        for key, spec in described.items():
+            info = self.file.tensors.get(_branch(site, key))
+            found = None if info is None else [info.dtype, list(info.shape)]
+            if found != spec:
+                raise EspalierError(f"{self.file.path}: the tensor {key!r} of the branch at {site!r} is {found or 'missing'}; {MANIFEST} describes {spec}")
+        return {key: self._tensor(_branch(site, key)) for key in described}
 
     def refuse_strays(self) -> None:
         """Refuse tensors that belong to no update; to be asked when every update has been made."""

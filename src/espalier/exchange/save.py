@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from espalier import registry
+from espalier.anatomy.site import sites
 from espalier.attach.attachment import Attachment, attachments
+from espalier.attach.branch import Branch
 from espalier.checkpoint import peft_adapter
 from espalier.checkpoint.directory import ModelDirectory, resolve_model
 from espalier.data.encode import Encoder
 from espalier.delta import store
 from espalier.errors import EspalierError
-from espalier.exchange import new_head, new_tokens, peft_kinds
+from espalier.exchange import new_head, new_tokens, peft_kinds, peft_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,10 +78,10 @@ def describe(
     attachment: Attachment, base: dict[str, Any], encoder: Encoder | None, mask_policy: str, training: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What ``delta.json`` says beside the parameters."""
-    method = attachment.method
+    method = attachment.method.stored() if isinstance(attachment.method, Branch) else attachment.method
     return {
         "method": method.name,
-        "hyperparameters": {h.name: getattr(method, h.name) for h in registry.find(method.name, "adapter").hyperparameters},
+        "hyperparameters": {h.name: getattr(method, h.name) for h in registry.find(method.name, registry.ATTACHED).hyperparameters},
         "settings": attachment.settings,
         "base": base,
         "tokenizer": encoder.fingerprint if encoder else None,
@@ -125,11 +127,13 @@ def write(
     if base is not None and (tokens := new_tokens.tokens_of(attachment)):
         new_tokens.as_whole(base, targets, updates, layouts)
         manifest = manifest | new_tokens.bring(tokens, tokenizer, model, base, manifest, out)
-    delta = store.Delta(updates, layouts, manifest)
+    delta = store.Delta(updates, layouts, manifest, branches=attachment.stored_branches())
     if store.is_delta(out):
         peft_adapter.remove(out)  # the old delta's files: PEFT may not be able to hold the new one
-    size = store.save(out, delta, card(manifest))
-    return {"bytes": size, "peft": peft_kinds.export(out, delta, targets, str(manifest["base"]["name"]), model)}
+    size = store.save(out, delta, card(manifest, bool(delta.branches)))
+    name = str(manifest["base"]["name"])
+    why = peft_prompt.export(out, delta, sites(model), name) if delta.branches else peft_kinds.export(out, delta, targets, name, model)
+    return {"bytes": size, "peft": why}
 
 
 def _is_writer() -> bool:
@@ -138,8 +142,8 @@ def _is_writer() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
-def card(manifest: Mapping[str, Any]) -> str:
-    """The model card of a delta."""
+def card(manifest: Mapping[str, Any], branched: bool = False) -> str:
+    """The model card of a delta; one with branches cannot be applied."""
     base, training = manifest["base"], manifest["training"]
     options = ", ".join(f"{k} {v}" for k, v in manifest["hyperparameters"].items())
     facts = "".join(f"- {key.replace('_', ' ')}: {value}\n" for key, value in training.items())
@@ -150,5 +154,5 @@ def card(manifest: Mapping[str, Any]) -> str:
         f"Method `{manifest['method']}`{f' ({options})' if options else ''}; loss over {manifest['mask_policy']}; base "
         f"fingerprint `{base['fingerprint']}`.\n\n{facts}\n"
         f"    espalier generate --model {base['name']} {deltas} --prompt TEXT\n"
-        f"    espalier apply --model {base['name']} {deltas} --out MERGED\n"
+        + ("" if branched else f"    espalier apply --model {base['name']} {deltas} --out MERGED\n")
     )

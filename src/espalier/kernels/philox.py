@@ -239,3 +239,10 @@ class Stream:
     def choice(self, count: int, chosen: int) -> torch.Tensor:
         """``chosen`` distinct members of ``range(count)``, sorted, as int64."""
         return self.permutation(count)[:chosen].sort().values
+
+
+class Numberless(Stream):
+    """A stream for tensors of which only the shapes count: it draws nothing and gives zeros."""
+
+    def numbers(self, count: int, distribution: Distribution, device: Device) -> torch.Tensor:
+        return torch.zeros(count, dtype=distribution.dtype, device=device)

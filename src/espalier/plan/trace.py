@@ -26,15 +26,8 @@ from espalier.attach.attachment import attach, attach_updates, release_base, tra
 from espalier.attach.coded_base import quantize_base
 from espalier.delta.forms import Update
 from espalier.errors import EspalierError
-from espalier.kernels.philox import Device, Distribution, Stream
+from espalier.kernels.philox import Numberless
 from espalier.memory.training_form import training_form
-
-
-class _NoNumbers(Stream):
-    """Random numbers for tensors that hold none."""
-
-    def numbers(self, count: int, distribution: Distribution, device: Device) -> torch.Tensor:
-        return torch.zeros(count, dtype=distribution.dtype, device=device)
 
 
 def _even_counts(numbers: torch.Tensor, weights: Any = None, minlength: int = 0) -> torch.Tensor:
@@ -174,7 +167,7 @@ def _trace(
             quantize_base(model, base_bits)
         for number, updates in enumerate(over):
             attach_updates(model, updates, f"delta{number}")
-        attach(model, method, **options, streams=_NoNumbers)
+        attach(model, method, **options, streams=Numberless)
         release_base(model)
         trained = sum(p.numel() for p in trainable_parameters(model).values())
         frozen = [t for t in (*model.parameters(), *model.buffers()) if not (t.requires_grad or t.is_meta)]

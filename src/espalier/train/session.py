@@ -146,17 +146,23 @@ def must_pad(model: PreTrainedModel, vocabulary: int, display: Display) -> bool:
 DEFAULT_LENGTH = 512
 
 
-def fitting_length(asked: int | None, config: Any) -> int:
+def fitting_length(asked: int | None, config: Any, taken: int = 0) -> int:
     """The sequence length to use: the one asked for, or the default, cut to the positions that the model has.
+
+    Args:
+        taken: positions in front of every sequence that a branch takes.
 
     Raises:
         EspalierError: when more positions are asked for than the model has.
     """
     longest = getattr(config, "max_position_embeddings", None)
+    if longest and longest <= taken:
+        raise EspalierError(f"the branch takes {taken} positions; the model has {longest}")
     if asked is None:
-        return min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
-    if longest and asked > longest:
-        raise EspalierError(f"sequence_length is {asked}; the model has {longest} positions")
+        return min(DEFAULT_LENGTH, longest - taken if longest else DEFAULT_LENGTH)
+    if longest and asked > longest - taken:
+        beside = f", of which the branch takes {taken}" if taken else ""
+        raise EspalierError(f"sequence_length is {asked}; the model has {longest} positions{beside}")
     return asked
 
 
@@ -194,6 +200,9 @@ def show_targets(attachment: Attachment, model: nn.Module, display: Display) -> 
         trained = sum(p.numel() for p in slot.parameters() if p.requires_grad)
         role = " = ".join(dict.fromkeys(slot.target.roles))
         groups.setdefault((role, slot.target.shape, trained), []).append(slot.target.block)
+    for branch in attachment.branches.values():
+        trained = sum(p.numel() for p in branch.parameters() if p.requires_grad)
+        groups.setdefault((branch.site.kind, (branch.site.width,), trained), []).append(branch.site.block)
     rows = []
     for (role, shape, trained), blocks in groups.items():
         rows.append([role, _ranges(blocks), " x ".join(map(str, shape)), trained, trained * len(blocks)])
@@ -255,7 +264,7 @@ def dry_run(
     trial = run.folder / "trial"
     shutil.rmtree(trial, ignore_errors=True)
     save(trial)
-    delta_store.load(trial)
+    delta_store.load(trial, branches=True)
     shutil.rmtree(trial)
     path = checkpoint.save(run.checkpoints, tensors, optimizer, run.state)
     checkpoint.check(path)

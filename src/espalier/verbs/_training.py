@@ -14,15 +14,17 @@ import torch
 
 from espalier import registry
 from espalier.anatomy.classification import labels_of
-from espalier.anatomy.parameters import parameters, select
+from espalier.anatomy.parameters import parameters
 from espalier.attach.attachment import (
     Statistics,
     attach,
     attachments,
     release_base,
     settle,
+    targets_of,
     trainable_parameters,
 )
+from espalier.attach.branch import Branch
 from espalier.attach.coded_base import quantize_base
 from espalier.attach.course import Course
 from espalier.attach.device import pick_device
@@ -117,13 +119,13 @@ class Job:
             raise EspalierError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: this version trains in one process; run it without torchrun")
 
     def _make_methods(self, name: str, options: dict[str, Any]) -> None:
-        registry.find(name, "adapter"), registry.find(self.a["optimizer"], "optimizer")
-        own = {h.name for h in registry.find(name, "adapter").hyperparameters}
+        registry.find(name, registry.ATTACHED), registry.find(self.a["optimizer"], "optimizer")
+        own = {h.name for h in registry.find(name, registry.ATTACHED).hyperparameters}
         theirs = {h.name for h in registry.find(self.a["optimizer"], "optimizer").hyperparameters}
         self.optimizer_method = registry.make(
             self.a["optimizer"], "optimizer", **{k: v for k, v in options.items() if k in theirs and k not in own}
         )
-        self.method = registry.make(name, "adapter", **{k: v for k, v in options.items() if k in own or k not in theirs})
+        self.method = registry.make(name, registry.ATTACHED, **{k: v for k, v in options.items() if k in own or k not in theirs})
         self.hyperparameters = {key: _plain(getattr(self.optimizer_method, key)) for key in sorted(theirs)}
         self.hyperparameters |= {key: _plain(getattr(self.method, key)) for key in sorted(own)}
         self.a["targets"] = self.a["targets"] or self.method.targets
@@ -167,7 +169,8 @@ class Job:
         known = len(self.tokenizer)
         self.new_tokens = _add_tokens(self.tokenizer, a["add_tokens"]) if a["add_tokens"] else []
         self.encoder = Encoder(self.tokenizer)
-        a["sequence_length"] = session.fitting_length(a["sequence_length"], self.config)
+        taken = self.method.positions() if isinstance(self.method, Branch) else 0
+        a["sequence_length"] = session.fitting_length(a["sequence_length"], self.config, taken)
         if known > self.config.vocab_size:
             raise EspalierError(f"the tokenizer in {tokenizer_at} has {known} tokens, the model {self.config.vocab_size}")
         if self.new_tokens:
@@ -183,8 +186,10 @@ class Job:
         """A delta that the new one is trained over.
 
         Raises:
-            EspalierError: when it brings a head or tokens, or the method looks at what the base alone does.
+            EspalierError: when it holds branches, brings a head or tokens, or the method looks at what the base alone does.
         """
+        if "branches" in delta_store.manifest_of(folder):
+            raise EspalierError(f"--over {folder}: this delta holds branches; a new one can be trained over updates of weights only")
         delta = delta_store.load(folder, mapped=True)
         if brings := next((what for key, what in (("classifier", "a head"), ("vocabulary", "tokens")) if key in delta.manifest), None):
             raise EspalierError(f"--over {folder}: this delta brings {brings} that the base does not have; apply it, and tune the model that comes of it")
@@ -216,7 +221,7 @@ class Job:
         """Make the method as large as ``--trainable`` allows."""
         if self.method.size in self.given:
             raise EspalierError(f"give --{self.method.size} or --trainable, not both")
-        targets = select(parameters(empty_model(config_at)), [part.strip() for part in self.a["targets"].split(",")])
+        targets = targets_of(empty_model(config_at), self.method, self.a["targets"])
         self.method = fit(self.method, targets, numbers)
         value, count = getattr(self.method, self.method.size), trained(self.method, targets)
         self.hyperparameters[self.method.size] = value
@@ -420,7 +425,8 @@ class Job:
         self.size = written["bytes"]
         self.display.note(f"the delta is in {out} ({format_bytes(self.size)})")
         if written["peft"]:
-            self.display.note(f"PEFT cannot load it as it is: {written['peft']}; `espalier apply` makes a model of it")
+            otherwise = "" if self.attachment.branches else "; `espalier apply` makes a model of it"
+            self.display.note(f"PEFT cannot load it as it is: {written['peft']}{otherwise}")
 
     def save_model(self, out: Path) -> None:
         """The trained model as an ordinary checkpoint."""

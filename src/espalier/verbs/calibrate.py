@@ -28,7 +28,7 @@ def calibrate(
         model: a directory, `seedling`, or a hub id
         data: text file, folder of text files, .jsonl file, or stdlib:NAME
         out: file of the statistics (safetensors)
-        want: statistics, comma-separated: mean,variance,second_moment,norm,absmax,singular_vectors,output_mean,output_variance,fisher,gradient_norm
+        want: statistics, comma-separated: mean,variance,second_moment,norm,absmax,singular_vectors,output_mean,output_variance,gradient,fisher,gradient_norm
         targets: parameters to watch: roles such as attention,mlp,head or globs
         tokens: stop drawing sequences at so many tokens; 0: all of the data
         sequence_length: longest sequence, in tokens; default: 512, or all positions of a model with fewer

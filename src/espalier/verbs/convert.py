@@ -128,23 +128,26 @@ def _export(folder: Any, delta: Any, model: str | None) -> None:
 def _import(folder: Any, target: Any, model: str | None, display: Any) -> dict[str, Any]:
     """A PEFT adapter as a delta."""
     from espalier.anatomy.parameters import parameters
+    from espalier.anatomy.site import sites
     from espalier.checkpoint.atomic import atomic_directory
     from espalier.checkpoint.directory import ModelDirectory, resolve_model
     from espalier.checkpoint.peft_adapter import read_config
     from espalier.delta import store
     from espalier.errors import EspalierError
-    from espalier.exchange import new_head
+    from espalier.exchange import new_head, peft_prompt
     from espalier.exchange.peft_import import import_adapter
     from espalier.exchange.peft_kinds import export
     from espalier.memory.meter import format_bytes
 
-    named = model or read_config(folder).get("base_model_name_or_path")
+    config = read_config(folder)
+    named = model or config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise EspalierError(f"{folder} does not name its base model; pass --model DIR")
     directory = ModelDirectory(resolve_model(named))
     live = new_head.model_of_adapter(folder, read_config(folder), directory)
     targets = {t.name: t for t in parameters(live)}
-    delta = import_adapter(folder, targets, directory)
+    branched = config.get("peft_type") in peft_prompt.KINDS
+    delta = peft_prompt.import_prompt(folder, sites(live)) if branched else import_adapter(folder, targets, directory)
     delta.manifest["base"] = {"name": str(named), "fingerprint": directory.fingerprint(), "model_type": live.config.model_type}
     delta.manifest["training"] = {"imported_from": str(folder)}
     card = f"---\nlibrary_name: espalier\nbase_model: {named}\n---\n\n# A delta of {named}\n\nImported from the PEFT adapter `{folder}`.\n"
@@ -154,6 +157,10 @@ def _import(folder: Any, target: Any, model: str | None, display: Any) -> dict[s
             new_head.as_whole(head, delta.updates, delta.layouts)
             delta.manifest |= new_head.bring(head, live, directory, temporary)
         size = store.save(temporary, delta, card)
-        export(temporary, delta, targets, str(named), live)
-    display.note(f"{len(delta.updates)} updates imported; the delta is in {target} ({format_bytes(size)})")
-    return {"out": str(target), "method": delta.manifest["method"], "parameters": len(delta.updates), "bytes": size}
+        if branched:
+            peft_prompt.export(temporary, delta, sites(live), str(named))
+        else:
+            export(temporary, delta, targets, str(named), live)
+    count, what = (len(delta.branches), "branches") if branched else (len(delta.updates), "updates")
+    display.note(f"{count} {what} imported; the delta is in {target} ({format_bytes(size)})")
+    return {"out": str(target), "method": delta.manifest["method"], "parameters": count, "bytes": size}

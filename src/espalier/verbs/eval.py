@@ -53,7 +53,7 @@ def eval(
     from contextlib import ExitStack
     from pathlib import Path
 
-    from espalier.attach.attachment import attachments
+    from espalier.attach.attachment import attachments, positions_taken
     from espalier.attach.load import load_model, load_tokenizer, put_on
     from espalier.checkpoint.directory import ModelDirectory, resolve_model
     from espalier.data.encode import Encoder
@@ -83,10 +83,10 @@ def eval(
     task = task_of(store, data, encoder, loaded)
     if asked and store.kind == "label":
         raise EspalierError("experts move the logits of tokens; --expert does not go with labelled data")
-    sequence_length = session.fitting_length(sequence_length, loaded.config)
     for folder in delta or ():
         manifest = put_on(loaded, Path(folder), directory, any_base=any_base, scale=scale).manifest
         session.check_tokenizer(manifest, folder, encoder, store.kind, display)
+    sequence_length = session.fitting_length(sequence_length, loaded.config, positions_taken(loaded))
     chunk, padded = default_chunk(loaded.config.vocab_size), task.must_pad(loaded, display)
     scored: Any = loaded
     models = [loaded]

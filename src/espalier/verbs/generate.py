@@ -58,6 +58,7 @@ def generate(
     from pathlib import Path
 
     from espalier.anatomy.classification import is_classifier
+    from espalier.attach.attachment import positions_taken
     from espalier.attach.load import load_model, load_tokenizer, put_on
     from espalier.checkpoint.directory import ModelDirectory, resolve_model
     from espalier.data.encode import Encoder
@@ -101,7 +102,8 @@ def generate(
         models += [base.model, *(voice.model for voice in experts)]
         decoding = Decoding(asked.fusion(), base, experts)
     longest = min((n for m in models if (n := getattr(m.config, "max_position_embeddings", None))), default=None)
-    if longest and len(ids) >= longest:
+    longest = longest and longest - positions_taken(loaded)
+    if longest is not None and len(ids) >= longest:
         raise EspalierError(f"the prompt has {len(ids)} tokens; the model has {longest} positions: shorten the prompt")
     if longest and len(ids) + max_tokens > longest:
         max_tokens = longest - len(ids)

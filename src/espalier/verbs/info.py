@@ -70,17 +70,19 @@ def _model(path: str) -> dict[str, Any]:
 def _delta(folder: Any) -> dict[str, Any]:
     from espalier.delta import store
 
-    delta = store.load(folder, mapped=True)
+    delta = store.load(folder, mapped=True, branches=True)
     forms: dict[str, int] = {}
     numbers = 0
     for update in delta.updates.values():
         forms[update.form] = forms.get(update.form, 0) + 1
         numbers += _numbers(update)
+    numbers += sum(tensor.numel() for tensors in delta.branches.values() for tensor in tensors.values())
     return {
         "kind": "delta",
         "path": str(folder),
         "forms": forms,
         "parameters": len(delta.updates),
+        **({"branches": [site for site in delta.branches if site != "shared"]} if delta.branches else {}),
         "numbers": numbers,
         "bytes": delta.nbytes,
         "peft": (folder / "adapter_config.json").is_file(),

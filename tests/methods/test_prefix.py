@@ -1,0 +1,152 @@
+"""Prefix tuning: attention over the concatenated keys, in every implementation, and PEFT's own prefix."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny, tokens
+from transformers import DynamicCache
+
+from espalier.attach import attention
+from espalier.attach.attachment import activate, attach, attachments, trainable_parameters
+from espalier.attach.attention import log_sum_exp
+from espalier.attach.load import load
+from espalier.exchange.save import save
+
+
+def randomize(model: torch.nn.Module, size: float = 0.3) -> None:
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in trainable_parameters(model).values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+
+
+@pytest.mark.parametrize(
+    ("family", "implementation"),
+    [("llama", "eager"), ("llama", "sdpa"), ("gpt2", "eager"), ("gpt2", "sdpa"), ("qwen3", "sdpa"), ("gemma2", "eager"), ("gpt_oss", "eager")],
+)
+def test_the_gated_form_equals_concatenated_prefix_attention(family: str, implementation: str) -> None:
+    """"the gated form equals concatenated prefix attention to 1e-6 (this is an exact identity)": with grouped heads, soft caps and sinks."""
+    overrides = {"sliding_window": 64} if family in ("gemma2", "gpt_oss") else {}
+    model = copy.deepcopy(tiny(family, **overrides)).double()
+    model.set_attn_implementation(implementation)
+    if family == "gpt_oss":
+        model.set_experts_implementation("eager")  # the other one does not know float64
+    attach(model, "prefix", length=5, dtype=torch.float64)
+    randomize(model)
+    x = tokens()
+    plain = copy.deepcopy(model)
+    ours = model(x).logits
+    ours.square().mean().backward()
+    activate(plain, [])
+    for p in trainable_parameters(plain).values():
+        p.grad = None
+    cache = DynamicCache()
+    for branch in attachments(plain)["prefix"].branches.values():
+        cache.update(*[t.transpose(0, 1)[None].expand(2, -1, -1, -1) for t in (branch.key, branch.value)], branch.site.block)
+    theirs = plain(x, past_key_values=cache, position_ids=torch.arange(x.shape[1])[None]).logits
+    theirs.square().mean().backward()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    for (name, p), q in zip(trainable_parameters(model).items(), trainable_parameters(plain).values(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-8, msg=name)
+
+
+def plain_log_sum_exp(q: torch.Tensor, k: torch.Tensor, hidden: torch.Tensor, scaling: float, softcap: float | None) -> torch.Tensor:
+    logits = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * scaling
+    logits = torch.tanh(logits / softcap) * softcap if softcap else logits
+    return torch.logsumexp(logits.masked_fill(hidden, float("-inf")), -1, keepdim=True)
+
+
+@pytest.mark.parametrize("numbers", [1 << 22, 60], ids=["whole", "row by row"])
+@pytest.mark.parametrize(("causal", "window", "softcap"), [(True, None, None), (True, 3, 2.0), (False, None, None), (False, 2, None)])
+def test_log_sum_exp_and_its_gradients_are_those_of_the_plain_one(
+    causal: bool, window: int | None, softcap: float | None, numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_NUMBERS", numbers)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 7, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(2, 2, 9, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    distance = torch.arange(2, 9)[:, None] - torch.arange(9)
+    hidden = distance < 0 if causal else torch.zeros(7, 9, dtype=torch.bool)
+    if window:
+        hidden = hidden | (distance >= window if causal else distance.abs() > window)
+    ours = log_sum_exp(q, k, None, causal, window, None, 0.5, softcap)
+    theirs = plain_log_sum_exp(q, k, hidden, 0.5, softcap)
+    torch.testing.assert_close(ours, theirs)
+    y = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
+    for a, b in zip(torch.autograd.grad((ours * y).sum(), (q, k)), torch.autograd.grad((theirs * y).sum(), (q, k)), strict=True):
+        torch.testing.assert_close(a, b)
+    mask = (~hidden).expand(2, 1, 7, 9)
+    torch.testing.assert_close(log_sum_exp(q, k, mask, False, None, None, 0.5, softcap), theirs)
+    torch.testing.assert_close(log_sum_exp(q, k, torch.where(mask, 0.0, -1e30), False, None, None, 0.5, softcap), theirs)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_kernels_log_sum_exp_is_that_of_the_plain_twin(causal: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, y = (torch.randn(2, heads, 70, size, generator=generator, dtype=dtype, requires_grad=True) for heads, size in ((4, 8), (2, 8), (4, 1)))
+    results = []
+    for fast in (True, False):
+        if not fast:
+            monkeypatch.setattr(attention, "_is_fast", lambda *arguments: False)
+        made = log_sum_exp(q, k, None, causal, None, None, 0.5, None)
+        results.append((made, *torch.autograd.grad((made * y).sum(), (q, k))))
+    torch.testing.assert_close(results[0], results[1], rtol=tolerance, atol=tolerance)
+
+
+def test_no_logits_are_kept_for_the_backward_pass() -> None:
+    q, k = torch.randn(1, 4, 64, 8, requires_grad=True), torch.randn(1, 2, 64, 8, requires_grad=True)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+        log_sum_exp(q, k, None, True, None, None, 0.3, None)
+    assert sorted(kept) == [4 * 64, k.numel(), q.numel(), q.numel()]
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+        log_sum_exp(q, k, None, True, 32, None, 0.3, None)
+    assert sorted(kept) == [4 * 64, k.numel(), q.numel()]
+
+
+def test_a_row_that_sees_nothing_is_all_prefix() -> None:
+    """Rows of left padding: the mask hides every key."""
+    q, k = torch.randn(1, 2, 3, 4, requires_grad=True), torch.randn(1, 2, 3, 4, requires_grad=True)
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    mask[:, :, 0] = False
+    lse = log_sum_exp(q, k, mask, False, None, None, 0.5, None)
+    assert float(torch.exp(lse[0, 0, 0]).detach()) == 0
+    lse.sum().backward()
+    assert bool(torch.isfinite(q.grad).all() and torch.isfinite(k.grad).all())
+
+
+def test_the_projection_is_dropped_on_save(tmp_path: Path) -> None:
+    """"reparametrised by an MLP with Tanh during training and discarded afterwards"."""
+    model = copy.deepcopy(tiny("llama"))
+    model.save_pretrained(tmp_path / "base")
+    attach(model, "prefix", length=4, projection=6)
+    attachment = attachments(model)["prefix"]
+    assert attachment.trainable() == attachment.method.count_shared([b.site for b in attachment.branches.values()])
+    randomize(model)
+    x = tokens()
+    model(x).logits.square().mean().backward()
+    assert all(p.grad.abs().max() > 0 for p in trainable_parameters(model).values())
+    save(model, tmp_path / "delta", base=tmp_path / "base")
+    loaded = load(tmp_path / "base", [tmp_path / "delta"])
+    (again,) = attachments(loaded).values()
+    assert again.pool is None and again.method.projection == 0
+    assert {name for b in again.branches.values() for name in b.names} == {"key", "value"}
+    torch.testing.assert_close(loaded(x).logits, model(x).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_two_prefixes_are_one_that_is_both() -> None:
+    one, both = copy.deepcopy(tiny("llama")), copy.deepcopy(tiny("llama"))
+    attach(one, "prefix", length=5)
+    randomize(one)
+    for name, part in (("a", slice(0, 2)), ("b", slice(2, 5))):
+        attach(both, "prefix", name=name, length=part.stop - part.start)
+        for site, branch in attachments(both)[name].branches.items():
+            whole = attachments(one)["prefix"].branches[site]
+            branch.key.data, branch.value.data = whole.key.data[part], whole.value.data[part]
+    torch.testing.assert_close(both(tokens()).logits, one(tokens()).logits, rtol=1e-5, atol=1e-5)
