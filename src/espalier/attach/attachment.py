@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,10 @@ class Attachment:
     settings: dict[str, Any] = field(default_factory=dict)
     branches: dict[str, BranchSlot] = field(default_factory=dict)
     """By name of the site."""
+    active: bool = True
+    """Whether it acts (see :func:`activate`)."""
+    stored: tuple[str, str] | None = None
+    """Where it was read from, and the SHA-256 of its ``delta.json``, if it was."""
 
     @property
     def parts(self) -> list[Any]:
@@ -108,6 +113,11 @@ def _logical(model: nn.Module, target: Target) -> torch.Tensor:
     return weight.detach().transpose(-1, -2) if target.transposed else weight.detach()
 
 
+def _refuse_within_rows(model: nn.Module) -> None:
+    if "_espalier_rows" in model.__dict__:
+        raise EspalierError("the rows of this model have deltas of their own; leave `with rows(...)` before its deltas are changed")
+
+
 def _hold(owner: nn.Module, key: str, held: nn.Module) -> None:
     if "espalier" not in owner._modules:
         owner.add_module("espalier", nn.ModuleDict())
@@ -148,8 +158,9 @@ def _install(model: nn.Module, attachment: Attachment) -> None:
 
 def _prepare(model: nn.Module, inputs: Any = None) -> None:
     pools: Any = model._modules.get("espalier_pools", {})
-    for pool in pools.values():
-        pool.prepare()
+    for name, pool in pools.items():
+        if attachments(model)[name].active:
+            pool.prepare()
 
 
 def attach(
@@ -208,6 +219,8 @@ def attach(
     chosen = targets_of(model, made, patterns, whole)
     _freeze(model)
     name = _fresh_name(model, name or made.name)
+    with torch.no_grad():
+        _prepare(model)  # the weights that this delta stands on may have others on them, whose tensors are shared
 
     def ready(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
         return {
@@ -313,6 +326,7 @@ def _patterns(targets: str | Sequence[str]) -> list[str]:
 
 
 def _fresh_name(model: nn.Module, name: str) -> str:
+    _refuse_within_rows(model)
     if name in attachments(model):
         raise EspalierError(f"the model already carries a delta called {name!r}; pass another name=, or detach it first")
     if "." in name or ":" in name or not name:
@@ -352,7 +366,9 @@ def release_base(model: nn.Module) -> None:
     _prepare(model)
     for attachment in attachments(model).values():
         for slot in attachment.slots.values():
-            if not (slot.update().ignores_base and slot.target.names):
+            owner, local = _owner(model, slot.target.name)
+            alone = len(owner.__dict__["_espalier"].get(local, ())) == 1  # what stands below it reads the base
+            if not (alone and slot.update().ignores_base and slot.target.names):
                 continue
             empty = nn.Parameter(torch.empty_like(stored(model, slot.target.name), device="meta"), requires_grad=False)
             for alias in slot.target.names:
@@ -421,6 +437,46 @@ def attach_updates(
     return model
 
 
+def active(model: nn.Module) -> list[str]:
+    """The names of the deltas that act on a model, innermost first."""
+    return [name for name, attachment in attachments(model).items() if attachment.active]
+
+
+def _known(model: nn.Module, names: Collection[str]) -> dict[str, Attachment]:
+    present = attachments(model)
+    if unknown := [name for name in names if name not in present]:
+        raise EspalierError(f"the model carries no delta called {unknown[0]!r} (it carries: {', '.join(present) or 'none'})")
+    return present
+
+
+@torch.no_grad()
+def scale(model: nn.Module, name: str, factor: float) -> None:
+    """Let a delta act with ``factor`` times its strength: 0 is the base, 1 the delta as it is, exactly.
+
+    A factor of updates that is not 1 is a tensor: changing it recompiles nothing. Branches at 0 do not act. It is of the live
+    model: saving does not see it.
+
+    Raises:
+        EspalierError: when the model carries no such delta, the factor is not finite, or not 0 or 1 for a branch at the embedding.
+    """
+    attachment = _known(model, [name])[name]
+    if not math.isfinite(factor):
+        raise EspalierError(f"factor is {factor}; it must be a finite number")
+    for branch in attachment.branches.values():
+        if branch.site.place == "embedding" and factor not in (0, 1):
+            raise EspalierError(f"a branch at the embedding is there or not, and cannot be scaled by {factor}; give 0 or 1")
+        branch.strength = float(factor)
+        branch.gain.fill_(branch.method.gain(branch.site) * branch.scale * factor)
+        branch.active = attachment.active and factor != 0
+    for slot in attachment.slots.values():
+        if factor == 1:
+            slot.strength = None
+        elif slot.strength is None:
+            slot.strength = torch.tensor(float(factor), device=slot.gain.device)
+        else:
+            slot.strength.fill_(factor)
+
+
 def _stored_branches(model: nn.Module, attachment: Attachment, branches: Mapping[str, Mapping[str, torch.Tensor]], method: Branch, scale: float) -> None:
     """The branches of a stored delta; their sizes are compared with those that the method would give them here."""
     known = {site.name: site for site in sites(model) if method.accepts(site)}
@@ -453,21 +509,24 @@ def _stored_branches(model: nn.Module, attachment: Attachment, branches: Mapping
 def activate(model: nn.Module, names: Collection[str]) -> None:
     """Let only the deltas of these names act on a model; the others stay on it, and cost no time.
 
+    Those that act make a chain, in the order in which they were attached.
+
     Raises:
         EspalierError: when the model carries no delta of a name.
     """
-    present = attachments(model)
-    if unknown := [name for name in names if name not in present]:
-        raise EspalierError(f"the model carries no delta called {unknown[0]!r} (it carries: {', '.join(present) or 'none'})")
+    _refuse_within_rows(model)
+    names = [names] if isinstance(names, str) else names
+    present = _known(model, names)
     acting: dict[nn.Module, dict[str, tuple[str, list[Slot]]]] = {}
     for attachment in present.values():
+        attachment.active = attachment.name in names
         for branch in attachment.branches.values():
-            branch.active = attachment.name in names
+            branch.active = attachment.active and branch.strength != 0
         for slot in attachment.slots.values():
             for alias, route in zip(slot.target.names, slot.target.routes, strict=True):
                 module, local = _owner(model, alias)
                 _, slots = acting.setdefault(module, {}).setdefault(local, (route, []))
-                if attachment.name in names:
+                if attachment.active:
                     slots.append(slot)
     for module, found in acting.items():
         module.__dict__["_espalier"] = {local: slots for local, (_, slots) in found.items()}
@@ -481,9 +540,8 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     Raises:
         EspalierError: when the model carries no delta of that name.
     """
-    present = attachments(model)
-    if name is not None and name not in present:
-        raise EspalierError(f"the model carries no delta called {name!r} (it carries: {', '.join(present) or 'none'})")
+    present = _known(model, [name] if name is not None else [])
+    before = active(model)
     activate(model, present)
     for gone in [name] if name is not None else list(present):
         attachment = present.pop(gone)
@@ -503,4 +561,5 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
             if not len(pools):
                 del model._modules["espalier_pools"]
                 model.__dict__.pop("_espalier_hook").remove()
+    activate(model, [other for other in before if other in present])
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import reprlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -259,16 +260,20 @@ def put_on(model: PreTrainedModel, folder: Path, directory: ModelDirectory, *, a
     """Put a stored delta on a live model, above those that it carries; returns the delta.
 
     Raises:
-        EspalierError: when the delta is damaged, does not fit, or is for another base (unless ``any_base``).
+        EspalierError: when the delta is damaged, does not fit, or (unless ``any_base``) is for another base, or was trained
+            over others that do not act on the model.
     """
     delta = store.load(folder, branches=True)
     _refuse_scale(delta, folder, scale)
+    present = attachments(model)
     if not any_base:
         store.check_base(delta, folder, directory.path, directory.fingerprint(), store.ANY_BASE)
-    name = f"delta{len(attachments(model))}"
+        store.check_chain(delta, folder, [a.stored[1] for a in present.values() if a.stored and a.active], store.FIRST)
+    name = next(name for number in itertools.count(len(present)) if (name := f"delta{number}") not in present)
     made_by = delta.manifest.get("method", "stored")
     method = registry.make(made_by, "brancher", **delta.manifest.get("hyperparameters", {})) if delta.branches else None
     attach_updates(model, delta.updates, name, scale, made_by, delta.branches, method)
+    present[name].stored = (str(folder), delta.manifest["sha256"])
     return delta
 
 

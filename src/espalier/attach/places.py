@@ -40,6 +40,8 @@ class BranchSlot(Held):
     def __init__(self, method: Branch, site: Site, tensors: Tensors, pool: Pool | None, scale: float, dropout: float, device: torch.device) -> None:
         super().__init__(tensors, method.gain(site) * scale, pool, dropout, device)
         self.method, self.site, self.scale = method, site, scale
+        self.strength = 1.0
+        """What it is multiplied by at run time, beside ``scale``; it is a part of the gain."""
         self.active = True
         self._handles: list[Any] = []
 

@@ -129,7 +129,8 @@ class Conv1DRoute(Adapted, Conv1D):
 
 class LookupRoute(Adapted, nn.Embedding):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self._espalier["weight"][-1].update().lookup(input, self._base("weight", None, False))
+        base = self._base("weight", None, False)
+        return self._espalier["weight"][-1].update().lookup(input, base) if "weight" in self._espalier else base.rows(input)
 
 
 class WeightRoute(Adapted):
@@ -204,7 +205,7 @@ def adapted_class(cls: Any, route: Any, read: frozenset[str]) -> Any:
         return _made[cls, route, read]
 
     def reader(local: str) -> property:
-        return property(lambda self: self._updated(local) if self._espalier_inside else self._stored(local))
+        return property(lambda self: self._read(local) if self._espalier_inside else self._stored(local))
 
     # a route stands behind a class that only scales what super().forward gives, and in front of any other
     scales = issubclass(route, nn.Embedding) and cls is not nn.Embedding

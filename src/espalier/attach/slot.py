@@ -121,12 +121,16 @@ class Slot(Held):
     from the base (a norm, say) is computed once.
     """
 
+    strength: torch.Tensor | None
+    """What the update is multiplied by at run time beside its gain, 0-d; ``None``: nothing, which is exact."""
+
     def __init__(
         self, method: Adapter, target: Target, tensors: Tensors, pool: Pool | None, dropout: float, weight: torch.Tensor,
         bases: Any = None,
     ) -> None:  # fmt: skip
         super().__init__(tensors, method.gain(target), pool, dropout, weight.device)
         self.base_dtype = weight.dtype
+        self.register_buffer("strength", None, persistent=False)
         self.method = method
         self.target = target
         self.bases = bases
@@ -139,11 +143,15 @@ class Slot(Held):
             return self.held
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.pool is not None:
             self._cached = None
-            return self._make()
+            return self._scaled()
         key = versions(self.sources())
         if key is None or self._cached is None or self._cached[0] != key:
-            self._cached = (key, self._make())
+            self._cached = (key, self._scaled())
         return self._cached[1]
+
+    def _scaled(self) -> Update:
+        update = self._make()
+        return update if self.strength is None else update.scaled(self.strength)
 
     def _make(self) -> Update:
         return self.method.update(self, self.pool.context_of(self.target) if self.pool is not None else None)
@@ -163,7 +171,7 @@ class Companion(Slot):
         self.__dict__["leader"] = leader  # its tensors have one owner: it is not a child of this module
 
     def sources(self) -> list[torch.Tensor]:
-        return self.leader.sources()
+        return [*self.leader.sources(), *self.buffers()]
 
     def _make(self) -> Update:
         return self.method.accompany(self.leader, self.target)

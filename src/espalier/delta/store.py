@@ -41,7 +41,7 @@ TENSORS, MANIFEST, FILES = "delta.safetensors", "delta.json", "files"
 _KINDS = {
     "base": dict, "method": str, "hyperparameters": dict, "settings": dict, "training": dict, "special_tokens": dict,
     "tensors": dict, "branches": dict, "removed": list, "relaid": dict, "files": dict, "lineage": list,
-    "classifier": dict, "vocabulary": int, "added_tokens": list,
+    "classifier": dict, "vocabulary": int, "added_tokens": list, "over": list,
 }  # fmt: skip
 
 
@@ -222,6 +222,9 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     if manifest.get("sha256") != _digest(manifest):
         raise EspalierError(f"{folder / MANIFEST} is damaged: its SHA-256 is not the one that it records")
     _check_files(folder / MANIFEST, manifest)
+    for one in manifest.get("over", []):
+        if not isinstance(one, dict) or not all(isinstance(one.get(key), str) for key in ("delta", "sha256")):
+            raise EspalierError(f"{folder / MANIFEST}: over names {one!r}; it must say `delta` and `sha256`")
     return manifest
 
 
@@ -392,8 +395,14 @@ def manifest_after(
 
     Args:
         settings: instead of those of the parents.
+
+    Raises:
+        EspalierError: when the parents stand on different deltas.
     """
     first, *others = (parent.manifest for parent in parents)
+    for parent in parents:
+        if parent.manifest.get("over", []) != first.get("over", []):
+            raise EspalierError(f"the deltas in {parents[0].folder} and {parent.folder} stand on different deltas, so they cannot become one")
     alike = {key: value for key, value in first.items() if all(key in o and o[key] == value for o in others)}
     alike |= {key: first[key] for key in ("base",) if key in first}
     lineage: list[dict[str, Any]] = []
@@ -427,6 +436,23 @@ def brought_files(delta: Delta, folder: Path) -> dict[str, Path | None]:
     return found
 
 
+def check_chain(delta: Delta, folder: Path, below: Sequence[str] = (), otherwise: str = "; here a delta must stand on the base alone") -> None:
+    """Refuse a delta that was trained over others which are not below it in their order.
+
+    Args:
+        below: SHA-256 of the ``delta.json`` of each that is below it, innermost first.
+        otherwise: what the user may do.
+
+    Raises:
+        EspalierError: naming what it stands on.
+    """
+    over, rest = delta.manifest.get("over", []), iter(below)
+    if not all(one["sha256"] in rest for one in over):
+        chain = ", then ".join(f"{one['delta']} (sha256 {one['sha256'][:12]})" for one in over)
+        raise EspalierError(f"the delta in {folder} was trained over {chain}, which it must stand on{otherwise}")
+
+
+FIRST = ": give what it stands on first, with --delta, or pass --any-base"
 ANY_BASE = ", or pass --any-base to use it all the same"
 
 

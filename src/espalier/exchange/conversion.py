@@ -43,6 +43,7 @@ class BaseWeights:
     def __init__(self, delta: Delta, folder: Path, model: str) -> None:
         directory = ModelDirectory(resolve_model(model))
         store.check_base(delta, folder, directory.path, directory.fingerprint())
+        store.check_chain(delta, folder)
         self.directory = Relaid(directory, {**store.relaid(delta.manifest), **grown(directory, delta)})
 
     def _pieces(self, name: str, layout: Layout, shape: tuple[int, ...]) -> list[Piece]:

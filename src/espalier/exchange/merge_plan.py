@@ -78,6 +78,7 @@ def opened(recipe: Recipe) -> Opened:
         assert base is not None
         if not recipe.any_base:
             store.check_base(deltas[position], folders[position], base.path, base.fingerprint())
+            store.check_chain(deltas[position], folders[position])
         members.append(Changed(base, deltas[position], folders[position]))
     reference = Model(like, like)
     for member in (reference, *members):

@@ -112,6 +112,8 @@ def export(folder: Path, delta: Delta, targets: Mapping[str, Target], base: str,
     Returns:
         ``None`` when written, or the reason why PEFT cannot hold this delta as it is.
     """
+    if over := delta.manifest.get("over"):
+        return f"it was trained over the delta in {over[-1]['delta']}"
     updates = by_parameter(delta.updates, targets.values())
     if not {update.form for update in updates.values()} & set(_PARTS):
         return peft_lora.export(folder, delta, targets, base, model)

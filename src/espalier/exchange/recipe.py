@@ -15,7 +15,7 @@ from espalier.checkpoint.atomic import require_free_space
 from espalier.checkpoint.directory import LINEAGE, ModelDirectory, read_json
 from espalier.checkpoint.safetensors_file import torch_dtype
 from espalier.checkpoint.stream import Hashes, known_fingerprint
-from espalier.delta.store import ANY_BASE, Delta, brought_files, check_base
+from espalier.delta.store import ANY_BASE, FIRST, Delta, brought_files, check_base, check_chain
 from espalier.display import Display
 from espalier.errors import EspalierError
 from espalier.exchange.composition import outputs, seen_by
@@ -139,9 +139,10 @@ def write(recipe: Recipe, folder: Path, out: Path, display: Display) -> dict[str
     hashes = Hashes(directory) if fingerprint is None else None
 
     def check(found: str) -> None:
-        for path, delta in zip(recipe.folders, recipe.deltas, strict=True):
+        for number, (path, delta) in enumerate(zip(recipe.folders, recipe.deltas, strict=True)):
             if not recipe.any_base:
                 check_base(delta, path, directory.path, found, ANY_BASE)
+                check_chain(delta, path, [below.manifest["sha256"] for below in recipe.deltas[:number]], FIRST)
 
     if fingerprint is not None:
         check(fingerprint)

@@ -92,6 +92,13 @@ def describe(
     }
 
 
+def stands_on(model: nn.Module, attachment: Attachment) -> list[dict[str, str]]:
+    """The stored deltas that act below one on a live model, innermost first: where each is, and the SHA-256 of its ``delta.json``."""
+    present = list(attachments(model).values())
+    below = present[: next(number for number, other in enumerate(present) if other is attachment)]
+    return [{"delta": other.stored[0], "sha256": other.stored[1]} for other in below if other.stored and other.active]
+
+
 def write(
     model: PreTrainedModel, attachment: Attachment, manifest: dict[str, Any], out: Path, base: ModelDirectory | None = None,
     tokenizer: Any = None,
@@ -108,6 +115,8 @@ def write(
     targets = {name: slot.target for name, slot in attachment.slots.items()}
     updates, branches = attachment.updates(), attachment.stored_branches()  # every process gathers
     layouts = {name: store.Layout.of(t) for name, t in targets.items()}
+    if over := stands_on(model, attachment):
+        manifest = manifest | {"over": over}
     head = new_head.beyond(model, base) if base is not None else None
     if head is not None:
         new_head.as_whole(head, updates, layouts)
@@ -138,11 +147,12 @@ def card(manifest: Mapping[str, Any], branched: bool = False) -> str:
     base, training = manifest["base"], manifest["training"]
     options = ", ".join(f"{k} {v}" for k, v in manifest["hyperparameters"].items())
     facts = "".join(f"- {key.replace('_', ' ')}: {value}\n" for key, value in training.items())
+    deltas = "".join(f"--delta {one['delta']} " for one in manifest.get("over", [])) + "--delta ."
     return (
         f"---\nlibrary_name: espalier\nbase_model: {base['name']}\ntags: [espalier, {manifest['method']}]\n---\n\n"
         f"# A delta of {base['name']}\n\n"
         f"Method `{manifest['method']}`{f' ({options})' if options else ''}; loss over {manifest['mask_policy']}; base "
         f"fingerprint `{base['fingerprint']}`.\n\n{facts}\n"
-        f"    espalier generate --model {base['name']} --delta . --prompt TEXT\n"
-        + ("" if branched else f"    espalier apply --model {base['name']} --delta . --out MERGED\n")
+        f"    espalier generate --model {base['name']} {deltas} --prompt TEXT\n"
+        + ("" if branched else f"    espalier apply --model {base['name']} {deltas} --out MERGED\n")
     )

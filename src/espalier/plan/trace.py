@@ -12,7 +12,7 @@ import copy
 import logging
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from espalier.anatomy.classification import classifies
-from espalier.attach.attachment import attach, release_base, trainable_parameters
+from espalier.attach.attachment import attach, attach_updates, release_base, trainable_parameters
 from espalier.attach.coded_base import quantize_base
+from espalier.delta.forms import Update
 from espalier.errors import EspalierError
 from espalier.kernels.philox import Numberless
 from espalier.memory.training_form import training_form
@@ -124,6 +125,7 @@ def trace_step(
     recompute: bool,
     chunk: int,
     base_bits: int | None = None,
+    over: Sequence[Mapping[str, Update]] = (),
 ) -> Traced:
     """Run one step of ``tokens`` tokens without data, packed where the family can be, else padded, as classifiers are.
 
@@ -134,11 +136,12 @@ def trace_step(
         tokens: a multiple of ``sequence_length``; windows are taken to be that long.
         chunk: tokens whose logits are held at a time.
         base_bits: of the codes that the frozen weights are kept as, if they are.
+        over: updates of the frozen deltas that the method stands on, innermost first.
 
     Raises:
         EspalierError: when transformers cannot make the model of the config.
     """
-    arguments = (config, method, options, dtype, tokens, sequence_length, recompute, chunk, base_bits)
+    arguments = (config, method, options, dtype, tokens, sequence_length, recompute, chunk, base_bits, over)
     if classifies(config):
         return _trace(*arguments, padded=True)
     try:
@@ -149,7 +152,7 @@ def trace_step(
 
 def _trace(
     config: Any, method: Any, options: dict[str, Any], dtype: torch.dtype, tokens: int, sequence_length: int,
-    recompute: bool, chunk: int, base_bits: int | None, padded: bool,
+    recompute: bool, chunk: int, base_bits: int | None, over: Sequence[Mapping[str, Update]], padded: bool,
 ) -> Traced:  # fmt: skip
     import transformers
 
@@ -162,6 +165,8 @@ def _trace(
             raise EspalierError(f"transformers cannot make a {what} of this config: {error}") from error
         if base_bits is not None:
             quantize_base(model, base_bits)
+        for number, updates in enumerate(over):
+            attach_updates(model, updates, f"delta{number}")
         attach(model, method, **options, streams=Numberless)
         release_base(model)
         trained = sum(p.numel() for p in trainable_parameters(model).values())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from espalier.attach.attachment import attachments
+from espalier.attach.attachment import activate, attachments
 from espalier.attach.load import load_model, load_tokenizer, put_on
 from espalier.checkpoint.directory import ModelDirectory, resolve_model
 from espalier.data.encode import Encoder
@@ -62,6 +62,7 @@ class Asked:
         found = []
         for path in self.experts:
             if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+                activate(small, [])  # each is an expert of its own
                 manifest = put_on(small, Path(path), directory, any_base=any_base).manifest
                 session.check_tokenizer(manifest, path, Encoder(own), kind, display)
                 found.append(Voice(small, (list(attachments(small))[-1],)))

@@ -36,6 +36,7 @@ from espalier.attach.load import (
     load_as,
     load_model,
     load_tokenizer,
+    put_on,
     torch_dtype,
 )
 from espalier.attach.new_tokens import grow
@@ -49,6 +50,7 @@ from espalier.checkpoint.safetensors_file import dtype_name
 from espalier.data.encode import MASK_POLICY, Encoder
 from espalier.data.sources import open_source
 from espalier.data.store import TokenStore, open_store
+from espalier.delta import store as delta_store
 from espalier.display import Display
 from espalier.errors import EspalierError, at_least, one_of
 from espalier.exchange import save as saving
@@ -73,6 +75,7 @@ class Job:
         arguments = {key: _plain(value) for key, value in arguments.items()}
         self.a = {
             "targets": None, "full": None, "add_tokens": None, "dropout": 0.0, "floor": 0.0, "label_smoothing": 0.0, "model": None, "trainable": None, "base_bits": None,
+            "over": None,
             **arguments,
         }  # fmt: skip
         self.display = Display(arguments["quiet"])
@@ -107,8 +110,9 @@ class Job:
         if a["base_bits"] is not None:
             one_of("base_bits", a["base_bits"], (4, 8))
         self.budget = parse_bytes(a["budget"]) if a["budget"] else None
-        if isinstance(a["eval_data"], str):
-            a["eval_data"] = [a["eval_data"]]
+        for name in ("eval_data", "over"):
+            if isinstance(a[name], str):
+                a[name] = [a[name]]
         import os
 
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -158,6 +162,7 @@ class Job:
                 raise EspalierError("give --model DIR to go on from, or --architecture config.json and --tokenizer DIR to begin")
             tokenizer_at, config_at = a["tokenizer"], Path(a["architecture"])
         self.config = _config(config_at)
+        self.over = [self._below(Path(folder)) for folder in a["over"] or ()]
         if a["trainable"] is not None:
             self._fit_method(parse_numbers(a["trainable"]), config_at)
         self.tokenizer = load_tokenizer(tokenizer_at)
@@ -176,6 +181,21 @@ class Job:
         self.order = self.task.order(self.store, a["sequence_length"], a["seed"])
         if a["steps"] is None:
             a["steps"] = math.ceil((a["epochs"] or 1.0) * self.order.steps_of_epoch(a["batch_size"] * a["sequence_length"]))
+
+    def _below(self, folder: Path) -> delta_store.Delta:
+        """A delta that the new one is trained over.
+
+        Raises:
+            EspalierError: when it holds branches, brings a head or tokens, or the method looks at what the base alone does.
+        """
+        if "branches" in delta_store.manifest_of(folder):
+            raise EspalierError(f"--over {folder}: this delta holds branches; a new one can be trained over updates of weights only")
+        delta = delta_store.load(folder, mapped=True)
+        if brings := next((what for key, what in (("classifier", "a head"), ("vocabulary", "tokens")) if key in delta.manifest), None):
+            raise EspalierError(f"--over {folder}: this delta brings {brings} that the base does not have; apply it, and tune the model that comes of it")
+        if self.method.wanted() is not None:
+            raise EspalierError(f"--over {folder}: {self.method.name} starts from statistics of the base, not of the deltas on it; apply them first")
+        return delta
 
     def _choose_task(self) -> None:
         """Labels are classified, and the head that does it trains whole; anything else is text."""
@@ -231,6 +251,7 @@ class Job:
             return trace_step(
                 self.config, self.method, options, dtype=self.dtype, tokens=micro,
                 sequence_length=a["sequence_length"], recompute=recompute, chunk=chunk, base_bits=a["base_bits"],
+                over=[dict(delta.updates) for delta in self.over],
             )  # fmt: skip
 
         def price(micro: int, recompute: bool, chunk: int) -> dict[str, int]:
@@ -285,6 +306,10 @@ class Job:
         grow(self.model, self.config.vocab_size)
         if self.a["base_bits"] is not None:
             quantize_base(self.model, self.a["base_bits"])
+        for delta in self.over:
+            assert delta.folder is not None and self.directory is not None
+            put_on(self.model, delta.folder, self.directory)
+            session.check_tokenizer(delta.manifest, str(delta.folder), self.encoder, self.store.kind, self.display)
         self.padded = self.task.must_pad(self.model, self.display)
 
     def _load_classifier(self, directory: ModelDirectory) -> PreTrainedModel:
@@ -305,7 +330,7 @@ class Job:
             self.model, self.method, targets=a["targets"], full=self.full, new_tokens=self.new_tokens, seed=a["seed"], dropout=a["dropout"],
             statistics=self._statistics(),
         )  # fmt: skip
-        (self.attachment,) = attachments(self.model).values()
+        *_, self.attachment = attachments(self.model).values()
         release_base(self.model)
         session.show_targets(self.attachment, self.model, self.display)
         session.show_masks(self.store, self.tokenizer, self.display)
@@ -333,6 +358,7 @@ class Job:
             "base_fingerprint": self.directory.fingerprint() if self.directory else None,
             "data": self.store.digest,
             "tokenizer": self.encoder.fingerprint,
+            **({"over": [delta.manifest["sha256"] for delta in self.over]} if self.over else {}),
         }
 
     # -- work

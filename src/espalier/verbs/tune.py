@@ -11,6 +11,7 @@ def tune(
     data: str,
     out: str,
     *,
+    over: list[str] | None = None,
     method: str = "lora",
     targets: str | None = None,
     full: str | None = None,
@@ -49,6 +50,7 @@ def tune(
         model: a directory, `seedling`, or a hub id
         data: text file, folder of text files, .jsonl file, or stdlib:NAME; records with a label make a classifier
         out: directory of the delta (and, under run/, of checkpoints and metrics)
+        over: directory of a delta that stays as it is, and that the new one is trained over; may be given several times, innermost first
         method: what is trained (see `espalier methods`)
         targets: parameters to update: roles such as attention,mlp,embedding or globs (sites of a branch); default: the method's own
         full: parameters that train whole beside the method's updates, such as norm,head: roles or globs
