@@ -338,3 +338,18 @@ def test_copies_of_the_base_change_nothing(tmp_path: Path) -> None:
     assert any("embed_tokens" in name for name in read_safetensors(adapter / "adapter_model.safetensors"))
     delta, _ = imported(adapter, base, tmp_path / "base")
     assert {name.rpartition(".")[0].rpartition(".")[2] for name in delta.updates} == {"q_proj"}
+
+
+@pytest.mark.parametrize("rank", ["8", None, [1]])
+def test_a_lokr_of_whole_blocks_and_odd_settings_is_imported_and_not_exported(rank: Any, tmp_path: Path) -> None:
+    """Its rank says nothing of its factors; PEFT's files beside the delta would repeat what is none."""
+    tiny("llama").save_pretrained(tmp_path / "base")
+    adapter, module = tmp_path / "adapter", "base_model.model.model.layers.0.self_attn.q_proj"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LOKR", "r": rank, "alpha": 8, "decompose_factor": 0}))
+    write_safetensors(
+        adapter / "adapter_model.safetensors",
+        {f"{module}.lokr_w1": torch.ones(4, 4), f"{module}.lokr_w2_a": torch.ones(8, 2), f"{module}.lokr_w2_b": torch.ones(2, 8)},
+    )
+    convert(str(adapter), str(tmp_path / "delta"), model=str(tmp_path / "base"), quiet=True)
+    assert len(store.load(tmp_path / "delta").updates) == 1 and not (tmp_path / "delta" / "adapter_config.json").exists()
