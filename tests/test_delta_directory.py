@@ -272,7 +272,7 @@ CHANGES: list[tuple[str, Any, str]] = [
     ("training", [], r"training is \[\]"),
     (QUERY, KeyError, "holds 'model.layers.0.self_attn.q_proj.weight:A', which delta.json does not describe"),
     (QUERY, 3, "is malformed"),
-    (QUERY + "/form", "tucker", "q_proj.weight': unknown form 'tucker'"),
+    (QUERY + "/form", "clifford", "q_proj.weight': unknown form 'clifford'"),
     (QUERY + "/form", "dense", "is malformed"),
     (QUERY + "/form", ["low_rank"], "is malformed"),
     (QUERY + "/shape", [32, 33], "A has shape"),
