@@ -175,13 +175,23 @@ def their_course(wrapped: Any, steps: int) -> Any:
     return Theirs(wrapped.get_base_model(), steps)
 
 
+def run_base(spec: dict[str, Any], out: Path) -> dict[str, Any]:
+    """seedling as it is: not every method starts as it (a prefix does not)."""
+    import espalier
+
+    evaluate = espalier.eval
+    common = {"sequence_length": LENGTH, "micro_batch_size": BATCH, "dtype": "fp32", "threads": spec["threads"], "quiet": True}
+    losses = {part: evaluate("seedling", spec["data"][part], **common)["loss"] for part in spec["measured"]}
+    return {"scores": {part: {"after": {"loss": loss}} for part, loss in losses.items()}}
+
+
 def worker(spec: dict[str, Any]) -> None:
     """One run here; prints what it found, or why it ended."""
     from espalier.errors import EspalierError
 
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            found = (run_ours if spec["system"] == "ours" else run_peft)(spec, Path(temporary) / "out")
+            found = {"ours": run_ours, "peft": run_peft, "base": run_base}[spec["system"]](spec, Path(temporary) / "out")
         except EspalierError as error:
             found = {"failed": str(error)}
     print(json.dumps(found))
@@ -219,6 +229,13 @@ class Lab:
         key = json.dumps({**spec, **self.common, "options": whole, "code": digest(info.file)}, sort_keys=True)
         return self.ledger.get(key, lambda: self._process({**spec, "data": self.data, "threads": self.a.threads}))
 
+    def base(self, measured: tuple[str, ...]) -> dict[str, float]:
+        """Losses of seedling as it is."""
+        spec = {"system": "base", "method": "", "rate": 0.0, "seed": 0, "measured": measured}
+        key = json.dumps({**spec, **self.common}, sort_keys=True)
+        found = self.ledger.get(key, lambda: self._process({**spec, "data": self.data, "threads": self.a.threads}))
+        return {part: score["after"]["loss"] for part, score in found["scores"].items()}
+
     def _process(self, spec: dict[str, Any]) -> dict[str, Any]:
         command = [sys.executable, __file__, "--worker", json.dumps(spec)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.a.threads), "HF_HUB_OFFLINE": "1"}
@@ -248,14 +265,16 @@ class Lab:
         if not ended:
             return {"system": system, "method": info.name, "refused": runs[0]["failed"]}
         test = [found["scores"]["test"] for found in ended]
-        own = [found["scores"]["own"] for found in ended if "own" in found["scores"]]
+        own = [found["scores"]["own"]["after"]["loss"] for found in ended if "own" in found["scores"]]
+        # a classifier's base is its untrained head
+        base = self.base(measured) if a.job != "packages" else {"test": test[0]["before"]["loss"]}
         after = [score["after"]["loss"] for score in test]
         accuracy = [score["after"]["accuracy"] for score in test if "accuracy" in score["after"]]
         return {
             "system": system, "method": info.name, "rate": best, "edge": best in (grid[0], grid[-1]), "ended": len(ended),
-            "base loss": test[0]["before"]["loss"], "loss": statistics.mean(after), "deviation": statistics.stdev(after) if len(after) > 1 else 0.0,
+            "base loss": base["test"], "loss": statistics.mean(after), "deviation": statistics.stdev(after) if len(after) > 1 else 0.0,
             "accuracy": statistics.mean(accuracy) if accuracy else None,
-            "forgetting": statistics.mean(s["after"]["loss"] - s["before"]["loss"] for s in own) if own else None,
+            "forgetting": statistics.mean(own) - base["own"] if own else None,
             "trained": ended[0]["trained"], "bytes": ended[0]["bytes"], "peak": statistics.median(f["peak"] for f in ended),
             "speed": statistics.median(f["speed"] for f in ended), "grid": {f"{rate:.3g}": losses.get(rate) for rate in grid},
         }  # fmt: skip

@@ -34,7 +34,7 @@ TWINS: dict[str, Any] = {
     "oft": lambda m, steps: ("OFT", {"r": 0, "oft_block_size": m.block_size, "use_cayley_neumann": False}),
     "shira": lambda m, steps: ("Shira", {"r": m.rank}),
     "prefix": lambda m, steps: ("PrefixTuning", {"num_virtual_tokens": m.length, "target_modules": None}),
-    "prompt": lambda m, steps: ("PromptTuning", {"num_virtual_tokens": m.length, "target_modules": None}),
+    "prompt": lambda m, steps: ("PromptTuning", {"num_virtual_tokens": m.prompt_length, "target_modules": None}),
 }  # fmt: skip
 """Name of a method -> from the method and the steps of a run to the kind of PEFT's config and its options."""
 PROMPTS = ("prefix", "prompt")

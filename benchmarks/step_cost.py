@@ -57,13 +57,14 @@ def default_dtype() -> str:
 
 
 def settings(names: list[str], shape: str) -> dict[str, Any]:
-    """Label -> method with its options."""
+    """Label -> method with its options, or the reason why it cannot be made with its default ones."""
     import torch
     import transformers
 
     from espalier import registry
     from espalier.anatomy.parameters import parameters, select
     from espalier.budget.fitting import fit, trained
+    from espalier.errors import EspalierError
 
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(llama_config(**SHAPES[shape]))
@@ -71,7 +72,11 @@ def settings(names: list[str], shape: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for info in registry.methods():
         if info.kind in KINDS and (not names or info.name in names):
-            found[info.name] = method = registry.make(info.name, info.role)
+            try:
+                found[info.name] = method = registry.make(info.name, info.role)
+            except EspalierError as error:  # ScaLearn needs trained adapters
+                found[info.name] = str(error)
+                continue
             if info.name in EQUAL:
                 found[f"{info.name}, as many as LoRA 16"] = fit(method, linear, trained(registry.make("lora", "adapter"), linear))
     return found
@@ -327,6 +332,9 @@ def main() -> None:
     rows, refused = [], {}
     floor_peak = None if a.no_memory else ledger.get(json.dumps({"what": "floor", **common}, sort_keys=True), lambda: peak(a, "floor"))
     for label, method in settings(names, a.shape).items():
+        if isinstance(method, str):
+            refused[label] = method
+            continue
         timed = ledger.get(key("time", label, rounds=a.rounds), lambda m=method: clock.measure(m))
         if why := timed.get("refused", timed.get("peft refused")):
             refused[label] = why
