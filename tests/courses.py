@@ -18,6 +18,7 @@ def run(
 ) -> Course:
     """Train for some steps on random tokens as the loop does; ``watch`` is called after each."""
     course = Course(model, steps)
+    course.check()
     make = optimizer or (lambda parameters, rate: torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.1))
     made = build(make, trainable_parameters(model), learning_rate, course.optimizer_options())
     for step in range(steps):

@@ -122,18 +122,16 @@ class IncreLoRA(Adapter):
         since = step - math.ceil(self.begin * steps)
         return since >= 0 and (since % interval == 0 or step > self.end * steps)
 
-    def _refuse_too_short(self, parts: int, steps: int) -> None:
-        interval = self._interval(parts, steps)
+    def check_run(self, parts: Sequence[Any], steps: int) -> None:
+        interval = self._interval(len(parts), steps)
         growths = sum(self._grows(step, steps, interval) for step in range(1, steps + 1))
-        if growths * min(self.matrices, parts) * self.step_rank < (self.rank - 1) * parts:
+        if growths * min(self.matrices, len(parts)) * self.step_rank < (self.rank - 1) * len(parts):
             raise EspalierError(
                 f"the run is too short for an average rank of {self.rank}: its {steps} steps have room for {growths} growths of {self.matrices} "
-                f"matrices by {self.step_rank}, on {parts} matrices; take more steps, a lower --rank, or a higher --matrices or --step-rank"
+                f"matrices by {self.step_rank}, on {len(parts)} matrices; take more steps, a lower --rank, or a higher --matrices or --step-rank"
             )
 
     def before_step(self, parts: Sequence[Any], moment: Moment) -> list[dict[str, torch.Tensor]]:
-        if moment.step == 0:
-            self._refuse_too_short(len(parts), moment.steps)
         for part in parts:
             sensitivity = whole(part.e * part.e.grad).abs().sum() / math.sqrt(part.target.size)
             part.sensitivity.lerp_(sensitivity, 1 - self.decay)

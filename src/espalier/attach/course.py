@@ -3,6 +3,7 @@
 The loop of ``tune`` drives a course; in one's own loop it goes like this::
 
     course = Course(model, steps)
+    course.check()
     for step in range(steps):
         course.begin(step, learning_rate)
         loss = model(...).loss + course.penalty()
@@ -62,6 +63,15 @@ class Course:
             for local in attached.method.kept
             if local in part._buffers
         }
+
+    def check(self) -> None:
+        """The run is about to begin, or to go on.
+
+        Raises:
+            EspalierError: when it is too short for a method.
+        """
+        for attached, parts in self._with_parts():
+            attached.method.check_run(parts, self.steps)
 
     def begin(self, step: int, learning_rate: float = 0.0) -> None:
         """A step begins, before its forward pass."""

@@ -93,6 +93,13 @@ class Method:
         """Tensor name -> options of the optimizer for it; ``rate`` is a factor on the learning rate."""
         return {}
 
+    def check_run(self, parts: Sequence[Any], steps: int) -> None:
+        """Called before the first step of a run of so many.
+
+        Raises:
+            EspalierError: when what the method promises (a budget) cannot be reached in them.
+        """
+
     def penalty(self, parts: Sequence[Any]) -> torch.Tensor | None:
         """What is added to each step's loss, 0-d."""
         return None

@@ -180,6 +180,7 @@ def train(
     """
     device = next(iter(parameters.values())).device
     state = run.state
+    course.check()
     run.folder.mkdir(parents=True, exist_ok=True)
     model.train()
     with run.metrics.open("a", encoding="utf-8") as metrics:
