@@ -218,7 +218,7 @@ TUNE = ("tune", "--model", "seedling", "--steps", 1)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((*TUNE, "--method", "lorra"), ("no adapter is called 'lorra'", "did you mean 'lora'")),
+        ((*TUNE, "--method", "lorra"), ("no method is called 'lorra'", "did you mean 'lora'")),
         ((*TUNE, "--method", "paca", "--alpha", 3), ("alpha is no option of paca", "it belongs to")),
         ((*TUNE, "--rank", 0), ("rank is 0", "at least 1")),
         ((*TUNE, "--rank", "many"), ("rank is 'many'", "integer")),
@@ -385,4 +385,4 @@ def test_a_file_dropped_in_becomes_a_method_with_its_options(model: str, text: P
     command = ["tune", "--model", model, "--data", text, "--out", out, "--steps", 1, "--batch-size", 1, "--sequence-length", 16]
     espalier(*command, "--method", "halfway", "--zeal", 0.25, "--plugin", file)
     assert json.loads((out / "delta.json").read_text())["hyperparameters"] == {"rank": 3, "zeal": 0.25}
-    assert "no adapter is called 'halfway'" in error_of(*command, "--method", "halfway")
+    assert "no method is called 'halfway'" in error_of(*command, "--method", "halfway")

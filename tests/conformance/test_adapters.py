@@ -39,9 +39,15 @@ PLACES = {
     "non-square": ("qwen3", "attention.k,mlp.down"),
 }
 everywhere = pytest.mark.parametrize("place", list(PLACES))
-routes = pytest.mark.parametrize("place", ["linear", "tied embedding", "fused experts"])
-"""One place of each route, for what is dear and depends on nothing else."""
+ROUTES = ("linear", "tied embedding", "fused experts")
+"""One place of each route; the others differ from these in their layout."""
 every_method = pytest.mark.parametrize("method", METHODS)
+_LAYOUTS = [place for place in PLACES if place not in ROUTES]
+SPREAD = [(method, place) for number, method in enumerate(METHODS) for place in (*ROUTES, _LAYOUTS[number % len(_LAYOUTS)])]
+spread = pytest.mark.parametrize(("method", "place"), SPREAD)
+"""Every method on every route, and each layout with a fourth of them."""
+turns = pytest.mark.parametrize(("method", "place"), [(method, ROUTES[number % len(ROUTES)]) for number, method in enumerate(METHODS)])
+"""Every method on one route, for what is dear and is done by the routes and forms."""
 pytestmark = [pytest.mark.room("adapt")]
 
 
@@ -136,8 +142,7 @@ def test_checkpoints_hold_what_is_computed_from_the_weight_and_not_trained(metho
         assert moved <= set(slot.method.kept)
 
 
-@routes
-@every_method
+@turns
 def test_planning_counts_the_same_and_draws_no_random_number(method: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers that nobody sees would make planning as slow as starting; a method draws from the streams that it is given."""
     family, targets = PLACES[place]
@@ -153,8 +158,7 @@ def test_planning_counts_the_same_and_draws_no_random_number(method: str, place:
         philox.Stream(0, "a").uniform(1)
 
 
-@everywhere
-@every_method
+@spread
 def test_gradients_reach_something_in_one_step_and_everything_in_two(method: str, place: str) -> None:
     model = fresh(place)
     put(model, method, place)
@@ -171,8 +175,7 @@ def test_gradients_reach_something_in_one_step_and_everything_in_two(method: str
     assert moved[1] == set(parameters)
 
 
-@everywhere
-@every_method
+@spread
 def test_training_leaves_the_base_bit_identical_and_detaching_gives_it_back(method: str, place: str) -> None:
     model = fresh(place)
     before, outputs = {n: p.clone() for n, p in model.named_parameters()}, logits(model)
@@ -247,8 +250,7 @@ def test_gradients_of_the_accelerated_route_are_those_of_the_weight_route(method
         return
 
 
-@everywhere
-@every_method
+@spread
 def test_saving_and_loading_is_exact(method: str, place: str, tmp_path: Path) -> None:
     model = fresh(place)
     model.save_pretrained(tmp_path / "base")
@@ -265,8 +267,7 @@ def test_saving_and_loading_is_exact(method: str, place: str, tmp_path: Path) ->
     assert not trainable_parameters(loaded)
 
 
-@routes
-@every_method
+@turns
 def test_a_scale_of_zero_restores_the_base(method: str, place: str, tmp_path: Path) -> None:
     model = fresh(place)
     outputs = logits(model)
@@ -279,11 +280,10 @@ def test_a_scale_of_zero_restores_the_base(method: str, place: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("place", "dtype"),
-    [*((place, torch.float32) for place in PLACES), ("linear", torch.bfloat16), ("fused experts", torch.bfloat16)],
-    ids=[*(f"{place}-fp32" for place in PLACES), "linear-bf16", "fused experts-bf16"],
+    ("method", "place", "dtype"),
+    [*((*case, torch.float32) for case in SPREAD), *((method, "linear", torch.bfloat16) for method in METHODS)],
+    ids=[*(f"{place}-{method}-fp32" for method, place in SPREAD), *(f"linear-{method}-bf16" for method in METHODS)],
 )
-@every_method
 def test_merged_equals_unmerged(method: str, place: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """The applied checkpoint, loaded by transformers, does what base and delta do, to the rounding of its dtype."""
     from transformers import AutoModelForCausalLM
@@ -302,8 +302,7 @@ def test_merged_equals_unmerged(method: str, place: str, dtype: torch.dtype, tmp
     assert (there - here).abs().max() <= (1e-4 if dtype == torch.float32 else 0.2) * max(moved, 1)
 
 
-@every_method
-@pytest.mark.parametrize("place", ["linear", "conv1d", "fused qkv", "fused experts", "tied embedding"])
+@spread
 def test_recomputation_changes_nothing(method: str, place: str) -> None:
     results = []
     for recompute in (False, True):
@@ -323,8 +322,7 @@ def test_recomputation_changes_nothing(method: str, place: str) -> None:
         torch.testing.assert_close(gradient, results[1][name], rtol=1e-6, atol=1e-8)
 
 
-@every_method
-@routes
+@turns
 def test_it_compiles_whole(method: str, place: str) -> None:
     torch._dynamo.reset()
     model = shallow(place)
@@ -358,8 +356,7 @@ def test_fifty_steps_leave_the_number_of_live_tensors_flat(method: str) -> None:
     assert steps(45) <= first
 
 
-@everywhere
-@every_method
+@spread
 def test_the_chunked_loss_gives_the_gradients_of_the_models_own(method: str, place: str) -> None:
     """Also where the update is on the head, whose gradient is made chunk by chunk."""
     model = fresh(place)
