@@ -239,7 +239,7 @@ def find(name: str, role: str | tuple[str, ...] | None = None) -> MethodInfo:
         if info.name == name:
             return info
     names = [info.name for info in known]
-    raise EspalierError(f"no {roles[0] if len(roles) == 1 else 'method'} is called {name!r}{suggestion(name, names)} (there are: {', '.join(names)})")
+    raise EspalierError(f"no {roles[0] if roles and len(roles) == 1 else 'method'} is called {name!r}{suggestion(name, names)} (there are: {', '.join(names)})")
 
 
 def load(info: MethodInfo) -> Any:
