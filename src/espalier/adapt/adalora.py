@@ -13,6 +13,7 @@ from espalier.anatomy.target import Target
 from espalier.attach.method import Adapter, Moment, Tensors
 from espalier.attach.slot import put, whole
 from espalier.budget.largest import largest
+from espalier.budget.triplets import average_in, distance_from_orthogonal
 from espalier.delta.forms import LowRank
 from espalier.errors import EspalierError, at_least, within
 from espalier.kernels.philox import Stream
@@ -84,10 +85,7 @@ class AdaLoRA(Adapter):
         return self.update(part, None).without(part.e == 0)
 
     def penalty(self, parts: Sequence[Any]) -> torch.Tensor:
-        factors = [(whole(part.B), whole(part.A)) for part in parts]
-        grams = [gram for B, A in factors for gram in (B.transpose(-1, -2) @ B, A @ A.transpose(-1, -2))]
-        identity = torch.eye(self.most, device=grams[0].device)
-        return self.orthogonality * torch.stack([torch.linalg.matrix_norm(gram - identity).mean() for gram in grams]).mean()
+        return self.orthogonality * distance_from_orthogonal((whole(part.B), whole(part.A)) for part in parts)
 
     def budget(self, moment: Moment, triplets: int) -> int:
         """How many of ``triplets`` stay after a step: eq. 11."""
@@ -102,9 +100,7 @@ class AdaLoRA(Adapter):
         for part in parts if step < end or step == 1 else ():
             for name in _TRAINED:
                 tensor, mean, deviation = (getattr(part, key) for key in (name, f"sensitivity_{name}", f"uncertainty_{name}"))
-                sensitivity = whole(tensor * tensor.grad).abs()
-                mean.lerp_(sensitivity, 1 - self.decay)
-                deviation.lerp_((sensitivity - mean).abs(), 1 - self.decay)
+                average_in(whole(tensor * tensor.grad).abs(), mean, deviation, self.decay)
         if step >= end or step == moment.steps or (step > self.begin * moment.steps and step % self.interval == 0):
             scores = [self._scores(part) for part in parts]
             for part, mask in zip(parts, largest(scores, self.budget(moment, sum(s.numel() for s in scores))), strict=True):

@@ -13,6 +13,7 @@ from espalier.anatomy.target import Target
 from espalier.attach.method import Adapter, Moment, Tensors
 from espalier.attach.slot import put, whole
 from espalier.budget.largest import largest
+from espalier.budget.triplets import average_in, distance_from_orthogonal
 from espalier.delta.forms import LowRank
 from espalier.errors import EspalierError, at_least, within
 from espalier.kernels.philox import Stream
@@ -104,13 +105,8 @@ class IncreLoRA(Adapter):
         return {"e": number >= part.active, "B": unused, "A": unused.unsqueeze(-1)}
 
     def penalty(self, parts: Sequence[Any]) -> torch.Tensor:
-        distances = []
-        for part in parts:
-            used = self._used(part)
-            B, A = whole(part.B)[..., :used], whole(part.A)[..., :used, :]
-            for gram in (B.transpose(-1, -2) @ B, A @ A.transpose(-1, -2)):
-                distances.append(torch.linalg.matrix_norm(gram - torch.eye(used, device=gram.device)).mean())
-        return self.orthogonality * torch.stack(distances).mean()
+        used = [(part, self._used(part)) for part in parts]
+        return self.orthogonality * distance_from_orthogonal((whole(part.B)[..., :n], whole(part.A)[..., :n, :]) for part, n in used)
 
     def _interval(self, parts: int, steps: int) -> int:
         """Steps between growths."""
@@ -134,8 +130,7 @@ class IncreLoRA(Adapter):
     def before_step(self, parts: Sequence[Any], moment: Moment) -> list[dict[str, torch.Tensor]]:
         for part in parts:
             sensitivity = whole(part.e * part.e.grad).abs().sum() / math.sqrt(part.target.size)
-            part.sensitivity.lerp_(sensitivity, 1 - self.decay)
-            part.uncertainty.lerp_((sensitivity - part.sensitivity).abs(), 1 - self.decay)
+            average_in(sensitivity, part.sensitivity, part.uncertainty, self.decay)
         return [{name: whole(getattr(part, name)).clone() for name in ("B", "e", "A")} for part in parts]
 
     def after_step(self, parts: Sequence[Any], moment: Moment, before: list[dict[str, torch.Tensor]]) -> None:

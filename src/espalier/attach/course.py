@@ -17,13 +17,12 @@ The loop of ``tune`` drives a course; in one's own loop it goes like this::
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from espalier.attach.attachment import Attachment, attachments, trainable_parameters
+from espalier.attach.attachment import attachments, trainable_parameters
 from espalier.attach.method import Moment
 from espalier.attach.slot import put, whole
 
@@ -34,19 +33,17 @@ class Course:
     def __init__(self, model: nn.Module, steps: int) -> None:
         self.steps = steps
         self._moment = Moment(0, steps)
-        self._attached = list(attachments(model).values())
+        self._attached = [(attached, attached.parts) for attached in attachments(model).values()]
         self._names = {id(p): name for name, p in trainable_parameters(model).items()}
+        self._masks: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._still: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._before: dict[str, Any] = {}
         self._modules = {id(m): name for name, m in model.named_modules()}
 
-    def _with_parts(self) -> Iterator[tuple[Attachment, list[Any]]]:
-        return ((attached, attached.parts) for attached in self._attached)
-
     def optimizer_options(self) -> dict[str, dict[str, float]]:
         """Options of the optimizer by parameter name, of those that their method gives any."""
         found = {}
-        for attached, parts in self._with_parts():
+        for attached, parts in self._attached:
             for local, options in attached.method.optimizer_options().items():
                 for part in (*parts, *([attached.pool] if attached.pool is not None else [])):
                     parameter = part._parameters.get(local)
@@ -58,7 +55,7 @@ class Course:
         """The tensors beside the trained ones that a run cannot make again as they are now, by name."""
         return {
             f"{self._modules[id(part)]}.{local}": getattr(part, local)
-            for attached, parts in self._with_parts()
+            for attached, parts in self._attached
             for part in parts
             for local in attached.method.kept
             if local in part._buffers
@@ -70,34 +67,32 @@ class Course:
         Raises:
             EspalierError: when it is too short for a method.
         """
-        for attached, parts in self._with_parts():
+        for attached, parts in self._attached:
             attached.method.check_run(parts, self.steps)
 
     def begin(self, step: int, learning_rate: float = 0.0) -> None:
         """A step begins, before its forward pass."""
         self._moment = Moment(step, self.steps, learning_rate)
-        for attached, parts in self._with_parts():
+        self._masks.clear()
+        for attached, parts in self._attached:
             for part in parts:
                 still = attached.method.frozen(part, self._moment)
                 for local, parameter in part._parameters.items():
                     if id(parameter) in self._names:
                         parameter.requires_grad_(still.get(local) is not True)
+                self._masks += [(getattr(part, local), mask) for local, mask in still.items() if isinstance(mask, torch.Tensor)]
 
     def penalty(self) -> torch.Tensor | float:
         """What the methods add to the loss of this step; 0 where none does."""
-        found = [p for attached, parts in self._with_parts() if (p := attached.method.penalty(parts)) is not None]
+        found = [p for attached, parts in self._attached if (p := attached.method.penalty(parts)) is not None]
         return sum(found) if found else 0.0
 
     @torch.no_grad()
     def before_step(self) -> None:
         """The gradients are there; the optimizer is next."""
-        for attached, parts in self._with_parts():
+        for attached, parts in self._attached:
             self._before[attached.name] = attached.method.before_step(parts, self._moment)
-            for part in parts:
-                for local, mask in attached.method.frozen(part, self._moment).items():
-                    if isinstance(mask, torch.Tensor):
-                        tensor = getattr(part, local)
-                        self._still.append((tensor, mask, whole(tensor.detach()).clone()))
+        self._still = [(tensor, mask, whole(tensor.detach()).clone()) for tensor, mask in self._masks]
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -105,7 +100,7 @@ class Course:
         for tensor, mask, before in self._still:
             put(tensor, torch.where(mask, before, whole(tensor)))
         self._still.clear()
-        for attached, parts in self._with_parts():
+        for attached, parts in self._attached:
             attached.method.after_step(parts, self._moment, self._before.pop(attached.name))
 
     @torch.no_grad()
@@ -115,5 +110,5 @@ class Course:
         Raises:
             EspalierError: when a method did not reach its budget.
         """
-        for attached, parts in self._with_parts():
+        for attached, parts in self._attached:
             attached.method.finish(parts)

@@ -48,6 +48,12 @@ class Request:
     dtype: str
     rank: int
 
+    @classmethod
+    def of(cls, *, want: Sequence[str], targets: str, dtype: torch.dtype, **others: Any) -> Request:
+        """A request in the one spelling that the cache knows, from a list of targets with commas and a dtype."""
+        patterns = tuple(part.strip() for part in targets.split(",") if part.strip())
+        return cls(want=tuple(want), targets=patterns, dtype=str(dtype).removeprefix("torch."), **others)
+
     def folder(self) -> Path:
         """Where the cache keeps calibrations that differ from this one in ``want`` only."""
         same = {key: value for key, value in asdict(self).items() if key != "want"}

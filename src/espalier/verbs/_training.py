@@ -342,10 +342,9 @@ class Job:
             return None
         if self.directory is None:
             raise EspalierError(f"{self.method.name} starts from statistics of the data in a trained model; give --model")
-        request = Request(
-            model=self.directory.fingerprint(), data=self.store.digest, want=tuple(parse_want(wanted.statistics)),
-            targets=tuple(part.strip() for part in a["targets"].split(",") if part.strip()), tokens=wanted.tokens,
-            sequence_length=a["sequence_length"], seed=a["seed"], dtype=str(self.dtype).removeprefix("torch."), rank=wanted.rank,
+        request = Request.of(
+            model=self.directory.fingerprint(), data=self.store.digest, want=parse_want(wanted.statistics), targets=a["targets"],
+            tokens=wanted.tokens, dtype=self.dtype, rank=wanted.rank, seed=a["seed"], sequence_length=a["sequence_length"],
         )  # fmt: skip
         found, _ = make_calibration(
             self.directory, self.store, request, dtype=self.dtype, device=self.device,

@@ -74,11 +74,9 @@ def calibrate(
     directory = ModelDirectory(resolve_model(model))
     store = open_store(open_source(data), Encoder(load_tokenizer(model)))
     computed = torch_dtype(dtype, directory)
-    request = Request(
-        model=directory.fingerprint(), data=store.digest, want=wanted,
-        targets=tuple(part.strip() for part in targets.split(",") if part.strip()), tokens=tokens,
-        sequence_length=session.fitting_length(sequence_length, load_config(directory.path)), seed=seed,
-        dtype=str(computed).removeprefix("torch."), rank=rank,
+    request = Request.of(
+        model=directory.fingerprint(), data=store.digest, want=wanted, targets=targets, tokens=tokens, dtype=computed, rank=rank, seed=seed,
+        sequence_length=session.fitting_length(sequence_length, load_config(directory.path)),
     )  # fmt: skip
     refuse_other(target, request)
     found, facts = make(
