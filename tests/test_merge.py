@@ -761,7 +761,7 @@ def test_memory_does_not_grow_with_the_model(method: str, models: Path, tmp_path
         return int(done.stdout)
 
     small, large = peak(3_000), peak(30_000)  # models of 12 and of 123 MB, three of them
-    # a threshold is found among the numbers near it, which are kept: a few of a hundred
+    # a threshold is found among the numbers near it, which are kept: of two models on two threads, a few of a hundred
     allowed = 24_000 if method == "ties" else 12_000
     assert large < small + allowed, f"{small} KiB, and {large} KiB for models that are larger by 110 MB each"
 

@@ -14,6 +14,7 @@ from espalier.kernels import merging
 from espalier.kernels.merging import (
     Between,
     Clamp,
+    Draws,
     Numbers,
     add_changes,
     add_scores,
@@ -22,6 +23,7 @@ from espalier.kernels.merging import (
     compete,
     drop,
     elect,
+    masses,
     middle,
     thin,
     variance,
@@ -109,9 +111,20 @@ def test_the_election(seed: int, models: int, size: int, by_mass: bool, normaliz
 
     def do() -> Any:
         ties = torch.full((models,), left)
-        return elect(given_numbers, weights, limits, ties, by_mass, normalize, 0.7), ties
+        return elect(given_numbers, weights, by_mass, normalize, 0.7, limits, ties), ties
 
     assert same(*both(do))
+
+
+@settings(deadline=None, max_examples=60)
+@given(seeds, st.integers(1, 5), sizes, st.integers(0, 2**40), st.booleans())
+def test_the_election_among_what_is_drawn(seed: int, models: int, size: int, position: int, by_mass: bool) -> None:
+    given_numbers, weights, drawn = stored(seed, models, size), numbers(seed + 2, models), draws(seed, models, position)
+    out = torch.empty(models, size)
+    drop(given_numbers, drawn, out)
+    dropped = Numbers(given_numbers.base, out.unbind(), refuse, are_changes=True)
+    fused, *others = (*both(lambda: elect(given_numbers, weights, by_mass, True, 0.7, draws=drawn)), elect(dropped, weights, by_mass, True, 0.7))
+    assert all(same(fused, other) for other in others)
 
 
 @settings(deadline=None, max_examples=80)
@@ -144,20 +157,26 @@ def test_thinning_by_rank(seed: int, rows: int, size: int) -> None:
     assert same(*both(ranked))
 
 
-@settings(deadline=None, max_examples=60)
-@given(seeds, sizes, st.integers(0, 2**40))
-def test_dropping_at_random(seed: int, size: int, position: int) -> None:
-    given_numbers, stream = stored(seed, 2, size), Stream(seed, "dropped", position)
+def draws(seed: int, models: int, position: int) -> Draws:
+    return Draws([Stream(seed, f"dropped {model}", position + model) for model in range(models)], [0.3] * models, [1 / 0.3] * models)
 
-    def dropped() -> torch.Tensor:
-        out = torch.empty(size)
-        drop(given_numbers, 1, stream, 0.3, 1 / 0.3, out)
-        return out
+
+@settings(deadline=None, max_examples=60)
+@given(seeds, st.integers(1, 3), sizes, st.integers(0, 2**40))
+def test_dropping_at_random(seed: int, models: int, size: int, position: int) -> None:
+    given_numbers, drawn = stored(seed, models, size), draws(seed, models, position)
+
+    def dropped() -> tuple[torch.Tensor, torch.Tensor]:
+        out = torch.empty(models, size)
+        drop(given_numbers, drawn, out)
+        return out, masses(given_numbers, drawn)
 
     compiled, plain = both(dropped)
     assert same(compiled, plain)
-    kept = stream.at(position).uniform(size) < 0.3
-    assert torch.equal(plain != 0, kept & (given_numbers.change(1) != 0))
+    changes = torch.stack([given_numbers.change(model) for model in range(models)])
+    uniform = torch.stack([Stream(seed, f"dropped {model}", position + model).uniform(size) for model in range(models)])
+    assert torch.equal(plain[0] != 0, (uniform < 0.3) & (changes != 0))
+    torch.testing.assert_close(plain[1], torch.stack([changes.double(), plain[0].double()], 1).abs().sum(-1), rtol=1e-5, atol=1e-9)
 
 
 @settings(deadline=None, max_examples=60)
@@ -199,13 +218,14 @@ def test_blending_by_scores(seed: int, models: int, size: int) -> None:
 def test_every_loop_refuses_what_is_not_finite_and_says_whose_it_is(row: int, dtype: torch.dtype) -> None:
     rows = torch.zeros(3, 1500, dtype=dtype)
     rows[row, 1300] = -torch.inf
-    clamp, ones, out = Clamp(torch.zeros(2), torch.ones(2)), torch.ones(2), torch.empty(1500)
+    clamp, ones, out = Clamp(torch.zeros(2), torch.ones(2)), torch.ones(2), torch.empty(2, 1500)
     for do in (
         lambda given: add_changes(given, [(0, Between(0, 1)), (1, Between(0, 1))]),
         lambda given: add_scores(given, clamp, [(0, Between(0, 1))]),
-        lambda given: elect(given, ones, ones, torch.full((2,), -1), True, True, 1.0),
+        lambda given: elect(given, ones, True, True, 1.0),
         lambda given: blend(given, clamp, ones, ones, ones, 1.0),
-        lambda given: [drop(given, model, Stream(0, ""), 0.5, 2.0, out) for model in (0, 1)],
+        lambda given: drop(given, draws(0, 2, 0), out),
+        lambda given: masses(given, draws(0, 2, 0)),
     ):
         def refused(do: Callable[[Numbers], Any] = do) -> str:
             with pytest.raises(ValueError) as caught:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import abc
 import itertools
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +19,7 @@ import torch
 
 from espalier.delta.selection import TOO_LARGE, Chosen, thresholds
 from espalier.errors import EspalierError
-from espalier.kernels.merging import Between, Numbers, add_changes, elect
+from espalier.kernels.merging import Between, Numbers, Room, add_changes, elect
 from espalier.kernels.philox import Stream
 
 PIECE = 1 << 19
@@ -54,7 +53,7 @@ class Piece:
         self.start = begin * parameter.columns
         """place of the first number in the parameter"""
         shape = (2 * parameter.models + 1, stop - begin, parameter.columns)
-        self._room = _room(math.prod(shape), parameter.device).view(shape)
+        self._room = _room(*shape, device=parameter.device)
 
     @cached_property
     def base(self) -> torch.Tensor | None:
@@ -115,15 +114,7 @@ def is_finite(numbers: torch.Tensor) -> bool:
     return math.isfinite(float(numbers.sum())) or bool(numbers.isfinite().all())
 
 
-_rooms = threading.local()
-
-
-def _room(size: int, device: torch.device) -> torch.Tensor:
-    """Memory of this thread for pieces, whichever parameter they are of."""
-    held: torch.Tensor | None = getattr(_rooms, "held", None)
-    if held is None or len(held) < size or held.device.type != device.type:
-        held = _rooms.held = torch.empty(size, device=device)
-    return held[:size]
+_room = Room()
 
 
 Combine = Callable[[Piece], torch.Tensor]
@@ -275,7 +266,7 @@ class Parameter(abc.ABC):
         """
         scores = score or (lambda piece: piece.updates)
         step = 5 if self.numel > SAMPLE else 1  # many rows, as these differ, but few numbers of each
-        sample = torch.cat([scores(piece).flatten(1)[:, ::step].clone() for piece in self.sampled(4 * SAMPLE)], -1)
+        sample = torch.cat([scores(piece).flatten(1)[:, ::step].clone() for piece in self.sampled(max(4 * SAMPLE, self.numel // 64))], -1)
 
         def gather(found: dict[int, Between]) -> None:
             for piece in self.pieces():
@@ -288,17 +279,18 @@ class Parameter(abc.ABC):
 
         return thresholds(gather, sample, counts, self.numel)
 
-    def ratio(self, kept: Callable[[Piece], torch.Tensor]) -> torch.Tensor:
-        """The sum of magnitudes of each model's updates, over that of what is ``kept`` of them: (models, 1, 1).
+    def ratio(self, masses: Callable[[Piece], torch.Tensor]) -> torch.Tensor:
+        """The sum of magnitudes of each model's updates, over that of what is kept of them: (models,).
 
         1 where one of them is as good as zero.
+
+        Args:
+            masses: both sums of a piece, (models, 2), float64.
         """
-        sums = torch.zeros(2, self.models, dtype=torch.float64)
+        sums = torch.zeros(self.models, 2, dtype=torch.float64)
         for piece in self.pieces():
-            for place, make in enumerate((lambda piece: piece.updates, kept)):
-                sums[place] += torch.abs(make(piece), out=piece.spare).sum(-1).double().sum(-1).cpu()
-        found = torch.where((sums > 1e-7).all(0), sums[0] / sums[1].clamp_min(1e-7), 1.0)
-        return found.float().to(self.device)[:, None, None]
+            sums += masses(piece)
+        return torch.where((sums > 1e-7).all(1), sums[:, 0] / sums[:, 1].clamp_min(1e-7), 1.0).float()
 
 
 class Combination:
@@ -369,13 +361,12 @@ def scaled(parameter: Parameter, combine: Combine) -> Combine:
 def merged_changes(parameter: Parameter, changes: Callable[[Piece], torch.Tensor], majority: str, normalize: bool | None) -> Combine:
     """The base plus the weighted changes: all of them (``majority`` "none"), or those of the sign that is elected."""
     weights, by_vote = parameter.weights, majority != "none"
-    everything, all_of_them = torch.zeros_like(weights), torch.full((parameter.models,), -1)
     factors = (parameter.shares() if normalize and not by_vote else weights).tolist()
 
     def combine(piece: Piece) -> torch.Tensor:
         if by_vote:
             made = Numbers(piece.origin, changes(piece).unbind(), _too_large, are_changes=True, device=parameter.device)
-            return elect(made, weights, everything, all_of_them, majority == "mass", normalize is not False, parameter.scale)
+            return elect(made, weights, majority == "mass", normalize is not False, parameter.scale)
         return weighted_sum(changes(piece), factors).mul_(parameter.scale).add_(piece.origin)
 
     return combine

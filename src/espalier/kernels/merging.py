@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,32 @@ from typing import Any, NoReturn
 
 import numpy
 import torch
+from torch.nn import functional
 
 from espalier.kernels.philox import Stream
+
+TILE = 1024
+"""Numbers that compiled loops work on at a time: what is made of them stays in the first-level cache."""
+
+LANES = 256
+"""Numbers that are compared, or added up, at once."""
+
+
+class Room(threading.local):
+    """Memory that each thread works in again and again: what is in it is overwritten by the next who asks."""
+
+    def __init__(self) -> None:
+        self._held = torch.empty(0)
+
+    def __call__(self, *shape: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Uninitialised float32 of this shape."""
+        size = math.prod(shape)
+        if len(self._held) < size or self._held.device.type != torch.device(device).type:
+            self._held = torch.empty(size, device=device)
+        return self._held[:size].view(shape)
+
+
+_inside = Room()
 
 
 @functools.cache
@@ -91,7 +116,7 @@ class Between:
     def add(self, numbers: torch.Tensor) -> None:
         """Go through (n,) float32 numbers."""
         if numbers.is_cpu and (fast := _fast()):
-            counts, inside = numpy.zeros(4, numpy.int64), torch.empty(len(numbers) + 1)
+            counts, inside = numpy.zeros(4, numpy.int64), _inside(len(numbers) + 1)
             fast.between(numbers.numpy(), self.low, self.high, self.signed, counts, inside.numpy())
             *some, count = counts.tolist()
             self.keep(some, inside[:count].clone())
@@ -122,32 +147,67 @@ def _gather(numbers: Numbers, found: Sequence[tuple[int, Between]], loop: Callab
     models = numpy.array([model for model, _ in found])
     lows = numpy.array([between.low for _, between in found], numpy.float32)
     highs = numpy.array([between.high for _, between in found], numpy.float32)
-    counts, inside = numpy.zeros((len(found), 4), numpy.int64), torch.empty(len(found), numbers.length + 1)
+    counts, inside = numpy.zeros((len(found), 4), numpy.int64), _inside(len(found), numbers.length + 1)
     numbers.require_finite(loop(numbers.places, numbers.length, *arguments, models, lows, highs, counts, inside.numpy()))
     for (_, between), (*some, count), gathered in zip(found, counts.tolist(), inside, strict=True):
         between.keep(some, gathered[:count].clone())
 
 
+class Draws:
+    """Which changes of models are kept at random, and what they are multiplied by.
+
+    A model's change is kept where the next uniform number of the model's stream is below its odds.
+
+    Args:
+        streams, odds, factors: one of each model.
+    """
+
+    def __init__(self, streams: Sequence[Stream], odds: Sequence[float], factors: Sequence[float]) -> None:
+        self._streams, self._odds, self._factors = streams, odds, factors
+
+    def arrays(self) -> tuple[Any, ...]:
+        """What the compiled loops take: keys and positions (models, 3), odds and factors (models,)."""
+        counters = numpy.array([(*stream.key, stream.position) for stream in self._streams], numpy.uint64).reshape(-1, 3)
+        return counters, numpy.array(self._odds, numpy.float32), numpy.array(self._factors, numpy.float32)
+
+    def keep(self, model: int, changes: torch.Tensor) -> torch.Tensor:
+        """What is kept of (n,) changes of a model, times its factor, and zeros."""
+        stream = self._streams[model]
+        drawn = stream.at(stream.position).uniform(len(changes), device=changes.device)
+        factors = drawn.new_tensor([0.0, self._factors[model]])
+        return changes * factors[(drawn < drawn.new_tensor(self._odds[model])).long()]
+
+
+_NOTHING_DRAWN = Draws((), (), ())
+
+
 def elect(
-    numbers: Numbers, weights: torch.Tensor, limits: torch.Tensor, ties: torch.Tensor, by_mass: bool, normalize: bool, scale: float
-) -> torch.Tensor:
-    """Trim changes, elect a sign, and merge what has it (TIES, arXiv:2306.01708), for one slice; float32, in its shape.
+    numbers: Numbers, weights: torch.Tensor, by_mass: bool, normalize: bool, scale: float,
+    limits: torch.Tensor | None = None, ties: torch.Tensor | None = None, draws: Draws | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Drop and trim changes, elect a sign, and merge what has it (TIES, arXiv:2306.01708), for one slice; float32, in its shape.
 
     Args:
         weights: of the models, (models,).
-        limits: the least magnitude of a change that is kept, (models,).
-        ties: how many of exactly that magnitude are kept from here on, -1 for all, (models,) int64; counted down.
         by_mass: whether the sum of weighted changes elects the sign, or the number of models.
         normalize: whether what has the sign is divided by its weights.
         scale: of the merged change.
+        limits: the least magnitude of a change that is kept, (models,); default: all are.
+        ties: how many of exactly that magnitude are kept from here on, -1 for all, (models,) int64; counted down.
+        draws: what is dropped at random before; default: nothing.
     """
+    limits = torch.zeros_like(weights) if limits is None else limits
+    ties = torch.full((numbers.models,), -1) if ties is None else ties
     if numbers.device.type == "cpu" and (fast := _fast()):
         out = torch.empty(numbers.shape)
         below = torch.nextafter(limits, torch.full_like(limits, -torch.inf))
-        vectors = (t.numpy() for t in (weights, below, limits, ties))
-        numbers.require_finite(fast.elect(numbers.places, numbers.are_changes, *vectors, by_mass, normalize, scale, out.view(-1).numpy()))
+        vectors, drawn = (t.numpy() for t in (weights, below, limits, ties)), (draws or _NOTHING_DRAWN).arrays()
+        found = fast.elect(numbers.places, numbers.are_changes, *drawn, *vectors, by_mass, normalize, scale, out.view(-1).numpy())
+        numbers.require_finite(found)
         return out
     updates = torch.stack([numbers.change(model) for model in range(numbers.models)])
+    if draws:
+        updates = torch.stack([draws.keep(model, update) for model, update in enumerate(updates)])
     magnitudes, limits, weights = updates.abs(), limits.to(numbers.device), weights.to(numbers.device)
     kept = magnitudes >= limits[:, None]
     for model, left in enumerate(ties.tolist()):
@@ -201,14 +261,31 @@ def thin(updates: torch.Tensor, drawn: torch.Tensor, odds: torch.Tensor, factors
     out.copy_(torch.where(drawn < odds[ranks], updates * factors[ranks], 0.0))
 
 
-def drop(numbers: Numbers, model: int, stream: Stream, odds: float, factor: float, out: torch.Tensor) -> None:
-    """Keep what a model changed where the stream's next uniform number is below the odds, times the factor, in ``out`` (n,)."""
+def drop(numbers: Numbers, draws: Draws, out: torch.Tensor) -> None:
+    """Put what is kept of models' changes, and zeros, into ``out`` (models, n)."""
     if numbers.device.type == "cpu" and (fast := _fast()):
-        made = fast.drop(numbers.places, model, *stream.key, stream.position, odds, factor, out.numpy())
-        numbers.require_finite(made)
+        numbers.require_finite(fast.drop(numbers.places, *draws.arrays(), out.numpy()))
         return
-    drawn = stream.at(stream.position).uniform(numbers.length, device=numbers.device)
-    out.copy_(numbers.change(model) * torch.where(drawn < odds, factor, 0.0))
+    for model, made in enumerate(out):
+        made.copy_(draws.keep(model, numbers.change(model)))
+
+
+def masses(numbers: Numbers, draws: Draws) -> torch.Tensor:
+    """Of each model the sum of magnitudes of its changes, and of what is kept of them: (models, 2), float64."""
+    sums = torch.zeros(numbers.models, 2, dtype=torch.float64)
+    if numbers.device.type == "cpu" and (fast := _fast()):
+        numbers.require_finite(fast.masses(numbers.places, numbers.length, *draws.arrays(), sums.numpy()))
+        return sums
+    for model, made in enumerate(sums):
+        change = numbers.change(model)
+        for place, vector in enumerate((change, draws.keep(model, change))):
+            lanes = functional.pad(vector.abs(), (0, -len(vector) % TILE)).view(-1, TILE // LANES, LANES)
+            first, *others = lanes.unbind(1)
+            total = functools.reduce(torch.add, others, first)
+            while total.shape[1] > 1:
+                total = total[:, : total.shape[1] // 2] + total[:, total.shape[1] // 2 :]
+            made[place] = functools.reduce(float.__add__, total.flatten().tolist(), 0.0)
+    return sums
 
 
 def variance(updates: torch.Tensor) -> torch.Tensor:

@@ -11,14 +11,8 @@ import threading
 import numba
 import numpy as np
 
+from espalier.kernels.merging import LANES, TILE
 from espalier.kernels.philox_fast import fill_words
-
-TILE = 1024
-"""Numbers that are worked on at a time: what is made of them stays in the first-level cache."""
-
-
-LANES = 256
-"""Numbers that are compared at once."""
 
 LARGEST = np.finfo(np.float32).max
 
@@ -133,12 +127,23 @@ def _between_changes(numbers, length, models, lows, highs, counts, inside):  # t
     return strange
 
 
-def _elect(numbers, are_changes, weights, below, limits, ties, by_mass, normalize, scale, out):  # type: ignore[no-untyped-def]
+@numba.njit(nogil=True, error_model="numpy")
+def _draw(tile, counter, odds, factor, begin, words):  # type: ignore[no-untyped-def]
+    """Keep of a tile what is drawn below the odds, times a factor. ``counter`` is a stream's key and position of the first number."""
+    position = counter[2] + np.uint64(begin)
+    skipped = np.int64(position % np.uint64(4))
+    fill_words(counter[0], counter[1], position // np.uint64(4), words)
+    drawn = words[skipped : skipped + len(tile)]
+    for i in range(len(tile)):
+        tile[i] *= factor if np.float32(np.int32(drawn[i] >> np.uint32(8))) * np.float32(2.0**-24) < odds else np.float32(0)
+
+
+def _elect(numbers, are_changes, counters, odds, factors, weights, below, limits, ties, by_mass, normalize, scale, out):  # type: ignore[no-untyped-def]
     """The merged numbers of a slice by TIES: see ``merging.elect``. ``below`` are the numbers just under the limits.
 
-    Returns which row is not finite, or -1.
+    Where there are ``counters``, changes are dropped first, as by :func:`_drop`. Returns which row is not finite, or -1.
     """
-    count, strange = len(numbers) - 1, -1
+    count, strange, words = len(numbers) - 1, -1, np.empty(TILE + 4, np.uint32)
     base, zeros = np.empty(TILE, np.float32), np.zeros(TILE, np.float32)
     changes = np.empty((count, TILE), np.float32)
     votes = np.empty(TILE, np.float32)
@@ -158,6 +163,8 @@ def _elect(numbers, are_changes, weights, below, limits, ties, by_mass, normaliz
             weight, change = weights[m], changes[m, :size]
             if _load(numbers, m + 1, begin, zeros if are_changes else base, change):
                 strange = m + 1
+            if len(counters):
+                _draw(change, counters[m], odds[m], factors[m], begin, words)
             limit = limits[m] if ties[m] == 0 else below[m]
             if ties[m] > 0:
                 equal = 0
@@ -279,21 +286,49 @@ def _thin(updates, bits, drawn, odds, factors, out):  # type: ignore[no-untyped-
             keys, others = others, keys
 
 
-def _drop(numbers, model, key0, key1, position, odds, factor, out):  # type: ignore[no-untyped-def]
-    """A model's changes, of which those drawn below the odds are kept, times a factor; which row is not finite, or -1."""
-    strange, zeros, base = -1, np.zeros(TILE, np.float32), np.empty(TILE, np.float32)
-    words, skipped = np.empty(TILE + 4, np.uint32), np.int64(position % np.uint64(4))
-    for begin in range(0, len(out), TILE):
-        made = out[begin : begin + TILE]
-        size = len(made)
+def _drop(numbers, counters, odds, factors, out):  # type: ignore[no-untyped-def]
+    """What is kept of models' changes: see ``merging.drop``; which row is not finite, or -1."""
+    strange, zeros, base, words = -1, np.zeros(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE + 4, np.uint32)
+    for begin in range(0, out.shape[1], TILE):
+        size = min(TILE, out.shape[1] - begin)
         if _load(numbers, 0, begin, zeros, base[:size]):
             strange = 0
-        if _load(numbers, model + 1, begin, base, made):
-            strange = model + 1
-        fill_words(key0, key1, (position + np.uint64(begin)) // np.uint64(4), words)
-        drawn = words[skipped : skipped + size]
-        for i in range(size):
-            made[i] *= factor if np.float32(np.int32(drawn[i] >> np.uint32(8))) * np.float32(2.0**-24) < odds else np.float32(0)
+        for m in range(len(out)):
+            made = out[m, begin : begin + size]
+            if _load(numbers, m + 1, begin, base, made):
+                strange = m + 1
+            _draw(made, counters[m], odds[m], factors[m], begin, words)
+    return strange
+
+
+def _masses(numbers, length, counters, odds, factors, sums):  # type: ignore[no-untyped-def]
+    """Sums of magnitudes of models' changes, and of what is kept of them: see ``merging.masses``; which row is not finite, or -1."""
+    strange, zeros, base, words = -1, np.zeros(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE + 4, np.uint32)
+    tile, lanes = np.empty(TILE, np.float32), np.empty((2, LANES), np.float32)
+    for begin in range(0, length, TILE):
+        size = min(TILE, length - begin)
+        if _load(numbers, 0, begin, zeros, base[:size]):
+            strange = 0
+        for m in range(len(counters)):
+            if _load(numbers, m + 1, begin, base, tile[:size]):
+                strange = m + 1
+            for i in range(size, TILE):
+                tile[i] = np.float32(0)
+            for which in range(2):
+                if which:
+                    _draw(tile[:size], counters[m], odds[m], factors[m], begin, words)
+                lane = lanes[which]
+                for k in range(LANES):
+                    lane[k] = abs(tile[k])
+                for row in range(LANES, TILE, LANES):
+                    for k in range(LANES):
+                        lane[k] += abs(tile[row + k])
+                half = LANES // 2
+                while half:
+                    for k in range(half):
+                        lane[k] += lane[half + k]
+                    half //= 2
+                sums[m, which] += lane[0]
     return strange
 
 
@@ -460,13 +495,15 @@ def _compiled(loop, signature):  # type: ignore[no-untyped-def]
 between = _compiled(_between, "void(float32[::1], float32, float32, boolean, int64[::1], float32[::1])")
 _BOUNDS = "int64[::1], float32[::1], float32[::1], int64[:, ::1], float32[:, ::1]"
 between_changes = _compiled(_between_changes, f"int64(int64[:, ::1], int64, {_BOUNDS})")
+_DRAWS = "uint64[:, ::1], float32[::1], float32[::1]"
 elect = _compiled(
     _elect,
-    "int64(int64[:, ::1], boolean, float32[::1], float32[::1], float32[::1], int64[::1], boolean, boolean, float32, float32[::1])",
+    f"int64(int64[:, ::1], boolean, {_DRAWS}, float32[::1], float32[::1], float32[::1], int64[::1], boolean, boolean, float32, float32[::1])",
 )
 middle = _compiled(_middle, "void(float32[:, ::1], int32[:, ::1], int64, int64, float32[:, ::1])")
 thin = _compiled(_thin, "void(float32[:, ::1], int32[:, ::1], float32[:, ::1], float32[::1], float32[::1], float32[:, ::1])")
-drop = _compiled(_drop, "int64(int64[:, ::1], int64, uint64, uint64, uint64, float32, float32, float32[::1])")
+drop = _compiled(_drop, f"int64(int64[:, ::1], {_DRAWS}, float32[:, ::1])")
+masses = _compiled(_masses, f"int64(int64[:, ::1], int64, {_DRAWS}, float64[:, ::1])")
 variance = _compiled(_variance, "void(float32[:, ::1], float32[::1])")
 agree = _compiled(_agree, "void(float32[::1], float32[:, ::1], float32[::1], float32, float32[::1])")
 _CLAMP = "float32[::1], float32[::1], float32[::1], UniTuple(float32, 9)"

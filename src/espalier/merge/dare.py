@@ -8,7 +8,8 @@ import torch
 
 from espalier.delta.merging import Combine, Parameter, Piece, merged_changes
 from espalier.errors import EspalierError
-from espalier.kernels.merging import drop
+from espalier.kernels.merging import Draws, drop, masses
+from espalier.kernels.merging import elect as elect_sign
 from espalier.registry import merger
 
 
@@ -39,13 +40,17 @@ def dare(
     factors = [1 / share if share and rescale == "density" else 1.0 for share in shares]
     streams = [parameter.stream(f"dare {model}") for model in range(parameter.models)]
 
-    def keep(piece: Piece) -> torch.Tensor:
-        made = piece.spare
-        for model, (share, factor, stream) in enumerate(zip(shares, factors, streams, strict=True)):
-            drop(piece.stored, model, stream.at(piece.start), share, factor, made[model].view(-1))
-        return made
+    def draws(piece: Piece) -> Draws:
+        return Draws([stream.at(piece.start) for stream in streams], shares, factors)
 
-    if rescale != "norm":
-        return merged_changes(parameter, keep, elect, normalize)
-    ratio = parameter.ratio(keep)
-    return merged_changes(parameter, lambda piece: keep(piece).mul_(ratio), elect, normalize)
+    if rescale == "norm":
+        factors = parameter.ratio(lambda piece: masses(piece.stored, draws(piece))).tolist()
+    if elect != "none":
+        weights, by_mass, scale = parameter.weights, elect == "mass", parameter.scale
+        return lambda piece: elect_sign(piece.stored, weights, by_mass, normalize is not False, scale, draws=draws(piece))
+
+    def keep(piece: Piece) -> torch.Tensor:
+        drop(piece.stored, draws(piece), piece.spare.flatten(1))
+        return piece.spare
+
+    return merged_changes(parameter, keep, elect, normalize)

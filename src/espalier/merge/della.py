@@ -53,5 +53,9 @@ def della(
 
     if rescale != "norm":
         return merged_changes(parameter, keep, elect, normalize)
-    ratio = parameter.ratio(keep)
+    ratio = parameter.ratio(lambda piece: torch.stack([_mass(piece.updates), _mass(keep(piece))], -1))[:, None, None].to(parameter.device)
     return merged_changes(parameter, lambda piece: keep(piece).mul_(ratio), elect, normalize)
+
+
+def _mass(changes: torch.Tensor) -> torch.Tensor:
+    return changes.abs().sum(-1).double().sum(-1).cpu()

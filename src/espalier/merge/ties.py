@@ -25,4 +25,4 @@ def ties(
     """
     kept = parameter.largest([parameter.count(share) for share in parameter.each(density, "density")])
     weights, mass, scale = parameter.weights, majority == "mass", parameter.scale
-    return lambda piece: elect(piece.stored, weights, kept.limits, kept.ties, mass, normalize, scale)
+    return lambda piece: elect(piece.stored, weights, mass, normalize, scale, kept.limits, kept.ties)
