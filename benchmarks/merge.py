@@ -9,6 +9,8 @@ process; ``past start`` leaves out the interpreter and imports, measured inside.
 of compiled loops, on tiny models: what compilation costs once. ``anonymous`` is the peak of memory that the process itself
 allocated (RssAnon, sampled every 5 ms), ``total`` its VmHWM, which also counts mapped pages of files.
 
+Results measured on the same machine before (another size, other jobs) stay in results/merge.json.
+
 The floors, from the page cache as everything else: ``copy`` (the output's bytes read and written with fsync) and ``read N
 and write`` (N models are read, the output is written with fsync); every job is compared with that of as many models.
 """
@@ -27,7 +29,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import machine, make_llama, table, write_result
+from common import RESULTS, machine, make_llama, table, write_result
 
 SIZES = {
     "tiny": {"hidden": 64, "layers": 2, "intermediate": 160, "heads": 4, "vocabulary": 1024},
@@ -130,7 +132,10 @@ def reads(name: str, size: str) -> str:
 
 
 def worker(tool: str, name: str, folder: Path, threads: int) -> None:
-    """Run one job and print what it took."""
+    """Run one job and print what it took; or make the models, of which this process's parent then keeps no memory."""
+    if tool == "prepare":
+        print(prepare(folder, name))
+        return
     peak = watch()
     began = job(tool, name, folder, folder / "out", threads)
     seconds = time.perf_counter() - began
@@ -139,17 +144,22 @@ def worker(tool: str, name: str, folder: Path, threads: int) -> None:
     print(json.dumps({"past_start": seconds, "anonymous": peak["anonymous"], "total": total}))
 
 
+def run(tool: str, name: str, folder: Path, threads: int, more: dict[str, str] | None = None) -> Any:
+    """What one fresh process prints."""
+    command = [sys.executable, __file__, "--worker", name, "--tool", tool, "--folder", str(folder), "--threads", str(threads)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **(more or {})}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"{tool} {name}: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def measure(tool: str, name: str, folder: Path, threads: int, more: dict[str, str] | None = None) -> dict[str, float]:
     """One job in a fresh process."""
     shutil.rmtree(folder / "out", ignore_errors=True)
-    command = [sys.executable, __file__, "--worker", name, "--tool", tool, "--folder", str(folder), "--threads", str(threads)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **(more or {})}
     began = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    seconds = time.perf_counter() - began
-    if done.returncode:
-        raise SystemExit(f"{tool} {name}: {done.stderr}")
-    return {"seconds": seconds, **json.loads(done.stdout.splitlines()[-1])}
+    found = run(tool, name, folder, threads, more)
+    return {"seconds": time.perf_counter() - began, **found}
 
 
 def prepare(folder: Path, size: str) -> int:
@@ -178,7 +188,7 @@ def cold(name: str, threads: int) -> float:
     """Seconds of a first run on tiny models with nothing compiled before."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        prepare(folder, "tiny")
+        run("prepare", "tiny", folder, threads)
         cache = {"NUMBA_CACHE_DIR": str(folder / "numba"), "ESPALIER_CACHE": str(folder / "cache")}
         return measure("espalier", name, folder, threads, cache)["past_start"]
 
@@ -204,7 +214,7 @@ def main() -> None:
     for size in a.sizes.split(","):
         with tempfile.TemporaryDirectory(dir=a.scratch) as temporary:
             folder = Path(temporary)
-            nbytes = prepare(folder, size)
+            nbytes = run("prepare", size, folder, a.threads)
             todo = [("floor", name) for name in dict.fromkeys(["copy", *(reads(name, size) for name in jobs)])]
             for name in jobs:
                 todo += [("espalier", name)] + ([("mergekit", name)] if name != "pcb" else [])
@@ -227,7 +237,13 @@ def main() -> None:
             })  # fmt: skip
         print(table(list(rows[0]), [list(row.values()) for row in rows if row["model"].startswith(size)]), flush=True)
     if a.sizes != "tiny":
-        write_result("merge", {"machine": machine(), "threads": a.threads, "rounds": a.rounds, "rows": rows})
+        conditions = {"machine": machine(), "threads": a.threads, "rounds": a.rounds}
+        path = RESULTS / "merge.json"
+        before = json.loads(path.read_text()) if path.exists() else {}
+        again = {(row["model"], row["job"], row["by"]) for row in rows}
+        kept = before.get("rows", []) if all(before.get(key) == value for key, value in conditions.items()) else []
+        rows = [row for row in kept if (row["model"], row["job"], row["by"]) not in again] + rows
+        write_result("merge", {**conditions, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ SAMPLE = 1 << 15
 """Numbers of each model, at least, by which thresholds are guessed, before a pass finds them."""
 
 WHOLE_SAMPLE = 1 << 18
-"""Numbers of each model by which quantiles of the whole model are guessed."""
+"""Numbers of each model, at least, by which quantiles of the whole model are guessed; and at most eight times as many."""
 
 
 NEEDS_BASE = "the method merges changes; it needs the model that they are changes of: --model BASE"
@@ -445,6 +445,7 @@ class Whole:
     ) -> dict[tuple[int, int], tuple[float, float]]:
         """Between which numbers the shares' quantiles lie, but for a small chance."""
         whole = sum(parameter.numel for parameter in self.parameters)
+        most = min(max(whole >> 10, WHOLE_SAMPLE), 8 * WHOLE_SAMPLE)
 
         def sampled(parameter: Parameter) -> torch.Tensor:
             made = [Between(-math.inf, math.inf) for _ in range(parameter.models)]
@@ -454,7 +455,7 @@ class Whole:
             if len({len(some) for some in numbers}) > 1:
                 raise EspalierError(TOO_LARGE)
             taken = torch.stack(numbers)
-            wanted = max(WHOLE_SAMPLE * parameter.numel // whole, 1)
+            wanted = max(most * parameter.numel // whole, 1)
             return taken[:, :: max(taken.shape[1] // wanted, 1)].clone()
 
         samples = list(self.each(sampled))
