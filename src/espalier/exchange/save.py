@@ -88,6 +88,7 @@ def describe(
         "chat_template": encoder.template_fingerprint if encoder else None,
         "special_tokens": encoder.special_tokens if encoder else {},
         "mask_policy": mask_policy,
+        **({"tasks": names} if (names := list(method.task_names())) else {}),
         "training": dict(training),
     }
 
