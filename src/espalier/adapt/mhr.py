@@ -75,7 +75,6 @@ class MHR(Adapter):
 
     def choose(self, pool: Any, task: str) -> None:
         pool.task.fill_(self.task_names().index(task))
-        pool.chosen = True
 
     def _routing(self, targets: Sequence[Target]) -> tuple[int, ...]:
         """The shape of Z."""
@@ -106,8 +105,6 @@ class MHR(Adapter):
         return self.alpha / self.rank
 
     def prepare(self, pool: Any, targets: Sequence[Target]) -> Mapping[str, torch.Tensor]:
-        if len(names := self.task_names()) > 1 and not getattr(pool, "chosen", False):
-            raise EspalierError(f"the batch is of one of the tasks {', '.join(names)}; say which with choose_task(model, NAME)")
         shares = mixing(pool.Z.index_select(1, pool.task).squeeze(1))  # (layers, heads, skills)
         each = shares.expand(len(targets), -1, -1).unbind()
         return {target.name: own for target, own in zip(targets, each, strict=True)}

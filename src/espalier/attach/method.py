@@ -82,7 +82,10 @@ class Method:
         return ()
 
     def choose(self, pool: Any, task: str) -> None:
-        """Let the forward passes that follow be of a task, one of :meth:`task_names`; ``pool`` holds the shared tensors."""
+        """Let the forward passes that follow be of a task, one of :meth:`task_names`; ``pool`` holds the shared tensors.
+
+        Where there are several, a forward pass before this is refused.
+        """
 
     def count(self, target: Any) -> int:
         """Trained numbers for one target: the planner's formula."""

@@ -26,4 +26,5 @@ def choose_task(model: nn.Module, task: str) -> None:
     if not found:
         raise EspalierError(f"task is {task!r}, and no delta on the model has tasks")
     for attached in found:
+        attached.task = task
         attached.method.choose(attached.pool, task)
