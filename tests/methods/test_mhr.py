@@ -133,6 +133,19 @@ def test_the_delta_of_a_task_does_what_the_routed_forward_does(routing: str, bas
     same(logits(load(tmp_path / "merged")), outputs["c"])
 
 
+def test_what_is_kept_of_a_weight_in_evaluation_is_of_the_task(base: torch.nn.Module) -> None:
+    model, _ = mhr(base, tasks="a,b")
+    shake(model)
+    owner, found = model.get_submodule("model.layers.0.self_attn.q_proj"), {}
+    for task in "aba":
+        choose_task(model, task)
+        logits(model)
+        with torch.no_grad():
+            now = owner._updated("weight").clone()
+        assert torch.equal(found.setdefault(task, now), now)
+    assert not torch.equal(found["a"], found["b"])
+
+
 def test_rows_of_a_batch_have_tasks_of_their_own_through_the_deltas_of_the_tasks(folder: Path, tmp_path: Path) -> None:
     model = load(folder / "base")
     alone = {}
@@ -268,7 +281,7 @@ def test_tune_learns_the_tasks_of_its_data_and_a_new_one_over_their_bank(tmp_pat
 def test_data_of_other_tasks_or_of_some_are_refused(tmp_path: Path) -> None:
     data, other = write(tmp_path / "data.jsonl", ("a", "b")), write(tmp_path / "other.jsonl", ("c",))
     common: dict[str, Any] = {"method": "mhr", "steps": 1, "sequence_length": 32, "quiet": True}
-    with pytest.raises(EspalierError, match="other.jsonl has the task 'c'; known are: a, b"):
+    with pytest.raises(EspalierError, match=r"other\.jsonl has the task 'c'; known are: a, b"):
         tune("seedling", data, str(tmp_path / "x"), eval_data=[other], **common)
     plain = tmp_path / "plain.jsonl"
     plain.write_text(json.dumps({"text": "no task here"}) + "\n")

@@ -52,7 +52,7 @@ class ScaLearnLoRA(Adapter):
         """What every source has for a parameter."""
         found = []
         for delta in self._deltas:
-            update = delta.updates[target.name] if target.name in delta.updates else None
+            update = delta.updates.get(target.name)
             factors = update.low_rank() if update is not None else None
             if factors is None or factors.shape != target.shape:
                 what = "nothing" if update is None else f"an update of form {update.form} and shape {update.shape}"
