@@ -16,8 +16,9 @@ from limits import disk_full_at
 from torch import nn
 
 from espalier.anatomy.parameters import parameters
-from espalier.attach.attachment import attach_updates
+from espalier.attach.attachment import attach, attach_updates, attachments
 from espalier.attach.load import load, load_model
+from espalier.attach.tasks import choose_task
 from espalier.checkpoint.directory import ModelDirectory
 from espalier.checkpoint.peft_adapter import Adapter
 from espalier.checkpoint.safetensors_file import read_safetensors, write_safetensors
@@ -230,6 +231,24 @@ def test_a_bank_of_tasks_is_imported_and_written_back_and_every_task_does_what_i
             torch.testing.assert_close(ours(tokens()).logits, outputs[-1], **CLOSE)
             torch.testing.assert_close(back(tokens(), task_ids=tasks).logits, outputs[-1], **CLOSE)
     assert not torch.allclose(outputs[0], outputs[1], atol=1e-2)
+    live = attach(tiny("llama"), "mhr", name="d", targets=list(bank.updates), rank=3, alpha=1.0, skills=4, heads=2, tasks="0,1,2")
+    attached = attachments(live)["d"]
+    with torch.no_grad():
+        for number, target in enumerate(attached.pool.targets):
+            update, slot = bank.updates[target.name], attached.slots[target.name]
+            slot.B.copy_(update.B), slot.A.copy_(update.A), attached.pool.Z[number].copy_(update.Z)
+    choose_task(live, "1")
+    y, z = live(tokens()).logits, theirs.base_model(tokens(), task_ids=torch.full((len(tokens()),), 1)).logits
+    torch.testing.assert_close(y, z, **CLOSE)
+    for one in (y, z):
+        (one * torch.randn(one.shape, generator=torch.Generator().manual_seed(1))).mean().backward()
+    for number, target in enumerate(attached.pool.targets):
+        module = theirs.base_model.model.get_submodule(target.name.removesuffix(".weight"))
+        gradients = {"A": module.poly_lora_A["default"].grad, "B": module.poly_lora_B["default"].grad}
+        for key, gradient in gradients.items():
+            torch.testing.assert_close(attached.slots[target.name].get_parameter(key).grad, gradient.transpose(-1, -2), rtol=1e-3, atol=1e-6)
+        routed = module.poly_router["default"].module_logits.grad.unflatten(1, (2, 4))
+        torch.testing.assert_close(attached.pool.Z.grad[number], routed, rtol=1e-3, atol=1e-6)
 
 
 def test_a_convolution_is_imported(tmp_path: Path) -> None:

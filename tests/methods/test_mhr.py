@@ -224,6 +224,7 @@ def test_a_bank_is_used_by_its_tasks_and_says_so(folder: Path, tmp_path: Path) -
     with pytest.raises(EspalierError, match="has no task 'z'; its tasks are: a, b, c"):
         convert(bank, str(tmp_path / "x"), task="z", quiet=True)
     assert espalier.info(bank)["tasks"] == ["a", "b", "c"]
+    assert "espalier convert . --task a --out TASK" in (folder / "bank" / "README.md").read_text()
     update = next(iter(store.load(folder / "bank", bank=True).updates.values()))
     with pytest.raises(EspalierError, match="a bank of 3 tasks"):
         update.materialize(torch.zeros(update.shape))
