@@ -6,17 +6,24 @@ nearly uniform and biases are zero, and a test that mixes up two heads would pas
 
 from __future__ import annotations
 
+import functools
+import json
 import math
+import tempfile
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
+from espalier import registry
 from espalier.anatomy.parameters import parameters
+from espalier.attach.attachment import attach, trainable_parameters
 from espalier.calibrate.statistics import STATISTICS
+from espalier.exchange.save import save
 
 VOCABULARY = 96
 HIDDEN = 32
@@ -106,6 +113,29 @@ def tiny(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
 def tokens(rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
     """Random token ids without special ones, (rows, length)."""
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def needed(method: str, model: PreTrainedModel, targets: str) -> dict[str, str]:
+    """The options that a method declares it cannot do without."""
+    if registry.find(method).settings.get("needs") != "sources":
+        return {}
+    return {"sources": _sources(type(model.config), json.dumps(model.config.to_dict(), sort_keys=True, default=str), targets)}
+
+
+@functools.cache
+def _sources(kind: type[PretrainedConfig], said: str, targets: str) -> str:
+    """Two low-rank deltas of a model like this, of other ranks."""
+    folder = Path(tempfile.mkdtemp(prefix="espalier-tests-"))
+    for number in (0, 1):
+        model = transformers.AutoModelForCausalLM.from_config(kind(**json.loads(said)))
+        model.save_pretrained(folder / "base")
+        attach(model, "lora", targets=targets, rank=2 + number, seed=number)
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for parameter in trainable_parameters(model).values():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        save(model, folder / str(number), base=folder / "base")
+    return f"{folder / '0'},{folder / '1'}"
 
 
 def statistics_of(model: torch.nn.Module, seed: int = 7) -> Callable[[str, str], torch.Tensor]:

@@ -125,7 +125,7 @@ def test_exactly_so_many_are_kept_also_among_ties(lists: list[list[int]], count:
     assert not kept or not left or min(kept) >= max(left)
 
 
-@pytest.mark.parametrize("method", [info.name for info in registry.methods() if info.role == "adapter"])
+@pytest.mark.parametrize("method", [info.name for info in registry.methods() if info.role == "adapter" and "needs" not in info.settings])
 def test_a_method_is_fitted_to_the_largest_size_under_a_bound(method: str) -> None:
     made = registry.make(method, "adapter")
     if not made.size:

@@ -294,3 +294,23 @@ def test_scoring_predicts_everything_once_with_half_a_window_of_context(sizes: l
 def test_scoring_can_end_after_some_documents() -> None:
     store = store_of([5, 5, 5])
     assert [window for window, _ in scoring_windows(store, 8, limit=2)] == [Window(0, 4), Window(5, 9)]
+
+
+# tasks
+
+
+@quickly
+@given(sizes=lengths, sequence_length=sequence_lengths, seed=seeds, padded=st.booleans())
+def test_micro_batches_are_of_one_task_and_hold_the_windows_that_they_would_without(sizes: list[int], sequence_length: int, seed: int, padded: bool) -> None:
+    store = store_of(sizes)
+    plain = Order(store, sequence_length, seed).batches(Cursor(), 4 * sequence_length, 2 * sequence_length, padded, PAD)
+    store.tasks, store.task_of = ("x", "y", "z"), np.arange(len(sizes)) % 3
+    told = Order(store, sequence_length, seed).batches(Cursor(), 4 * sequence_length, 2 * sequence_length, padded, PAD)
+
+    def predicted(batches: list[Batch]) -> list[int]:
+        return sorted(int(t) for batch in batches for t in batch.targets if t != IGNORED)
+
+    assert predicted(told) == predicted(plain) and {batch.task for batch in plain} == {""}
+    for batch in told:
+        documents = {store.document_at(int(target)) for target in batch.targets if target != IGNORED}
+        assert {store.tasks[store.task_of[one]] for one in documents} == {batch.task}

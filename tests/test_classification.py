@@ -460,3 +460,22 @@ def test_the_command_tunes_and_measures_a_classifier_and_says_what_it_does(bases
     )  # fmt: skip
     assert f"{data}: accuracy " in done.stdout and "(was " in done.stdout
     assert "which the model does not know" not in error_of("eval", "--model", "seedling", "--data", data)
+
+
+def test_texts_of_several_tasks_are_trained_and_measured_each_as_its_own(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """The label alone tells nothing: the tasks ask for opposite ones of the same texts."""
+    records = [
+        {"text": f"a {name} of {i}", "label": ("yes", "no")[(name == "cat") == (task == "is")], "task": task}
+        for i in range(12) for name in ("cat", "dog") for task in ("is", "is not")
+    ]  # fmt: skip
+    data = write(tmp_path / "data.jsonl", records)
+    result = tune(
+        str(bases("llama")), str(data), str(tmp_path / "bank"), method="mhr", rank=4, learning_rate=1e-2, steps=40, batch_size=16, sequence_length=32,
+        micro_batch_size=16, recompute=False, eval_data=[str(data)], quiet=True,
+    )  # fmt: skip
+    assert result["evaluation"][str(data)]["after"]["accuracy"] > 0.9
+    encoder = Encoder(AutoTokenizer.from_pretrained(bases("llama")))
+    texts = Labelled(open_store(open_source(data), encoder, by_task=True), encoder, ["no", "yes"], 32)
+    runs = list(texts.divide(range(len(records)), 64))
+    assert sorted(number for run in runs for number in run) == list(range(len(records)))
+    assert all({records[number]["task"] for number in run} == {texts.batch(run, 0).task} for run in runs)

@@ -19,7 +19,7 @@ from espalier.attach.method import Adapter
 from espalier.delta.forms import Dense, Quantized
 from espalier.errors import EspalierError
 
-METHODS = [info.name for info in registry.methods() if info.role == "adapter"]
+METHODS = [info.name for info in registry.methods() if info.role == "adapter" and "needs" not in info.settings]
 
 
 def decoded(family: str, bits: int) -> torch.nn.Module:

@@ -16,7 +16,9 @@ from limits import disk_full_at
 from torch import nn
 
 from espalier.anatomy.parameters import parameters
+from espalier.attach.attachment import attach, attach_updates, attachments
 from espalier.attach.load import load, load_model
+from espalier.attach.tasks import choose_task
 from espalier.checkpoint.directory import ModelDirectory
 from espalier.checkpoint.peft_adapter import Adapter
 from espalier.checkpoint.safetensors_file import read_safetensors, write_safetensors
@@ -206,6 +208,49 @@ def test_vera_keeps_one_basis_for_all_modules_of_a_width(tmp_path: Path) -> None
     assert {factor for update in delta.updates.values() for factor in update.shared.values()} == {"vera_A.32", "vera_A.48"}
 
 
+def test_a_bank_of_tasks_is_imported_and_written_back_and_every_task_does_what_it_does_in_peft(tmp_path: Path) -> None:
+    """Poly: "divides by r, has no alpha", mixes "A and B separately", a router's row for every task."""
+    tiny("llama").save_pretrained(tmp_path / "base")
+    theirs = made(tiny("llama"), "Poly", r=3, n_tasks=3, n_skills=4, n_splits=2)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.mul_(10 if "module_logits" in name else 1)
+    convert(str(saved(theirs, tmp_path / "adapter")), str(tmp_path / "bank"), model=str(tmp_path / "base"), quiet=True)
+    bank = store.load(tmp_path / "bank", bank=True)
+    assert bank.manifest["tasks"] == ["0", "1", "2"] and {update.form for update in bank.updates.values()} == {"bank"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        back = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path / "bank").eval()
+    outputs = []
+    for task in range(3):
+        convert(str(tmp_path / "bank"), str(tmp_path / str(task)), task=str(task), quiet=True)
+        ours = attach_updates(tiny("llama"), store.load(tmp_path / str(task)).updates, "d")
+        tasks = torch.full((len(tokens()),), task)
+        with torch.no_grad():
+            outputs.append(theirs.base_model(tokens(), task_ids=tasks).logits)
+            torch.testing.assert_close(ours(tokens()).logits, outputs[-1], **CLOSE)
+            torch.testing.assert_close(back(tokens(), task_ids=tasks).logits, outputs[-1], **CLOSE)
+    assert not torch.allclose(outputs[0], outputs[1], atol=1e-2)
+    live = attach(tiny("llama"), "mhr", name="d", targets=list(bank.updates), rank=3, alpha=1.0, skills=4, heads=2, tasks="0,1,2")
+    attached = attachments(live)["d"]
+    with torch.no_grad():
+        for number, target in enumerate(attached.pool.targets):
+            update, slot = bank.updates[target.name], attached.slots[target.name]
+            slot.B.copy_(update.B), slot.A.copy_(update.A), attached.pool.Z[number].copy_(update.Z)
+    choose_task(live, "1")
+    y, z = live(tokens()).logits, theirs.base_model(tokens(), task_ids=torch.full((len(tokens()),), 1)).logits
+    torch.testing.assert_close(y, z, **CLOSE)
+    for one in (y, z):
+        (one * torch.randn(one.shape, generator=torch.Generator().manual_seed(1))).mean().backward()
+    for number, target in enumerate(attached.pool.targets):
+        module = theirs.base_model.model.get_submodule(target.name.removesuffix(".weight"))
+        gradients = {"A": module.poly_lora_A["default"].grad, "B": module.poly_lora_B["default"].grad}
+        for key, gradient in gradients.items():
+            torch.testing.assert_close(attached.slots[target.name].get_parameter(key).grad, gradient.transpose(-1, -2), rtol=1e-3, atol=1e-6)
+        routed = module.poly_router["default"].module_logits.grad.unflatten(1, (2, 4))
+        torch.testing.assert_close(attached.pool.Z.grad[number], routed, rtol=1e-3, atol=1e-6)
+
+
 def test_a_convolution_is_imported(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8, patch_size=4)
@@ -254,6 +299,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], st
     "Kronecker factors that do not fit": ("LoKr", {"r": 2}, {}, {"lokr_w1": torch.zeros(5, 4)}, "the factors make an update of shape"),
     "no rank": ("LoKr", {"r": 8}, {"r": 0}, {}, "r of model.layers.0.self_attn.q_proj is 0"),
     "a rank of none at the start": ("AdaLora", {"init_r": 4, "target_r": 2, "total_step": 9}, {"init_r": -1e-5}, {}, "init_r is -1e-05"),
+    "a router of other tasks": ("Poly", {"r": 2, "n_tasks": 2}, {"n_tasks": 10**15}, {}, r"module_logits is .*\(2, 4\).*\(1000000000000000, 4\)"),
+    "splits that do not divide": ("Poly", {"r": 2}, {}, {"poly_lora_A": torch.zeros(3, 4, 16, 2)}, "has 3 splits, which do not divide 32 x 32"),
     "no basis": ("Vera", {"r": 2, "save_projection": False}, {}, {}, "does not hold vera_A.*save the adapter again with save_projection=True"),
     "no bases": ("RandLora", {"r": 2, "save_projection": False}, {}, {}, "does not hold randlora_A.*save_projection=True"),
     "a huge number of bases": ("RandLora", {"r": 2}, {}, {"randlora_lambda": torch.zeros(2, 900)}, "has 900 bases of rank 2"),

@@ -36,6 +36,7 @@ _WHERE = {
     "activate": "espalier.attach.attachment",
     "scale": "espalier.attach.attachment",
     "rows": "espalier.attach.rows",
+    "choose_task": "espalier.attach.tasks",
     "load": "espalier.attach.load",
     "save": "espalier.exchange.save",
     "EspalierError": "espalier.errors",

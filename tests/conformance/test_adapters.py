@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import config, statistics_of, tiny
+from families import config, needed, statistics_of, tiny
 
 from espalier import apply, registry
 from espalier.anatomy.target import Target
@@ -62,7 +62,8 @@ def shallow(place: str) -> torch.nn.Module:
 
 
 def put(model: torch.nn.Module, method: str, place: str) -> Attachment:
-    attach(model, method, targets=PLACES[place][1], name="d", seed=3, statistics=statistics_of(model))
+    targets = PLACES[place][1]
+    attach(model, method, targets=targets, name="d", seed=3, statistics=statistics_of(model), **needed(method, model, targets))
     return attachments(model)["d"]
 
 
@@ -147,9 +148,10 @@ def test_planning_counts_the_same_and_draws_no_random_number(method: str, place:
     """Numbers that nobody sees would make planning as slow as starting; a method draws from the streams that it is given."""
     family, targets = PLACES[place]
     attachment = put(shallow(place), method, place)
+    made = registry.make(method, "adapter", **needed(method, shallow(place), targets))
     monkeypatch.setattr(philox, "philox", lambda *arguments: pytest.fail("a number was drawn"))
     step = trace_step(
-        config(family, num_hidden_layers=1), registry.make(method, "adapter"), {"targets": targets}, dtype=torch.float32, tokens=8, sequence_length=8,
+        config(family, num_hidden_layers=1), made, {"targets": targets}, dtype=torch.float32, tokens=8, sequence_length=8,
         recompute=False, chunk=8,
     )  # fmt: skip
     method_, chosen = attachment.method, attachment.targets
@@ -315,6 +317,7 @@ def test_recomputation_changes_nothing(method: str, place: str) -> None:
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         model.train()
+        torch.manual_seed(0)
         loss_of(model).backward()
         results.append({n: p.grad for n, p in trainable_parameters(model).items()})
     assert results[0].keys() == results[1].keys()

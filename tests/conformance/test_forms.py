@@ -155,6 +155,27 @@ def pooled(n: Numbers, shape: tuple[int, ...]) -> Made:
     return additive(tensors, update)
 
 
+def bank(n: Numbers, shape: tuple[int, ...]) -> Made:
+    """Of one task, as which it is an update."""
+    *lead, outputs, inputs = shape if len(shape) <= 3 else (shape[0], math.prod(shape[1:]))
+    heads, skills, rank = n.divisor(outputs, inputs), 3, 2
+    tensors = {
+        "B": n.floats(*lead, heads, skills, outputs // heads, rank), "A": n.floats(*lead, heads, skills, rank, inputs // heads) / 2,
+        "Z": n.floats(1, heads, skills),
+    }  # fmt: skip
+
+    def update(B: torch.Tensor, A: torch.Tensor, Z: torch.Tensor) -> torch.Tensor:
+        found = []
+        for b, a in zip(B.reshape(-1, *B.shape[-4:]), A.reshape(-1, *A.shape[-4:]), strict=True):
+            shares = [1 / (1 + torch.exp(-Z[0, q])) for q in range(heads)]
+            left = [sum(w / s.sum() * one for w, one in zip(s, b[q], strict=True)) for q, s in enumerate(shares)]
+            right = [sum(w / s.sum() * one for w, one in zip(s, a[q], strict=True)) for q, s in enumerate(shares)]
+            found.append(torch.cat(left) @ torch.cat(right, 1))
+        return torch.stack(found).reshape(shape)
+
+    return additive(tensors, update)
+
+
 @matrices
 def columns(n: Numbers, outputs: int, inputs: int) -> Made:
     index = n.permutation(inputs)[: n.pick(1, inputs // 2, inputs)]
@@ -478,6 +499,7 @@ ENTRIES: dict[str, Maker] = {
     "replace at a mask": at_support(True, "mask"),
     "low_rank": low_rank,
     "pooled": pooled,
+    "bank": bank,
     "columns": columns,
     "rows": rows,
     "sparse at an index": at_support(False, "index"),
@@ -788,7 +810,7 @@ def test_slices_of_rows_are_rows_of_the_updated_weight(
     torch.testing.assert_close(again.apply(weight[start : start + again.shape[0]]), update.apply(weight)[start : start + again.shape[0]], **close)
 
 
-LOW_RANK = ("low_rank", "pooled", "tucker", "singular_scale", "columns", "rows", "sum of rows, columns and kronecker", "kronecker", "kronecker of products", "quantized low_rank", "factored golomb on a start", "factored dense and sparse", "seeded_low_rank", "seeded_low_rank of one basis", "tiled", "hadamard")
+LOW_RANK = ("low_rank", "pooled", "bank", "tucker", "singular_scale", "columns", "rows", "sum of rows, columns and kronecker", "kronecker", "kronecker of products", "quantized low_rank", "factored golomb on a start", "factored dense and sparse", "seeded_low_rank", "seeded_low_rank of one basis", "tiled", "hadamard")
 
 
 @every_entry

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import statistics_of, tiny, tokens
+from families import needed, statistics_of, tiny, tokens
 
 import espalier
 from espalier import registry
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.room("adapt")]
 
 def put(model: torch.nn.Module, method: str, name: str, targets: str, seed: int) -> None:
     """A delta whose every number is away from its start."""
-    attach(model, method, targets=targets, name=name, seed=seed, statistics=statistics_of(model))
+    attach(model, method, targets=targets, name=name, seed=seed, statistics=statistics_of(model), **needed(method, model, targets))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
@@ -34,7 +34,7 @@ def targets_of(method: str, family: str) -> str:
     model = tiny(family)
     for targets in (PLACES[family], "linear", "bias", "norm"):
         try:
-            attach(copy.deepcopy(model), method, targets=targets, statistics=statistics_of(model))
+            attach(copy.deepcopy(model), method, targets=targets, statistics=statistics_of(model), **needed(method, model, targets))
         except EspalierError:
             continue
         return targets

@@ -44,6 +44,8 @@ class Attachment:
     """By name of the site."""
     active: bool = True
     """Whether it acts (see :func:`activate`)."""
+    task: str | None = None
+    """What forward passes are of, for a method that tells tasks apart (see ``attach/tasks.py``)."""
     stored: tuple[str, str] | None = None
     """Where it was read from, and the SHA-256 of its ``delta.json``, if it was."""
 
@@ -159,8 +161,12 @@ def _install(model: nn.Module, attachment: Attachment) -> None:
 def _prepare(model: nn.Module, inputs: Any = None) -> None:
     pools: Any = model._modules.get("espalier_pools", {})
     for name, pool in pools.items():
-        if attachments(model)[name].active:
-            pool.prepare()
+        attached = attachments(model)[name]
+        if not attached.active:
+            continue
+        if inputs is not None and attached.task is None and len(names := attached.method.task_names()) > 1:
+            raise EspalierError(f"the rows of a batch are of one of the tasks {', '.join(names)}; say which with choose_task(model, NAME)")
+        pool.prepare()
 
 
 def attach(

@@ -55,6 +55,8 @@ class Method:
     """The hyperparameter that sets how many numbers train; "" where none does."""
     targets: ClassVar[str]
     """Targets that ``attach`` takes when none are given."""
+    by_task: ClassVar[bool] = False
+    """Whether every batch is of one of several tasks, which its hyperparameter ``tasks`` names, with commas."""
 
     def check(self) -> None:
         """Refuse hyperparameters out of range.
@@ -74,6 +76,16 @@ class Method:
     def prepare(self, pool: Any, targets: Sequence[Any]) -> Mapping[str, Any]:
         """Context per name of a target, from the shared tensors (attributes of ``pool``)."""
         return {}
+
+    def task_names(self) -> Sequence[str]:
+        """The names of the tasks; none where batches are not of tasks."""
+        return ()
+
+    def choose(self, pool: Any, task: str) -> None:
+        """Let the forward passes that follow be of a task, one of :meth:`task_names`; ``pool`` holds the shared tensors.
+
+        Where there are several, a forward pass before this is refused.
+        """
 
     def count(self, target: Any) -> int:
         """Trained numbers for one target: the planner's formula."""

@@ -62,7 +62,7 @@ class Adapted:
             self._espalier_cache.pop(local, None)
             return self._under(weight, slots)
         key = versions([weight, *(t for s in slots for t in s.sources())])
-        pools = versions([t for s in slots if s.pool is not None for t in s.pool.parameters()])
+        pools = versions([t for s in slots if s.pool is not None for t in (*s.pool.parameters(), *s.pool.buffers())])
         cached = self._espalier_cache.get(local)
         if key is None or pools is None or cached is None or cached[0] != (key, pools):
             cached = ((key, pools), self._under(weight, slots))

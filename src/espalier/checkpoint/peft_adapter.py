@@ -176,6 +176,7 @@ KINDS: dict[str, Kind] = {
     "BOFT": Kind(("boft_R", "boft_s"), ("boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "boft_dropout")),
     "SHIRA": Kind(("shira_weight", "shira_indices"), ("r", "mask_type", "random_seed")),
     "MISS": Kind(("miss_block",), ("r", "mini_r", "miss_dropout")),
+    "POLY": Kind(("poly_lora_A", "poly_lora_B", "poly_router.module_logits"), ("r", "poly_type", "n_tasks", "n_skills", "n_splits")),
     "TRAINABLE_TOKENS": Kind(("trainable_tokens_delta",), ("token_indices",)),
 }  # fmt: skip
 """PEFT's name of the kind -> how it is kept; the layout of peft 0.21."""

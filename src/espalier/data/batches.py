@@ -47,7 +47,7 @@ class Batch:
     """One micro-batch.
 
     ``input_ids`` and ``position_ids`` are (1, n) when packed, (windows, longest) when padded, then with
-    ``attention_mask``. ``targets`` are flat: of all positions, or of the positions ``rows`` where few are
+    ``attention_mask``. All windows are of one ``task``, where tasks are told apart. ``targets`` are flat: of all positions, or of the positions ``rows`` where few are
     predicted. ``lengths`` are the windows' lengths in order, ``tokens`` how many tokens they have, filler and
     padding not counted.
     """
@@ -59,6 +59,7 @@ class Batch:
     lengths: tuple[int, ...]
     tokens: int
     attention_mask: torch.Tensor | None = None
+    task: str = ""
 
     @property
     def target_count(self) -> int:
@@ -93,8 +94,13 @@ class Order:
 
     def batches(self, cursor: Cursor, batch_tokens: int, micro_tokens: int, padded: bool, pad_token: int) -> list[Batch]:
         """The micro-batches of the next step; moves the cursor."""
-        parts = divide(next_step(self, cursor, batch_tokens), micro_tokens, padded)
-        return [make_batch(self.store, part, micro_tokens, padded, pad_token) for part in parts]
+        windows = next_step(self, cursor, batch_tokens)
+        groups = self.store.by_task(windows, lambda window: self.store.document_at(window.start))
+        return [
+            dataclasses.replace(make_batch(self.store, part, micro_tokens, padded, pad_token), task=task)
+            for task, own in groups.items()
+            for part in divide(list(own), micro_tokens, padded)
+        ]
 
     def _enter(self, epoch: int) -> None:
         if epoch == self._epoch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -19,12 +20,13 @@ MASK_POLICY = {"text": "all tokens", "label": "the label of a text", "prompt": "
 
 @dataclass(frozen=True)
 class Encoded:
-    """One document: token ids, a flag per token (``None``: all are targets), the bytes of target text, and the label."""
+    """One document: token ids, a flag per token (``None``: all are targets), the bytes of target text, the label and the task."""
 
     ids: list[int]
     targets: list[bool] | None
     nbytes: int
     label: str | None = None
+    task: str = ""
 
 
 class Encoder:
@@ -84,7 +86,7 @@ class Encoder:
                 result.append(self.frame(ids, len(text.encode())))
             else:
                 result.append(self._prompt(example))
-        return result
+        return [dataclasses.replace(one, task=example.task) if example.task else one for example, one in zip(batch, result, strict=True)]
 
     def _labelled(self, example: Example, ids: list[int]) -> Encoded:
         framed = self.prefix + ids + self.closing

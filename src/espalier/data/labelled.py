@@ -7,7 +7,7 @@ of similar length; the loss is averaged over the step's texts, so the division c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -70,10 +70,16 @@ class Labelled:
         mask = np.arange(longest) < np.asarray(lengths)[:, None]
         positions = torch.arange(longest).expand(len(rows), -1)
         targets = torch.from_numpy(self.classes[list(numbers)])
-        return Batch(torch.from_numpy(ids), positions, targets, None, lengths, sum(lengths), torch.from_numpy(mask.astype(np.int64)))
+        task = self.store.tasks[self.store.task_of[numbers[0]]] if self.store.tasks else ""
+        attended = torch.from_numpy(mask.astype(np.int64))
+        return Batch(torch.from_numpy(ids), positions, targets, None, lengths, sum(lengths), attended, task)
 
     def divide(self, numbers: Sequence[int], micro_tokens: int) -> Iterator[list[int]]:
-        """Texts in runs of similar length, longest first, of at most ``micro_tokens`` tokens with their padding."""
+        """Texts in runs of one task and of similar length, longest first, of at most ``micro_tokens`` tokens with their padding."""
+        for own in self.store.by_task(numbers, int).values():
+            yield from self._runs(own, micro_tokens)
+
+    def _runs(self, numbers: Iterable[int], micro_tokens: int) -> Iterator[list[int]]:
         run: list[int] = []
         for number in sorted(numbers, key=lambda n: -int(self.lengths[n])):
             if run and (len(run) + 1) * self._padded(int(self.lengths[run[0]])) > micro_tokens:

@@ -6,6 +6,8 @@ An example is a list of spans, each a text and whether its tokens are targets of
 - JSON lines with ``text``: likewise; with ``text`` and ``label``: the label is to be told from the text, and what is
   learnt; with ``prompt`` and ``completion``: only the completion is a target;
   with chat ``messages``: rendered by the tokenizer's chat template, only assistant turns are targets.
+
+A record may also name the ``task`` that it belongs to, for methods that tell tasks apart.
 """
 
 from __future__ import annotations
@@ -34,12 +36,13 @@ class Span:
 
 @dataclass(frozen=True)
 class Example:
-    """One document: spans of text, or chat messages that a template still has to render; and its label, if it has one."""
+    """One document: spans of text, or chat messages that a template still has to render; its label and its task, if it has them."""
 
     spans: tuple[Span, ...] = ()
     messages: tuple[dict[str, Any], ...] = ()
     where: str = ""
     label: str | None = None
+    task: str = ""
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,8 @@ def _record(line: str, file: Path, number: int) -> tuple[str, Example]:
             raise EspalierError(f"{where}: {key!r} is {type(record[key]).__name__}; it must be a string")
         return record[key]
 
+    task = record.get("task")
+    named: dict[str, Any] = {"where": where, "task": str(task) if isinstance(task, int | str) and not isinstance(task, bool) else ""}
     if "messages" in record:
         messages = record["messages"]
         if not (
@@ -149,13 +154,13 @@ def _record(line: str, file: Path, number: int) -> tuple[str, Example]:
             and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages)
         ):
             raise EspalierError(f"{where}: messages must be a non-empty list of objects with role and content")
-        return "chat", Example(messages=tuple(messages), where=where)
+        return "chat", Example(messages=tuple(messages), **named)
     if "completion" in record and "prompt" in record:
-        return "prompt", Example((Span(text_of("prompt"), False), Span(text_of("completion"))), where=where)
+        return "prompt", Example((Span(text_of("prompt"), False), Span(text_of("completion"))), **named)
     if "text" in record and "label" in record:
-        return "label", Example((Span(text_of("text")),), where=where, label=_label(record["label"], where))
+        return "label", Example((Span(text_of("text")),), label=_label(record["label"], where), **named)
     if "text" in record:
-        return "text", Example((Span(text_of("text")),), where=where)
+        return "text", Example((Span(text_of("text")),), **named)
     raise EspalierError(f"{where} has keys {sorted(record)}; it needs text, prompt and completion, or messages")
 
 

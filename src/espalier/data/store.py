@@ -2,7 +2,8 @@
 
 A directory under the cache: ``tokens.bin`` (uint16 or uint32), ``targets.bin`` (one byte a token, only
 where some tokens are no targets), ``documents.npy`` (offsets, int64), ``bytes.npy`` (target bytes a
-document), ``labels.npy`` (where they have labels: which of the names in meta.json, int64), ``meta.json``. Its name is a hash of the files' identities and the tokenizer's fingerprint.
+document), ``labels.npy`` and ``tasks.npy`` (where they have labels or tasks: which of the names in meta.json, int64),
+``meta.json``. Its name is a hash of the files' identities and the tokenizer's fingerprint.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
@@ -25,15 +26,17 @@ from espalier.data.encode import Encoded, Encoder
 from espalier.data.sources import Example, Source, examples, pieces
 from espalier.errors import EspalierError
 
-FORMAT = 3
+FORMAT = 4
 _BATCH_CHARACTERS = 4 << 20
+Item = TypeVar("Item")
 
 
 @dataclass
 class TokenStore:
     """A tokenized data set: ``offsets`` (documents + 1,) int64, ``nbytes`` (documents,) int64, ``digest`` of its content.
 
-    Where documents have labels, ``labels`` (documents,) int64 says which of ``names``.
+    Where documents have labels, ``labels`` (documents,) int64 says which of ``names``; where they are told apart by tasks,
+    ``task_of`` (documents,) int64 which of ``tasks``, -1 for none.
     """
 
     path: Path
@@ -45,6 +48,8 @@ class TokenStore:
     digest: str
     names: tuple[str, ...] = ()
     labels: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    tasks: tuple[str, ...] = ()
+    task_of: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
 
     def __post_init__(self) -> None:
         self._tokens = os.open(self.path / "tokens.bin", os.O_RDONLY)
@@ -67,6 +72,19 @@ class TokenStore:
     def predictions(self) -> int:
         """Tokens that have one before them in their document."""
         return int(np.maximum(np.diff(self.offsets) - 1, 0).sum())
+
+    def by_task(self, things: Iterable[Item], document: Callable[[Item], int]) -> Mapping[str, Iterable[Item]]:
+        """Things by the task of the document that each is of; all under "" where tasks are not told apart."""
+        if not self.tasks:
+            return {"": things}
+        groups: dict[str, list[Item]] = {}
+        for one in things:
+            groups.setdefault(self.tasks[self.task_of[document(one)]], []).append(one)
+        return groups
+
+    def document_at(self, position: int) -> int:
+        """The number of the document that a token belongs to."""
+        return int(np.searchsorted(self.offsets, position, side="right")) - 1
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Token ids [start, stop) as int64."""
@@ -129,6 +147,7 @@ def _write(folder: Path, source: Source, encoder: Encoder, dtype: np.dtype, prog
     offsets, nbytes, total, open_bytes = [0], [], 0, 0
     has_targets = source.kind not in ("text", "label")
     labels: list[str] = []
+    tasks: list[str] = []
 
     def put(tokens: IO[bytes], targets: IO[bytes], ids: list[int], flags: list[bool] | None) -> None:
         nonlocal total
@@ -145,11 +164,13 @@ def _write(folder: Path, source: Source, encoder: Encoder, dtype: np.dtype, prog
                     offsets.append(total)
                     nbytes.append(document.nbytes)
                     labels += [document.label] if document.label is not None else []
+                    tasks.append(document.task)
             else:
                 ids, count, ends = item
                 put(tokens, targets, ids, None)
                 open_bytes += count
                 if ends:
+                    tasks.append("")
                     offsets.append(total)
                     nbytes.append(open_bytes)
                     open_bytes = 0
@@ -161,10 +182,14 @@ def _write(folder: Path, source: Source, encoder: Encoder, dtype: np.dtype, prog
     names = _ordered(set(labels))
     if labels:
         np.save(folder / "labels.npy", np.asarray([names.index(label) for label in labels], np.int64))
+    known = sorted(set(tasks) - {""})
+    if known:
+        np.save(folder / "tasks.npy", np.asarray([known.index(task) if task else -1 for task in tasks], np.int64))
     digests = "".join(file_digest(file) for file in sorted(folder.iterdir()))
+    said = json.dumps([names, known]) if known else json.dumps(names) if names else ""
     return {
         "format": FORMAT, "kind": source.kind, "dtype": dtype.name, "tokens": total, "documents": len(nbytes),
-        "digest": f"sha256:{hashlib.sha256((digests + json.dumps(names) if names else digests).encode()).hexdigest()}", "names": names,
+        "digest": f"sha256:{hashlib.sha256((digests + said).encode()).hexdigest()}", "names": names, "tasks": known,
     }  # fmt: skip
 
 
@@ -173,14 +198,15 @@ def _ordered(labels: set[str]) -> list[str]:
     return sorted(labels, key=lambda label: (int(label), label)) if all(label.isascii() and label.isdigit() for label in labels) else sorted(labels)
 
 
-def open_store(source: Source, encoder: Encoder, progress: Callable[[int], None] = lambda tokens: None) -> TokenStore:
+def open_store(source: Source, encoder: Encoder, progress: Callable[[int], None] = lambda tokens: None, *, by_task: bool = False) -> TokenStore:
     """The token store of a data set, made when it is not in the cache.
 
     Args:
         progress: called with the number of tokens written so far.
+        by_task: tell the tasks of documents apart, where they have any.
 
     Raises:
-        EspalierError: when the data hold no token, or what :func:`examples` raises.
+        EspalierError: when the data hold no token, or some documents have a task and others none, or what :func:`examples` raises.
     """
     template = encoder.template_fingerprint if source.kind == "chat" else None
     key = f"{FORMAT}|{source.identity()}|{source.kind}|{encoder.fingerprint}|{template}"
@@ -203,6 +229,10 @@ def open_store(source: Source, encoder: Encoder, progress: Callable[[int], None]
         offsets, nbytes = np.load(folder / "documents.npy"), np.load(folder / "bytes.npy")
         labels = np.load(folder / "labels.npy") if kind == "label" else np.empty(0, np.int64)
         store = TokenStore(folder, kind, dtype, offsets, nbytes, kind not in ("text", "label"), str(meta["digest"]), tuple(meta.get("names", ())), labels)
+        if by_task and meta["tasks"]:
+            store.tasks, store.task_of = tuple(meta["tasks"]), np.load(folder / "tasks.npy")
+            if len(store.task_of) != meta["documents"]:
+                raise ValueError("the list of tasks is not the one that was written")
         if kind == "label" and len(labels) != meta["documents"]:
             raise ValueError("the list of labels is not the one that was written")
         if len(offsets) != meta["documents"] + 1 or len(nbytes) != meta["documents"] or store.tokens != size:
@@ -212,4 +242,6 @@ def open_store(source: Source, encoder: Encoder, progress: Callable[[int], None]
                 raise ValueError(f"{name} has {found:,} bytes, not {expected:,}")
     except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError) as error:
         raise EspalierError(f"the cached tokens in {folder} are damaged ({error}); remove that folder") from error
+    if without := int((store.task_of < 0).sum()):
+        raise EspalierError(f"--data {source.name}: {without} of {store.documents} records name no task; every record needs one, or none has")
     return store

@@ -41,7 +41,7 @@ TENSORS, MANIFEST, FILES = "delta.safetensors", "delta.json", "files"
 _KINDS = {
     "base": dict, "method": str, "hyperparameters": dict, "settings": dict, "training": dict, "special_tokens": dict,
     "tensors": dict, "branches": dict, "removed": list, "relaid": dict, "files": dict, "lineage": list,
-    "classifier": dict, "vocabulary": int, "added_tokens": list, "over": list,
+    "classifier": dict, "vocabulary": int, "added_tokens": list, "over": list, "tasks": list,
 }  # fmt: skip
 
 
@@ -222,6 +222,8 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     if manifest.get("sha256") != _digest(manifest):
         raise EspalierError(f"{folder / MANIFEST} is damaged: its SHA-256 is not the one that it records")
     _check_files(folder / MANIFEST, manifest)
+    if not all(isinstance(task, str) for task in manifest.get("tasks", [])):
+        raise EspalierError(f"{folder / MANIFEST}: tasks is {manifest['tasks']!r}; it must be a list of names")
     for one in manifest.get("over", []):
         if not isinstance(one, dict) or not all(isinstance(one.get(key), str) for key in ("delta", "sha256")):
             raise EspalierError(f"{folder / MANIFEST}: over names {one!r}; it must say `delta` and `sha256`")
@@ -251,11 +253,12 @@ def relaid(manifest: Mapping[str, Any]) -> dict[str, Source]:
     return {name: Source.from_json(entry) for name, entry in manifest.get("relaid", {}).items()}
 
 
-def load(folder: Path, *, mapped: bool = False, branches: bool = False) -> Delta:
+def load(folder: Path, *, mapped: bool = False, branches: bool = False, bank: bool = False) -> Delta:
     """Read a delta.
 
     Args:
         branches: whether the caller knows what to do with a delta's branches; one that works on weights does not.
+        bank: whether the caller knows what to do with a delta that has an update of a parameter for each of several tasks.
         mapped: leave the tensors in the file's pages and make each update when it is asked for, so that a delta may be
             larger than memory.
 
@@ -269,6 +272,11 @@ def load(folder: Path, *, mapped: bool = False, branches: bool = False) -> Delta
         raise EspalierError(
             f"{folder} holds branches of {manifest.get('method')} (at {', '.join([*branched][:3])}{', ...' if len(branched) > 3 else ''}): "
             "they are modules beside the weights and cannot be merged into them; eval, generate and espalier.load use such a delta as it is"
+        )
+    if len(tasks := manifest.get("tasks", [])) > 1 and not bank:
+        raise EspalierError(
+            f"{folder} is a bank of {len(tasks)} tasks ({', '.join(tasks[:5])}{', ...' if len(tasks) > 5 else ''}), each with an update of its "
+            f"own; take the one of a task first: espalier convert {folder} --task {tasks[0]} --out DIR"
         )
     path = folder / TENSORS
     if not path.is_file():

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from espalier.attach.tasks import choose_task
 from espalier.data.labelled import Labelled
 
 
@@ -67,6 +68,8 @@ def score_classes(
     loss, done = 0.0, 0
     for numbers in texts.divide(range(texts.store.documents), micro_tokens):
         batch = texts.batch(numbers, pad_token).to(device)
+        if batch.task:
+            choose_task(model, batch.task)
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()  # (texts, classes)
         loss += float(functional.cross_entropy(logits, batch.targets, reduction="sum"))
         said[numbers] = logits.argmax(-1).cpu().numpy()

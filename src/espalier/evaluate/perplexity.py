@@ -7,7 +7,7 @@ at least half a window of context where the document has it (``data.batches.scor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from espalier.attach.tasks import choose_task
 from espalier.data.batches import IGNORED, Window, assemble, scoring_windows
 from espalier.data.store import TokenStore
 from espalier.memory.language_loss import run_batch
@@ -39,11 +40,11 @@ class Score:
         return asdict(self)
 
 
-def _groups(store: TokenStore, sequence_length: int, micro_tokens: int, padded: bool) -> Iterator[list[tuple[Window, int]]]:
-    """Windows in the store's order, as many at a time as fit."""
+def _groups(windows: Iterable[tuple[Window, int]], micro_tokens: int, padded: bool) -> Iterator[list[tuple[Window, int]]]:
+    """Windows in order, as many at a time as fit."""
     group: list[tuple[Window, int]] = []
     longest = 0
-    for window, skip in scoring_windows(store, sequence_length):
+    for window, skip in windows:
         longest = max(longest, len(window))
         size = longest * (len(group) + 1) if padded else sum(len(w) for w, _ in group) + len(window)
         if group and size > micro_tokens:
@@ -75,7 +76,10 @@ def score(
     device = next(p for p in model.parameters() if not p.is_meta).device
     total, count, done = 0.0, 0, 0
     confidence = torch.zeros((), dtype=torch.float64, device=device)
-    for group in _groups(store, sequence_length, micro_tokens, padded):
+    of_tasks = store.by_task(scoring_windows(store, sequence_length), lambda one: store.document_at(one[0].start))
+    for task, group in ((task, group) for task, windows in of_tasks.items() for group in _groups(windows, micro_tokens, padded)):
+        if task:
+            choose_task(model, task)
         inputs, targets = [], []
         for window, skip in group:
             row = store.read(window.start, window.stop + 1)

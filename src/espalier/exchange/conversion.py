@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -19,7 +20,7 @@ from espalier.checkpoint.safetensors_file import SafetensorsFile, write_safetens
 from espalier.delta import store
 from espalier.delta.compression import Outcome, naming
 from espalier.delta.fit import fit, relative_error
-from espalier.delta.forms import LowRank, Magnitude, Update
+from espalier.delta.forms import Bank, LowRank, Magnitude, Update
 from espalier.delta.forms.composite import Composite
 from espalier.delta.store import Delta, Layout
 from espalier.errors import EspalierError
@@ -205,6 +206,22 @@ def converted(
         outcomes.append(Outcome(name, update.form, new.form, update.nbytes, new.nbytes, error))
         progress(done + 1)
     return made, outcomes
+
+
+def of_task(delta: Delta, task: str) -> Delta:
+    """The delta of one task of a bank: what its skills are mixed to, as two factors of every matrix.
+
+    Raises:
+        EspalierError: when the delta is no bank, or has no task of that name.
+    """
+    names = delta.manifest.get("tasks", [])
+    if task not in names:
+        raise EspalierError(f"{delta.folder} has no task {task!r}; " + (f"its tasks are: {', '.join(names)}" if names else "it is no bank of tasks"))
+    number = names.index(task)
+    if odd := next((name for name, u in delta.updates.items() if isinstance(u, Bank) and u.tasks != len(names)), None):
+        raise EspalierError(f"{delta.folder}: the update of {odd} is not of the {len(names)} tasks that the delta names")
+    updates = {name: update.of(number) if isinstance(update, Bank) else update for name, update in delta.updates.items()}
+    return dataclasses.replace(delta, updates=updates, manifest={key: value for key, value in delta.manifest.items() if key != "tasks"})
 
 
 def manifest_after(delta: Delta, method: str, hyperparameters: Mapping[str, Any], outcomes: Sequence[Outcome]) -> dict[str, Any]:

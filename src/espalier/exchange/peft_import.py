@@ -22,6 +22,7 @@ from espalier.checkpoint.peft_adapter import TENSORS, Adapter, expect_sizes, rea
 from espalier.checkpoint.safetensors_file import torch_dtype
 from espalier.delta.fit import require_finite
 from espalier.delta.forms import (
+    Bank,
     BlockAffine,
     Chain,
     Dense,
@@ -371,6 +372,19 @@ def _butterfly(size: int, blocks: int, half: int) -> torch.Tensor:
     return torch.cat((runs[:, ::2], runs[:, 1::2]), 1).flatten()
 
 
+def poly(part: Part) -> Updates:
+    """A bank of skills, ``B_t A_t / r`` for each of the numbered tasks; heads are PEFT's splits. It keeps factors as (in, r), (r, out)."""
+    adapter, (outputs, inputs) = part.adapter, part.matrix
+    heads, skills, _, rank = part.take("poly_lora_A", None, None, None, None).shape
+    if outputs % heads or inputs % heads:
+        raise part.refuse(f"has {heads} splits, which do not divide {outputs} x {inputs}")
+    tasks = adapter.number("n_tasks", 1)
+    Z = part.take("poly_router.module_logits", int(tasks), heads * skills).unflatten(1, (heads, skills))
+    A = part.take("poly_lora_A", heads, skills, inputs // heads, rank).transpose(-1, -2)
+    B = part.take("poly_lora_B", heads, skills, rank, outputs // heads).transpose(-1, -2)
+    return {"weight": Bank(B.contiguous(), A.contiguous(), Z, 1 / rank, shape=part.target.shape)}
+
+
 def trainable_tokens(part: Part) -> Updates:
     """Rows of the embedding, set."""
     adapter = part.adapter
@@ -389,7 +403,7 @@ def trainable_tokens(part: Part) -> Updates:
 
 IMPORTS: dict[str, Callable[[Part], Updates]] = {
     "LORA": lora, "ADALORA": adalora, "LOHA": loha, "LOKR": lokr, "IA3": ia3, "VERA": vera, "RANDLORA": randlora, "OFT": oft, "BOFT": boft,
-    "SHIRA": shira, "MISS": miss, "TRAINABLE_TOKENS": trainable_tokens,
+    "SHIRA": shira, "MISS": miss, "POLY": poly, "TRAINABLE_TOKENS": trainable_tokens,
 }  # fmt: skip
 """PEFT's name of a kind -> what makes updates of a module of it."""
 
@@ -451,6 +465,8 @@ def import_adapter(folder: Path, parameters: Mapping[str, Target], base: ModelDi
         raise EspalierError(f"{folder / TENSORS} changes nothing in the base")
     method = "dora" if adapter.kind == "LORA" and adapter.config.get("use_dora") else adapter.kind.lower()
     manifest = {"method": method, "hyperparameters": {"rank": adapter.config["r"]} if "r" in adapter.config else {}}
+    if bank := next((update for update in updates.values() if isinstance(update, Bank)), None):
+        manifest["tasks"] = [str(number) for number in range(bank.tasks)]
     return Delta(updates, {name: Layout.of(parameters[name]) for name in updates}, manifest)
 
 

@@ -1,4 +1,4 @@
-"""Deltas as PEFT's own files of their kind: LoRA and DoRA, MiSS and BAT, LoHa, LoKr, IA3, OFT and SHiRA.
+"""Deltas as PEFT's own files of their kind: LoRA and DoRA, MiSS and BAT, LoHa, LoKr, IA3, OFT, SHiRA and Poly.
 
 The other direction of ``peft_import.py``. PEFT keeps one setting for all modules where a delta may have one each
 (sizes of blocks, for instance), and adapts what is plain: what it cannot hold is said, and nothing is written.
@@ -15,7 +15,7 @@ import torch
 
 from espalier.anatomy.target import Target
 from espalier.checkpoint import peft_adapter
-from espalier.delta.forms import BlockAffine, Diagonal, Hadamard, Kronecker, Sparse, Tiled
+from espalier.delta.forms import Bank, BlockAffine, Diagonal, Hadamard, Kronecker, Sparse, Tiled
 from espalier.delta.forms.kronecker import lycoris_shapes
 from espalier.delta.gather import by_parameter
 from espalier.delta.store import Delta
@@ -94,8 +94,16 @@ def _sparse(update: Sparse, target: Target, options: Mapping[str, Any]) -> Part 
     return Part("SHIRA", {"shira_weight": update.values * update.gain, "shira_indices": index}, {"r": rank, "mask_type": "random"})
 
 
+def _bank(update: Bank, target: Target, options: Mapping[str, Any]) -> Part:
+    tasks, heads, skills = update.Z.shape
+    rank = update.A.shape[-2]  # which PEFT divides by
+    B = (update.B * (update.gain * rank)).transpose(-1, -2)
+    tensors = {"poly_lora_A": update.A.transpose(-1, -2), "poly_lora_B": B, "poly_router.module_logits": update.Z.flatten(1)}
+    return Part("POLY", tensors, {"r": rank, "poly_type": "poly", "n_tasks": tasks, "n_skills": skills, "n_splits": heads})
+
+
 _PARTS: dict[str, Callable[[Any, Target, Mapping[str, Any]], Part | str]] = {
-    "tiled": _tiled, "block_affine": _block_affine, "kronecker": _kronecker, "hadamard": _hadamard, "diagonal": _diagonal, "sparse": _sparse,
+    "tiled": _tiled, "block_affine": _block_affine, "kronecker": _kronecker, "hadamard": _hadamard, "diagonal": _diagonal, "sparse": _sparse, "bank": _bank,
 }  # fmt: skip
 """Form -> what PEFT keeps of it, or why it cannot."""
 

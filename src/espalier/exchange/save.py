@@ -88,6 +88,7 @@ def describe(
         "chat_template": encoder.template_fingerprint if encoder else None,
         "special_tokens": encoder.special_tokens if encoder else {},
         "mask_policy": mask_policy,
+        **({"tasks": names} if (names := list(method.task_names())) else {}),
         "training": dict(training),
     }
 
@@ -147,12 +148,14 @@ def card(manifest: Mapping[str, Any], branched: bool = False) -> str:
     base, training = manifest["base"], manifest["training"]
     options = ", ".join(f"{k} {v}" for k, v in manifest["hyperparameters"].items())
     facts = "".join(f"- {key.replace('_', ' ')}: {value}\n" for key, value in training.items())
-    deltas = "".join(f"--delta {one['delta']} " for one in manifest.get("over", [])) + "--delta ."
+    tasks = manifest.get("tasks", [])
+    used, take = ("TASK", f"    espalier convert . --task {tasks[0]} --out TASK\n") if len(tasks) > 1 else (".", "")
+    deltas = "".join(f"--delta {one['delta']} " for one in manifest.get("over", [])) + f"--delta {used}"
     return (
         f"---\nlibrary_name: espalier\nbase_model: {base['name']}\ntags: [espalier, {manifest['method']}]\n---\n\n"
         f"# A delta of {base['name']}\n\n"
         f"Method `{manifest['method']}`{f' ({options})' if options else ''}; loss over {manifest['mask_policy']}; base "
         f"fingerprint `{base['fingerprint']}`.\n\n{facts}\n"
-        f"    espalier generate --model {base['name']} {deltas} --prompt TEXT\n"
+        f"{take}    espalier generate --model {base['name']} {deltas} --prompt TEXT\n"
         + ("" if branched else f"    espalier apply --model {base['name']} {deltas} --out MERGED\n")
     )

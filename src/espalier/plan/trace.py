@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from espalier.anatomy.classification import classifies
 from espalier.attach.attachment import attach, attach_updates, release_base, trainable_parameters
 from espalier.attach.coded_base import quantize_base
+from espalier.attach.tasks import choose_task, tasks_of
 from espalier.delta.forms import Update
 from espalier.errors import EspalierError
 from espalier.kernels.philox import Numberless
@@ -169,6 +170,8 @@ def _trace(
             attach_updates(model, updates, f"delta{number}")
         attach(model, method, **options, streams=Numberless)
         release_base(model)
+        for task in tasks_of(model)[:1]:  # whichever: they are alike in size
+            choose_task(model, task)
         trained = sum(p.numel() for p in trainable_parameters(model).values())
         frozen = [t for t in (*model.parameters(), *model.buffers()) if not (t.requires_grad or t.is_meta)]
         total = sum(t.numel() * t.element_size() for t in frozen)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from espalier.attach.course import Course
+from espalier.attach.tasks import choose_task
 from espalier.checkpoint.atomic import write_text
 from espalier.data.batches import Batch, Cursor
 from espalier.errors import NotFiniteError
@@ -118,6 +119,8 @@ def accumulate(
     for batch in batches:
         if resident_between and resident_memory() > resident_between:
             release_free_memory()
+        if batch.task:
+            choose_task(model, batch.task)
         part = run_batch(model, batch, 1.0 / total, label_smoothing=label_smoothing)
         part.backward()
         loss += float(part.detach())

@@ -264,7 +264,7 @@ def dry_run(
     trial = run.folder / "trial"
     shutil.rmtree(trial, ignore_errors=True)
     save(trial)
-    delta_store.load(trial, branches=True)
+    delta_store.load(trial, branches=True, bank=True)
     shutil.rmtree(trial)
     path = checkpoint.save(run.checkpoints, tensors, optimizer, run.state)
     checkpoint.check(path)

@@ -128,6 +128,7 @@ class Job:
         self.method = registry.make(name, registry.ATTACHED, **{k: v for k, v in options.items() if k in own or k not in theirs})
         self.hyperparameters = {key: _plain(getattr(self.optimizer_method, key)) for key in sorted(theirs)}
         self.hyperparameters |= {key: _plain(getattr(self.method, key)) for key in sorted(own)}
+        self._own = own
         self.a["targets"] = self.a["targets"] or self.method.targets
         if self.a["learning_rate"] is None:
             self.a["learning_rate"] = self.method.learning_rate
@@ -163,7 +164,7 @@ class Job:
             tokenizer_at, config_at = a["tokenizer"], Path(a["architecture"])
         self.config = _config(config_at)
         self.over = [self._below(Path(folder)) for folder in a["over"] or ()]
-        if a["trainable"] is not None:
+        if a["trainable"] is not None and not self.method.by_task:  # how much that trains, the data decide too
             self._fit_method(parse_numbers(a["trainable"]), config_at)
         self.tokenizer = load_tokenizer(tokenizer_at)
         known = len(self.tokenizer)
@@ -177,6 +178,10 @@ class Job:
             self.config.vocab_size = max(self.config.vocab_size, len(self.tokenizer))
         self.store = self._open(a["data"])
         self.eval_stores = {name: self._open(name) for name in a["eval_data"] or ()}
+        if self.method.by_task:
+            self._take_tasks()
+            if a["trainable"] is not None:
+                self._fit_method(parse_numbers(a["trainable"]), config_at)
         self._choose_task()
         self.order = self.task.order(self.store, a["sequence_length"], a["seed"])
         if a["steps"] is None:
@@ -196,6 +201,24 @@ class Job:
         if self.method.wanted() is not None:
             raise EspalierError(f"--over {folder}: {self.method.name} starts from statistics of the base, not of the deltas on it; apply them first")
         return delta
+
+    def _take_tasks(self) -> None:
+        """The tasks of a method that tells them apart: those of the data, where it was not given any; all data must be of them.
+
+        Raises:
+            EspalierError: naming the data, when they are of other tasks or of none.
+        """
+        if not self.method.task_names() and self.store.tasks:
+            if odd := next((name for name in self.store.tasks if "," in name), None):
+                raise EspalierError(f"--data {self.a['data']} has a task {odd!r}; the name of a task must have no comma")
+            self.hyperparameters["tasks"] = ",".join(self.store.tasks)
+            self.method = registry.make(self.method.name, registry.ATTACHED, **{key: self.hyperparameters[key] for key in self._own})
+        known = list(self.method.task_names())
+        for name, store in {self.a["data"]: self.store, **self.eval_stores}.items():
+            if len(known) > 1 and not store.tasks:
+                raise EspalierError(f"the records of {name} name no task; they must be of {', '.join(known)}")
+            if strange := next((task for task in store.tasks if task not in known), None):
+                raise EspalierError(f"{name} has the task {strange!r}; known are: {', '.join(known) or 'none, for the training data have none'}")
 
     def _choose_task(self) -> None:
         """Labels are classified, and the head that does it trains whole; anything else is text."""
@@ -230,7 +253,7 @@ class Job:
     def _open(self, data: str) -> TokenStore:
         source = open_source(data)
         self.display.note(f"reading {source.name}: {len(source.files)} file{'s' * (len(source.files) > 1)} of {source.kind}")
-        return open_store(source, self.encoder)
+        return open_store(source, self.encoder, by_task=self.method.by_task)
 
     # -- memory
 

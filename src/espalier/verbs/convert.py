@@ -1,4 +1,4 @@
-"""Convert: a delta into other forms or into a PEFT adapter, a PEFT adapter into a delta."""
+"""Convert: a delta into other forms or into a PEFT adapter, a PEFT adapter into a delta, a bank into the delta of a task."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def convert(
     density: float | None = None,
     bits: int | None = None,
     group: int | None = None,
+    task: str | None = None,
     model: str | None = None,
     seed: int = 0,
     quiet: bool = False,
@@ -30,6 +31,7 @@ def convert(
         density: of sparse, rows, columns and ternary: share to keep; default: whatever is not zero (ternary: of least error)
         bits: of quantized: bits of a number, 1 to 8; default: 4
         group: of quantized: numbers that share a scale; 0: all of a tensor; default: 64
+        task: of a bank of tasks (see `espalier methods mhr`): the one whose update is taken; the form is lora where --to gives no other
         model: the base model; default: the one that the delta (where it is on this machine) or the adapter names
         seed: of randomised decompositions
         quiet: print nothing but the result
@@ -59,11 +61,14 @@ def convert(
     if not store.is_delta(folder) and (folder / "adapter_config.json").is_file():
         if to is not None:
             raise EspalierError(f"{folder} is a PEFT adapter; import it first, without --to, and convert what comes of it")
+        if task is not None:
+            raise EspalierError(f"{folder} is a PEFT adapter, which is imported as it is; take --task {task} from the delta that comes of it")
         for option in given:
             raise EspalierError(f"{folder} is a PEFT adapter, which is imported as it is; --{option} is of converting a delta to another form")
         return _import(folder, target, model, display)
     if not store.is_delta(folder):
         raise EspalierError(f"{folder} is neither a delta (no delta.json) nor a PEFT adapter (no adapter_config.json)")
+    to = to or ("lora" if task is not None else None)
     if to is None:
         raise EspalierError(f"{folder} is already a delta; say which form it shall have: --to lora, peft, dense, ...")
     allowed = _OPTIONS.get(to, {})
@@ -71,13 +76,15 @@ def convert(
         owners = ", ".join(form for form, names in _OPTIONS.items() if option in names)
         raise EspalierError(f"--{option} is no option of --to {to} (it belongs to {owners})")
     used = {option: given.get(option, default) for option, default in allowed.items() if given.get(option, default) is not None}
-    delta = store.load(folder, mapped=True)
+    delta = store.load(folder, mapped=True, bank=task is not None)
+    if task is not None:
+        delta = conversion.of_task(delta, task)
     weights = conversion.base_of(delta, folder, model)
     with atomic_directory(target) as temporary:
         spool = conversion.Spool(temporary / "spool")
         with display.bar("converting", len(delta.updates), "parameters") as update:
             updates, outcomes = conversion.converted(delta, to, {**used, "seed": seed}, weights, spool, update)
-        manifest = conversion.manifest_after(delta, "convert", {"to": to, **used, "seed": seed}, outcomes)
+        manifest = conversion.manifest_after(delta, "convert", {"to": to, **({"task": task} if task is not None else {}), **used, "seed": seed}, outcomes)
         made = store.Delta(updates, delta.layouts, manifest)
         size = conversion.write(folder, temporary, made, f"Converted to `{to}`.")
         if to == "peft":

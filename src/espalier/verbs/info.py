@@ -70,7 +70,7 @@ def _model(path: str) -> dict[str, Any]:
 def _delta(folder: Any) -> dict[str, Any]:
     from espalier.delta import store
 
-    delta = store.load(folder, mapped=True, branches=True)
+    delta = store.load(folder, mapped=True, branches=True, bank=True)
     forms: dict[str, int] = {}
     numbers = 0
     for update in delta.updates.values():

@@ -1,5 +1,6 @@
 """The forms of an update: small immutable objects of tensors, one per parameter. See ``update.py`` for the contract."""
 
+from espalier.delta.forms.bank import Bank
 from espalier.delta.forms.block_affine import BlockAffine
 from espalier.delta.forms.blocks import Blocks
 from espalier.delta.forms.combined import Chain, Sum
@@ -27,6 +28,7 @@ from espalier.delta.forms.update import FORMS, Gain, Update, form, register_form
 
 __all__ = [
     "FORMS",
+    "Bank",
     "BlockAffine",
     "Blocks",
     "Chain",
