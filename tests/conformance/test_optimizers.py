@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
+import itertools
+import json
 import math
+import os
+import subprocess
+import sys
+import types
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from espalier import registry
-from espalier.checkpoint.safetensors_file import read_safetensors, write_safetensors
 from espalier.data.batches import Cursor
 from espalier.errors import EspalierError
 from espalier.memory import stored_state
@@ -156,7 +164,7 @@ def test_ten_steps_are_those_of_the_equations_in_float64(name: str) -> None:
         optimizer.step()
     for n, p in tensors.items():
         expected = reference(name, before[n].detach(), history[n], "layers" in n and p.ndim == 2, 4, 3)
-        worst = float((p.double() - expected).abs().max())
+        worst = float((p.detach().double() - expected).abs().max())
         # Adam divides by roots of what is nearly nothing along singular vectors that float32 knows to 1e-6
         assert worst < (2e-4 if name == "natural-galore" else 2e-5), (n, worst)
 
@@ -192,7 +200,7 @@ def test_its_state_has_the_bytes_that_it_says(name: str, state: str) -> None:
             make(name, state)
         return
     shapes = {**SHAPES, "model.layers.0.mlp.gate_proj.weight": (96, 64)}
-    tensors, rule = parameters(shapes=shapes), make(name, state)
+    tensors, rule = parameters(shapes=shapes), make(name, state, **({"every": 100} if name in SMALL else {}))
     optimizer = rule.build(tensors, 0.01)
     for step in range(6):
         pull(tensors, step)
@@ -209,15 +217,17 @@ def test_a_thrifty_state_trains_nearly_as_well(name: str, state: str) -> None:
     for how in ("fp32", state):
         tensors = {"model.layers.0.mlp.up_proj.weight": torch.nn.Parameter(torch.zeros(96, 64))}
         p = next(iter(tensors.values()))
-        optimizer = make(name, how, **({"rank": 32, "every": 20} if "rank" in SMALL.get(name, {}) else {})).build(tensors, 0.01)
+        # gradients that are all alike are what a natural gradient makes small
+        more = ({"rank": 32, "every": 20} if "rank" in SMALL.get(name, {}) else {}) | ({"damping": 1e3} if name == "natural-galore" else {})
+        optimizer = make(name, how, **more).build(tensors, 0.01)
         goal = torch.randn(96, 64, generator=torch.Generator().manual_seed(3)) / 4
         with torch.no_grad():
             p.copy_(torch.randn(96, 64, generator=torch.Generator().manual_seed(4)) / 4)
-        begin = float((p - goal).square().mean())
+        begin = float((p.detach() - goal).square().mean())
         for _ in range(120):
             p.grad = 2 * (p.detach() - goal)
             optimizer.step()
-        losses[how] = float((p - goal).square().mean()) / begin
+        losses[how] = float((p.detach() - goal).square().mean()) / begin
     assert losses[state] < max(1.5 * losses["fp32"], 0.05) and losses["fp32"] < 0.9, losses
 
 
@@ -333,11 +343,12 @@ def test_all_blocks_of_frugal_have_their_turn() -> None:
 
 def test_a_projector_of_full_rank_by_the_identity_is_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adam is not invariant to rotations: only the identity, or a signed permutation, gives its trajectory."""
+    monkeypatch.setattr("espalier.memory.subspace.LowDimensional.splits", lambda self, name, shape: "layers" in name and len(shape) == 2)
+    before = copy.deepcopy(after("galore", rank=64, scale=1.0, **ADAM))
     monkeypatch.setattr("espalier.memory.subspace.leading", lambda matrix, rank, choice, stream: torch.eye(matrix.shape[1])[:, :rank])
     for name in ("galore", "fira"):
         assert close(after(name, rank=64, scale=1.0, **ADAM), after("adamw", **ADAM))
-    monkeypatch.undo()
-    assert not close(after("galore", rank=64, scale=1.0, **ADAM), after("adamw", **ADAM), 1e-4)
+    assert not close(before, after("adamw", **ADAM), 1e-4)
 
 
 def test_the_rest_of_fira_is_orthogonal_to_its_subspace_and_its_norm_grows_by_gamma_at_most() -> None:
@@ -358,7 +369,7 @@ def test_the_rest_of_fira_is_orthogonal_to_its_subspace_and_its_norm_grows_by_ga
             rest = g - up(kind, down(kind, g, basis), basis, tuple(g.shape))  # type: ignore[arg-type]
             assert float(down(kind, rest, basis).abs().max()) < 1e-5  # type: ignore[arg-type]
             norms.setdefault(n, []).append(float(state["rest_norm"]))
-    assert all(b <= 1.01 * a * (1 + 1e-6) for values in norms.values() for a, b in zip(values, values[1:], strict=False))
+    assert all(b <= 1.01 * a * (1 + 1e-6) for values in norms.values() for a, b in itertools.pairwise(values))
 
 
 def test_natural_galore_with_great_damping_is_galore() -> None:
@@ -476,3 +487,55 @@ def test_a_subspace_is_orthonormal_and_a_sketch_is_near_the_leading_one(choice: 
     assert torch.allclose(basis.T @ basis, torch.eye(5), atol=1e-5)
     captured = float((basis.T @ v[:, :5]).square().sum()) / 5
     assert captured > 0.999 if choice != "random" else captured < 0.5
+
+
+# -- two processes
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    folder, worker = tmp_path_factory.mktemp("sharded"), Path(__file__).with_name("optimizer_worker.py")
+    cases = json.dumps([(name, state) for name in OURS for state in ("fp32", "8bit")])
+    commands = [[sys.executable, str(worker), str(rank), str(folder), cases] for rank in range(2)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) for command in commands]
+    errors = [process.communicate(timeout=600)[1].decode() for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
+    found: dict[str, dict[str, float]] = json.loads((folder / "report.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_sharded_over_two_processes_it_does_what_one_does(name: str, sharded: dict[str, dict[str, float]]) -> None:
+    assert sharded[f"{name} fp32"]["difference"] < 1e-6
+    assert sharded[f"{name} 8bit"]["difference"] < 0.05  # blocks that share a scale begin where a shard does
+    assert sharded[f"{name} fp32"]["replicas"] and sharded[f"{name} 8bit"]["replicas"]
+
+
+def test_galore_is_that_of_galore_torch() -> None:
+    """The official package (its 8-bit variant needs bitsandbytes, which importing the package would ask for).
+
+    Between two choices of P: at a choice the signs of singular vectors, against which moments are kept, are arbitrary there.
+    """
+    spec = importlib.util.find_spec("galore_torch")
+    if spec is None or spec.submodule_search_locations is None:
+        pytest.skip("galore-torch is not installed")
+    package = types.ModuleType("galore_torch")
+    package.__path__ = list(spec.submodule_search_locations)
+    sys.modules["galore_torch"] = package
+    try:
+        theirs = importlib.import_module("galore_torch.adamw").AdamW
+    finally:
+        del sys.modules["galore_torch"]
+    ours, given = parameters(), parameters()
+    split = [p for n, p in given.items() if "layers" in n and p.ndim == 2]
+    options = {"rank": 4, "update_proj_gap": 100, "scale": 0.25, "proj_type": "std"}
+    groups = [{"params": split, **options}, {"params": [p for p in given.values() if all(p is not other for other in split)]}]
+    one, two = make("galore", every=100).build(ours, 0.01), theirs(groups, lr=0.01, no_deprecation_warning=True)
+    for step in range(8):
+        pull(ours, step)
+        for n, p in given.items():
+            p.grad = ours[n].grad.clone()  # type: ignore[union-attr]
+        one.step()
+        two.step()
+    # theirs adds epsilon before the correction of the bias, which here is of the order of 1e-6 times the rate
+    assert close({n: p.detach() for n, p in ours.items()}, {n: p.detach() for n, p in given.items()}, 2e-5)

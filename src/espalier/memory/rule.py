@@ -71,8 +71,9 @@ class Rule(abc.ABC):
         Raises:
             EspalierError: where it has none that works on any numbers.
         """
-        inner = registry.make_like(self, name, "optimizer")
-        if not isinstance(inner, Rule) or hasattr(inner, "rule"):
+        stands_itself = any(h.name == "rule" for h in registry.find(name, "optimizer").hyperparameters)
+        inner = None if stands_itself else registry.make_like(self, name, "optimizer")
+        if not isinstance(inner, Rule):
             raise EspalierError(f"rule is {name}; it must be an optimizer that treats all numbers alike: adamw, adabelief or lion")
         self.slots = inner.slots  # type: ignore[misc]
         return inner

@@ -127,8 +127,10 @@ class LowDimensional(Rule):
         raise NotImplementedError
 
     def splits(self, name: str, shape: Shape) -> bool:
-        """Whether a parameter is split: the matrices of the blocks, where that saves anything."""
-        return len(shape) == 2 and BLOCK.search(name) is not None
+        """Whether a parameter is split: the matrices of the blocks, where a projector makes them any smaller."""
+        if len(shape) != 2 or BLOCK.search(name) is None:
+            return False
+        return self.kind(shape) not in ("right", "left") or self.size(shape) < min(shape)
 
     def is_elementwise(self, name: str, shape: Shape) -> bool:
         return not self.splits(name, shape)

@@ -125,6 +125,8 @@ class Job:
         self.optimizer_method = registry.make(
             self.a["optimizer"], "optimizer", **{k: v for k, v in options.items() if k in theirs and k not in own}
         )
+        self.optimizer_method.state = self.a["state"]
+        self.optimizer_method.check()
         self.method = registry.make(name, registry.ATTACHED, **{k: v for k, v in options.items() if k in own or k not in theirs})
         self.hyperparameters = {key: _plain(getattr(self.optimizer_method, key)) for key in sorted(theirs)}
         self.hyperparameters |= {key: _plain(getattr(self.method, key)) for key in sorted(own)}
@@ -256,7 +258,7 @@ class Job:
 
         def price(micro: int, recompute: bool, chunk: int) -> dict[str, int]:
             step, working = traced(micro, recompute, chunk), traced(micro, True, chunk).peak
-            state = self.optimizer_method.state_bytes(step.trained)
+            state = self.optimizer_method.state_bytes(step.shapes)
             return planning.predict(resident_memory(), self._load_bytes(step), step, working, state, self.device.type == "cpu")
 
         chunk = planning.default_chunk(self.config.vocab_size)
@@ -388,7 +390,7 @@ class Job:
         course = Course(self.model, a["steps"])
         optimizer = build(self.optimizer_method.build, parameters, a["learning_rate"], course.optimizer_options())
         tensors = {**parameters, **course.kept()}
-        state = self.optimizer_method.state_bytes(self.attachment.trainable())
+        state = self.optimizer_method.state_bytes({name: tuple(p.shape) for name, p in parameters.items()})
         torch.manual_seed(a["seed"])  # whatever planning and loading drew: the first checkpoint holds the random state
         session.dry_run(self.out, self.run, tensors, optimizer, self._write_delta, state)
         session.resume_from_last(self.run, tensors, optimizer, self.display)

@@ -22,6 +22,7 @@ def pretrain(
     warmup: float = 0.02,
     floor: float = 0.05,
     optimizer: str = "adamw",
+    state: Literal["fp32", "bf16", "8bit"] = "fp32",
     clip: float = 1.0,
     eval_data: list[str] | None = None,
     eval_every: int = 0,
@@ -55,6 +56,7 @@ def pretrain(
         warmup: share of the steps that warm up, in [0, 1)
         floor: learning rate at the end, as a share of the peak
         optimizer: the optimizer (see `espalier methods --kind optim`)
+        state: how its state is stored: fp32, bf16 rounded at random, or 8 bits in blocks of 256 (tensors of 4,096 numbers or more)
         clip: largest norm of the gradient; 0: no clipping
         eval_data: held-out data measured at the end; may be given several times
         eval_every: also measure every so many steps; 0: never
