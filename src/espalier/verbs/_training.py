@@ -14,7 +14,7 @@ import torch
 
 from espalier import registry
 from espalier.anatomy.classification import labels_of
-from espalier.anatomy.parameters import parameters
+from espalier.anatomy.parameters import BLOCK, parameters
 from espalier.attach.attachment import (
     Statistics,
     attach,
@@ -54,6 +54,7 @@ from espalier.delta import store as delta_store
 from espalier.display import Display
 from espalier.errors import EspalierError, at_least, one_of
 from espalier.exchange import save as saving
+from espalier.train.laws import knee, step_law
 from espalier.memory.joined_optimizer import build
 from espalier.memory.meter import format_bytes, parse_bytes, peak_memory, resident_memory
 from espalier.memory.training_form import training_form
@@ -73,6 +74,7 @@ class Job:
     def __init__(self, verb: str, arguments: dict[str, Any], options: dict[str, Any], method: str) -> None:
         self.verb = verb
         arguments = {key: _plain(value) for key, value in arguments.items()}
+        arguments["learning_rate"] = _rate(arguments["learning_rate"])
         self.a = {
             "targets": None, "full": None, "add_tokens": None, "dropout": 0.0, "floor": 0.0, "label_smoothing": 0.0, "model": None, "trainable": None, "base_bits": None,
             "over": None,
@@ -103,9 +105,11 @@ class Job:
             raise EspalierError(f"warmup is {a['warmup']}; it is a share of the steps, at least 0 and less than 1")
         if not 0 <= a["floor"] <= 1:
             raise EspalierError(f"floor is {a['floor']}; it is a share of the peak rate, from 0 to 1")
+        if not 0 < a["decay"] <= 1:
+            raise EspalierError(f"decay is {a['decay']}; it is a share of the steps, more than 0 and at most 1")
         if not 0 <= a["label_smoothing"] < 1:
             raise EspalierError(f"label_smoothing is {a['label_smoothing']}; it is a share of every target, at least 0 and less than 1")
-        if a["learning_rate"] is not None and not 0 < a["learning_rate"] < math.inf:
+        if a["learning_rate"] not in (None, "auto") and not 0 < a["learning_rate"] < math.inf:
             raise EspalierError(f"learning_rate is {a['learning_rate']}; it must be more than 0 and finite")
         if a["base_bits"] is not None:
             one_of("base_bits", a["base_bits"], (4, 8))
@@ -183,6 +187,18 @@ class Job:
         self.order = self.task.order(self.store, a["sequence_length"], a["seed"])
         if a["steps"] is None:
             a["steps"] = math.ceil((a["epochs"] or 1.0) * self.order.steps_of_epoch(a["batch_size"] * a["sequence_length"]))
+        if a["learning_rate"] == "auto":
+            self._take_advice(config_at)
+
+    def _take_advice(self, config_at: Path) -> None:
+        """The learning rate of the Step Law, and what it says of the batch."""
+        a, tokens = self.a, self.a["steps"] * self.a["batch_size"] * self.a["sequence_length"]
+        blocks = sum(math.prod(t.shape) for t in parameters(empty_of(self.config, config_at)) if BLOCK.search(t.name))
+        advice = step_law(blocks, tokens)
+        a["learning_rate"] = advice.learning_rate
+        outside = "" if advice.is_fitted else "; the law was fitted for 60 M to 2.2 B parameters and 2 to 100 B tokens, so this is a guess"
+        batch = f"the batch has {a['batch_size'] * a['sequence_length']:,} tokens, and the law would have {advice.batch_tokens:,}"
+        self.display.note(f"learning rate {advice.learning_rate:.3g} by the Step Law ({blocks:,} parameters in the blocks, {tokens:,} tokens); {batch}{outside}")
 
     def _below(self, folder: Path) -> delta_store.Delta:
         """A delta that the new one is trained over.
@@ -382,9 +398,10 @@ class Job:
         settings = Settings(
             steps=a["steps"], batch_tokens=a["batch_size"] * a["sequence_length"], micro_tokens=self.plan.micro_tokens,
             learning_rate=a["learning_rate"], schedule=a["schedule"], warmup=round(a["warmup"] * a["steps"]),
-            floor=a["floor"], clip=a["clip"], label_smoothing=a["label_smoothing"], checkpoint_every=a["checkpoint_every"], evaluate_every=a["eval_every"],
+            floor=a["floor"], decay=a["decay"], clip=a["clip"], label_smoothing=a["label_smoothing"], checkpoint_every=a["checkpoint_every"], evaluate_every=a["eval_every"],
             padded=self.padded, pad_token=self.task.pad_token,
             resident_between=planning.resident_between(self.budget, self.plan) if self.budget else 0,
+            knee=knee(a["learning_rate"], a["batch_size"]) / (a["batch_size"] * a["sequence_length"]) if a["schedule"] == "power" else None,
         )  # fmt: skip
         parameters = trainable_parameters(self.model)
         course = Course(self.model, a["steps"])
@@ -470,6 +487,20 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _rate(given: Any) -> Any:
+    """A learning rate as a number; ``None`` and auto stay as they are.
+
+    Raises:
+        EspalierError: for anything else.
+    """
+    if given is None or given == "auto":
+        return given
+    try:
+        return float(given)
+    except ValueError:
+        raise EspalierError(f"learning_rate is {given!r}; it must be a number, or auto") from None
 
 
 def _add_tokens(tokenizer: Any, given: str) -> list[int]:
