@@ -57,7 +57,7 @@ def test_pretrain_takes_the_rate_of_the_law_and_says_so(tmp_path: Path, capsys: 
     (tmp_path / "text.txt").write_text("To be or not to be, that is the question. " * 200)
     found = espalier.pretrain(
         str(tmp_path / "text.txt"), str(tmp_path / "out"), model="seedling", steps=2, batch_size=2, sequence_length=32,
-        learning_rate="auto", schedule="power", dtype="fp32", decay=0.5,
+        learning_rate="auto", schedule="power", dtype="fp32", cooldown=0.5,
     )  # fmt: skip
     said = capsys.readouterr().err
     assert "by the Step Law" in said and "a guess" in said

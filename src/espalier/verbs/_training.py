@@ -105,8 +105,8 @@ class Job:
             raise EspalierError(f"warmup is {a['warmup']}; it is a share of the steps, at least 0 and less than 1")
         if not 0 <= a["floor"] <= 1:
             raise EspalierError(f"floor is {a['floor']}; it is a share of the peak rate, from 0 to 1")
-        if not 0 < a["decay"] <= 1:
-            raise EspalierError(f"decay is {a['decay']}; it is a share of the steps, more than 0 and at most 1")
+        if not 0 < a["cooldown"] <= 1:
+            raise EspalierError(f"cooldown is {a['cooldown']}; it is a share of the steps, more than 0 and at most 1")
         if not 0 <= a["label_smoothing"] < 1:
             raise EspalierError(f"label_smoothing is {a['label_smoothing']}; it is a share of every target, at least 0 and less than 1")
         if a["learning_rate"] not in (None, "auto") and not 0 < a["learning_rate"] < math.inf:
@@ -398,7 +398,7 @@ class Job:
         settings = Settings(
             steps=a["steps"], batch_tokens=a["batch_size"] * a["sequence_length"], micro_tokens=self.plan.micro_tokens,
             learning_rate=a["learning_rate"], schedule=a["schedule"], warmup=round(a["warmup"] * a["steps"]),
-            floor=a["floor"], decay=a["decay"], clip=a["clip"], label_smoothing=a["label_smoothing"], checkpoint_every=a["checkpoint_every"], evaluate_every=a["eval_every"],
+            floor=a["floor"], decay=a["cooldown"], clip=a["clip"], label_smoothing=a["label_smoothing"], checkpoint_every=a["checkpoint_every"], evaluate_every=a["eval_every"],
             padded=self.padded, pad_token=self.task.pad_token,
             resident_between=planning.resident_between(self.budget, self.plan) if self.budget else 0,
             knee=knee(a["learning_rate"], a["batch_size"]) / (a["batch_size"] * a["sequence_length"]) if a["schedule"] == "power" else None,

@@ -21,7 +21,7 @@ def pretrain(
     schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "power"] = "cosine",
     warmup: float = 0.02,
     floor: float = 0.05,
-    decay: float = 0.2,
+    cooldown: float = 0.2,
     optimizer: str = "adamw",
     state: Literal["fp32", "bf16", "8bit"] = "fp32",
     clip: float = 1.0,
@@ -56,7 +56,7 @@ def pretrain(
         schedule: course of the learning rate after warm-up
         warmup: share of the steps that warm up, in [0, 1)
         floor: learning rate at the end, as a share of the peak
-        decay: share of the steps at the end in which wsd, inverse_sqrt and power fall to their end, in (0, 1]
+        cooldown: share of the steps at the end in which wsd, inverse_sqrt and power fall to their end, in (0, 1]
         optimizer: the optimizer (see `espalier methods --kind optim`)
         state: how its state is stored: fp32, bf16 rounded at random, or 8 bits in blocks of 256 (tensors of 4,096 numbers or more)
         clip: largest norm of the gradient; 0: no clipping
