@@ -193,7 +193,7 @@ def train(
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("rate", 1.0)
-            course.begin(step, rate)
+            course.begin(step, rate, optimizer)
             begin = dataclasses.replace(state.cursor)
             step_batches = order.batches(state.cursor, settings.batch_tokens, settings.micro_tokens, settings.padded, settings.pad_token)
             batches = [batch.to(device) for batch in step_batches]

@@ -54,13 +54,13 @@ from espalier.delta import store as delta_store
 from espalier.display import Display
 from espalier.errors import EspalierError, at_least, one_of
 from espalier.exchange import save as saving
-from espalier.train.laws import knee, step_law
 from espalier.memory.joined_optimizer import build
 from espalier.memory.meter import format_bytes, parse_bytes, peak_memory, resident_memory
 from espalier.memory.training_form import training_form
 from espalier.plan import memory as planning
 from espalier.plan.trace import Traced, trace_step
 from espalier.train import session
+from espalier.train.laws import knee, step_law
 from espalier.train.loop import Settings
 from espalier.verbs._tasks import Classification, Language, Task, new_classifier
 
@@ -262,7 +262,7 @@ class Job:
             resolved = read_json(folder / "run.json")["resolved"]
             for key in ("micro_batch_size", "recompute", "logits_chunk"):
                 a[key] = resolved[key]
-        options = {"targets": a["targets"], "full": self.full, "new_tokens": self.new_tokens, "dropout": a["dropout"]}
+        options = {"targets": a["targets"], "full": self.full, "new_tokens": self.new_tokens, "dropout": a["dropout"], "seed": a["seed"]}
 
         @functools.cache
         def traced(micro: int, recompute: bool, chunk: int) -> Traced:
