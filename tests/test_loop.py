@@ -167,6 +167,8 @@ def test_metrics_are_one_line_a_step_after_stopping_and_resuming(model: Path, te
         ("lamda", {"rank": 4, "freeze": 0.5}), ("allora", {}), ("eva", {"rank": 2, "tokens": 256}), ("lora", {"ratio": 16.0}),
         ("lora", {"ratio": 16.0, "optimizer": "muon"}), ("sora", {"optimizer": "muon"}),
         ("lora", {"rank": 2, "initialization": "pissa"}), ("hydra", {}), ("svfit", {}), ("dsee", {"rank": 2}), ("binary", {"rank": 4}),
+        ("lisa", {"layers": 1, "every": 2, "state": "8bit"}), ("lisa", {"layers": 1, "every": 2, "optimizer": "lion"}),
+        ("full", {"optimizer": "fira", "rank": 4, "every": 2}), ("full", {"optimizer": "frugal", "every": 2, "state": "bf16"}),
     ],
 )  # fmt: skip
 def test_a_method_with_a_course_resumes_to_the_same_bits(method: str, options: dict[str, Any], model: Path, text: Path, tmp_path: Path) -> None:

@@ -306,3 +306,12 @@ def make(name: str, role: str | tuple[str, ...], **hyperparameters: Any) -> Any:
     made = method(**options)
     made.check()
     return made
+
+
+def make_like(other: Any, name: str, role: str) -> Any:
+    """A method with those hyperparameters that another one has too, for methods that stand on others.
+
+    Raises:
+        EspalierError: as :func:`make`.
+    """
+    return make(name, role, **{h.name: getattr(other, h.name) for h in find(name, role).hyperparameters if hasattr(other, h.name)})

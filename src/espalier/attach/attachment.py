@@ -223,6 +223,7 @@ def attach(
     present = parameters(model)
     whole = select(present, beside, "--full") if beside else []
     chosen = targets_of(model, made, patterns, whole)
+    chosen = list(made.selected(chosen, seed)) if isinstance(made, Adapter) else chosen
     _freeze(model)
     name = _fresh_name(model, name or made.name)
     with torch.no_grad():

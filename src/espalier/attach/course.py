@@ -5,7 +5,7 @@ The loop of ``tune`` drives a course; in one's own loop it goes like this::
     course = Course(model, steps)
     course.check()
     for step in range(steps):
-        course.begin(step, learning_rate)
+        course.begin(step, learning_rate, optimizer)
         loss = model(...).loss + course.penalty()
         loss.backward()
         course.before_step()
@@ -70,8 +70,12 @@ class Course:
         for attached, parts in self._attached:
             attached.method.check_run(parts, self.steps)
 
-    def begin(self, step: int, learning_rate: float = 0.0) -> None:
-        """A step begins, before its forward pass."""
+    def begin(self, step: int, learning_rate: float = 0.0, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """A step begins, before its forward pass.
+
+        Args:
+            optimizer: forgets its state of what is frozen, where a method asks for that.
+        """
         self._moment = Moment(step, self.steps, learning_rate)
         self._masks.clear()
         for attached, parts in self._attached:
@@ -80,6 +84,8 @@ class Course:
                 for local, parameter in part._parameters.items():
                     if id(parameter) in self._names:
                         parameter.requires_grad_(still.get(local) is not True)
+                        if attached.method.forgets and optimizer is not None and not parameter.requires_grad:
+                            optimizer.state.pop(parameter, None)
                 self._masks += [(getattr(part, local), mask) for local, mask in still.items() if isinstance(mask, torch.Tensor)]
 
     def penalty(self) -> torch.Tensor | float:

@@ -124,6 +124,9 @@ class Method:
         """
         return {}
 
+    forgets: ClassVar[bool] = False
+    """Whether the optimizer forgets its state of a tensor that is frozen whole, so that it begins anew when it moves again."""
+
     def before_step(self, parts: Sequence[Any], moment: Moment) -> Any:
         """Called when gradients are there (clipped) and the optimizer has not moved anything."""
 
@@ -151,6 +154,10 @@ class Adapter(Method):
     def accepts(self, target: Target) -> bool:
         """Whether the method can update this parameter; by default, any matrix."""
         return target.is_matrix
+
+    def selected(self, targets: Sequence[Target], seed: int) -> Sequence[Target]:
+        """Which of the parameters that were asked for train; by default all. The same on every process, and for the planner."""
+        return targets
 
     def start(self, target: Target, weight: torch.Tensor, stream: Stream) -> Tensors:
         """The private tensors of one parameter.

@@ -1,21 +1,21 @@
-"""AdamW, from torch."""
+"""AdamW."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from espalier.errors import EspalierError, at_least
+from espalier.memory.rule import Rule, Tensors
 from espalier.registry import optimizer
 
 
 @optimizer("adamw", ids=(), paper="arXiv:1711.05101")
-class AdamW:
-    """Adam with decoupled weight decay: ``w -= lr (m / (sqrt(v) + eps) + decay w)``; torch's fused kernel.
+class AdamW(Rule):
+    """Adam with decoupled weight decay: ``w -= lr (m / (sqrt(v) + eps) + decay w)``; with its state in float32, torch's fused kernel.
 
-    State: two float32 numbers per trained number, and a step count per tensor. Decay acts on tensors of
-    two or more dimensions only.
+    State: two numbers per trained number, and a step count per tensor. Decay acts on tensors of two or more dimensions only.
     """
 
     beta1: float = 0.9
@@ -27,27 +27,21 @@ class AdamW:
     weight_decay: float = 0.0
     """decoupled decay per unit of learning rate, at least 0"""
 
-    def check(self) -> None:
-        for name, value in (("beta1", self.beta1), ("beta2", self.beta2)):
-            if not 0 <= value < 1:
-                raise EspalierError(f"{name} is {value}; it must be at least 0 and less than 1")
-        at_least("epsilon", self.epsilon, 0)
-        at_least("weight_decay", self.weight_decay, 0)
+    slots = {"exp_avg": True, "exp_avg_sq": False}
 
-    def build(self, parameters: dict[str, torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-        """The optimizer over named parameters."""
-        decayed = [p for p in parameters.values() if p.ndim >= 2]
-        others = [p for p in parameters.values() if p.ndim < 2]
-        groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": self.weight_decay}]
-        groups.append({"params": others, "weight_decay": 0.0})
-        return torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=learning_rate,
-            betas=(self.beta1, self.beta2),
-            eps=self.epsilon,
-            fused=True,
-        )
+    def directions(self, gradients: Tensors, state: Mapping[str, Tensors], steps: Sequence[int]) -> Tensors:
+        means, squares = state["exp_avg"], state["exp_avg_sq"]
+        torch._foreach_lerp_(means, gradients, 1 - self.beta1)
+        torch._foreach_mul_(squares, self.beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - self.beta2)
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_div_(roots, [math.sqrt(1 - self.beta2**step) for step in steps])
+        torch._foreach_add_(roots, self.epsilon)
+        torch._foreach_mul_(roots, [1 - self.beta1**step for step in steps])
+        return list(torch._foreach_div(means, roots))
 
-    def state_bytes(self, trained: int) -> int:
-        """Bytes of state for ``trained`` float32 numbers."""
-        return 8 * trained
+    def build(self, parameters: Mapping[str, torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+        if self.state != "fp32":
+            return super().build(parameters, learning_rate)
+        groups = [{"params": list(some.values()), "weight_decay": decay} for some, decay in self._groups(parameters)]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(self.beta1, self.beta2), eps=self.epsilon, fused=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,7 +33,11 @@ class Muon:
     weight_decay: float = 0.0
     """decoupled decay per unit of learning rate, at least 0"""
 
+    state = "fp32"
+
     def check(self) -> None:
+        if self.state != "fp32":
+            raise EspalierError(f"state is {self.state}; muon, which is torch's, keeps its state in fp32")
         self._rest()
         if not 0 <= self.momentum < 1:
             raise EspalierError(f"momentum is {self.momentum}; it must be at least 0 and less than 1")
@@ -50,6 +56,6 @@ class Muon:
             parts.append(torch.optim.Muon(matrices.values(), lr=learning_rate, **options))
         return Joined(parts)
 
-    def state_bytes(self, trained: int) -> int:
-        """Bytes of state for ``trained`` float32 numbers, at most."""
-        return self._rest().state_bytes(trained)
+    def state_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Bytes of state for parameters of these names and shapes."""
+        return sum((4 if len(shape) == 2 and BLOCK.search(name) else 8) * math.prod(shape) for name, shape in shapes.items())

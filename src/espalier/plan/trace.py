@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -93,14 +94,19 @@ class _Ledger(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Traced:
-    """One training step: bytes of the frozen ``model``, how many numbers are ``trained``, bytes at its ``peak``.
+    """One training step: bytes of the frozen ``model``, shapes of what is trained by name, bytes at its ``peak``.
 
     The peak is of what forward and backward allocate, gradients included; parameters and optimizer are not.
     """
 
     model: int
-    trained: int
+    shapes: dict[str, tuple[int, ...]]
     peak: int
+
+    @property
+    def trained(self) -> int:
+        """How many numbers are trained."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
 
 @contextlib.contextmanager
@@ -172,7 +178,7 @@ def _trace(
         release_base(model)
         for task in tasks_of(model)[:1]:  # whichever: they are alike in size
             choose_task(model, task)
-        trained = sum(p.numel() for p in trainable_parameters(model).values())
+        shapes = {name: tuple(p.shape) for name, p in trainable_parameters(model).items()}
         frozen = [t for t in (*model.parameters(), *model.buffers()) if not (t.requires_grad or t.is_meta)]
         total = sum(t.numel() * t.element_size() for t in frozen)
         rows = max(1, tokens // sequence_length)
@@ -186,4 +192,4 @@ def _trace(
         with training_form(model, chunk=chunk, recompute=recompute, padded=padded), ledger:
             loss = model(input_ids=ids, targets=ids[:, 0] if classifies(config) else ids.reshape(-1), scale=1.0, **inputs)
             loss.backward()
-    return Traced(total, trained, ledger.peak)
+    return Traced(total, shapes, ledger.peak)

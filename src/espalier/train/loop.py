@@ -40,6 +40,7 @@ class Settings:
     warmup: int = 0
     floor: float = 0.0
     decay: float = 0.2
+    knee: float | None = None
     clip: float = 1.0
     label_smoothing: float = 0.0
     checkpoint_every: int = 0
@@ -191,11 +192,11 @@ def train(
             began = time.perf_counter()
             step = state.step
             rate = settings.learning_rate * schedules.factor(
-                settings.schedule, step, settings.steps, settings.warmup, settings.floor, settings.decay
+                settings.schedule, step, settings.steps, settings.warmup, settings.floor, settings.decay, settings.knee
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("rate", 1.0)
-            course.begin(step, rate)
+            course.begin(step, rate, optimizer)
             begin = dataclasses.replace(state.cursor)
             step_batches = order.batches(state.cursor, settings.batch_tokens, settings.micro_tokens, settings.padded, settings.pad_token)
             batches = [batch.to(device) for batch in step_batches]

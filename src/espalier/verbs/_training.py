@@ -14,7 +14,7 @@ import torch
 
 from espalier import registry
 from espalier.anatomy.classification import labels_of
-from espalier.anatomy.parameters import parameters
+from espalier.anatomy.parameters import BLOCK, parameters
 from espalier.attach.attachment import (
     Statistics,
     attach,
@@ -60,6 +60,7 @@ from espalier.memory.training_form import training_form
 from espalier.plan import memory as planning
 from espalier.plan.trace import Traced, trace_step
 from espalier.train import session
+from espalier.train.laws import knee, step_law
 from espalier.train.loop import Settings
 from espalier.verbs._tasks import Classification, Language, Task, new_classifier
 
@@ -73,6 +74,7 @@ class Job:
     def __init__(self, verb: str, arguments: dict[str, Any], options: dict[str, Any], method: str) -> None:
         self.verb = verb
         arguments = {key: _plain(value) for key, value in arguments.items()}
+        arguments["learning_rate"] = _rate(arguments["learning_rate"])
         self.a = {
             "targets": None, "full": None, "add_tokens": None, "dropout": 0.0, "floor": 0.0, "label_smoothing": 0.0, "model": None, "trainable": None, "base_bits": None,
             "over": None,
@@ -103,9 +105,11 @@ class Job:
             raise EspalierError(f"warmup is {a['warmup']}; it is a share of the steps, at least 0 and less than 1")
         if not 0 <= a["floor"] <= 1:
             raise EspalierError(f"floor is {a['floor']}; it is a share of the peak rate, from 0 to 1")
+        if not 0 < a["cooldown"] <= 1:
+            raise EspalierError(f"cooldown is {a['cooldown']}; it is a share of the steps, more than 0 and at most 1")
         if not 0 <= a["label_smoothing"] < 1:
             raise EspalierError(f"label_smoothing is {a['label_smoothing']}; it is a share of every target, at least 0 and less than 1")
-        if a["learning_rate"] is not None and not 0 < a["learning_rate"] < math.inf:
+        if a["learning_rate"] not in (None, "auto") and not 0 < a["learning_rate"] < math.inf:
             raise EspalierError(f"learning_rate is {a['learning_rate']}; it must be more than 0 and finite")
         if a["base_bits"] is not None:
             one_of("base_bits", a["base_bits"], (4, 8))
@@ -125,6 +129,8 @@ class Job:
         self.optimizer_method = registry.make(
             self.a["optimizer"], "optimizer", **{k: v for k, v in options.items() if k in theirs and k not in own}
         )
+        self.optimizer_method.state = self.a["state"]
+        self.optimizer_method.check()
         self.method = registry.make(name, registry.ATTACHED, **{k: v for k, v in options.items() if k in own or k not in theirs})
         self.hyperparameters = {key: _plain(getattr(self.optimizer_method, key)) for key in sorted(theirs)}
         self.hyperparameters |= {key: _plain(getattr(self.method, key)) for key in sorted(own)}
@@ -186,6 +192,18 @@ class Job:
         self.order = self.task.order(self.store, a["sequence_length"], a["seed"])
         if a["steps"] is None:
             a["steps"] = math.ceil((a["epochs"] or 1.0) * self.order.steps_of_epoch(a["batch_size"] * a["sequence_length"]))
+        if a["learning_rate"] == "auto":
+            self._take_advice(config_at)
+
+    def _take_advice(self, config_at: Path) -> None:
+        """The learning rate of the Step Law, and what it says of the batch."""
+        a, tokens = self.a, self.a["steps"] * self.a["batch_size"] * self.a["sequence_length"]
+        blocks = sum(math.prod(t.shape) for t in parameters(empty_of(self.config, config_at)) if BLOCK.search(t.name))
+        advice = step_law(blocks, tokens)
+        a["learning_rate"] = advice.learning_rate
+        outside = "" if advice.is_fitted else "; the law was fitted for 60 M to 2.2 B parameters and 2 to 100 B tokens, so this is a guess"
+        batch = f"the batch has {a['batch_size'] * a['sequence_length']:,} tokens, and the law would have {advice.batch_tokens:,}"
+        self.display.note(f"learning rate {advice.learning_rate:.3g} by the Step Law ({blocks:,} parameters in the blocks, {tokens:,} tokens); {batch}{outside}")
 
     def _below(self, folder: Path) -> delta_store.Delta:
         """A delta that the new one is trained over.
@@ -267,7 +285,7 @@ class Job:
             resolved = read_json(folder / "run.json")["resolved"]
             for key in ("micro_batch_size", "recompute", "logits_chunk"):
                 a[key] = resolved[key]
-        options = {"targets": a["targets"], "full": self.full, "new_tokens": self.new_tokens, "dropout": a["dropout"]}
+        options = {"targets": a["targets"], "full": self.full, "new_tokens": self.new_tokens, "dropout": a["dropout"], "seed": a["seed"]}
 
         @functools.cache
         def traced(micro: int, recompute: bool, chunk: int) -> Traced:
@@ -279,7 +297,7 @@ class Job:
 
         def price(micro: int, recompute: bool, chunk: int) -> dict[str, int]:
             step, working = traced(micro, recompute, chunk), traced(micro, True, chunk).peak
-            state = self.optimizer_method.state_bytes(step.trained)
+            state = self.optimizer_method.state_bytes(step.shapes)
             return planning.predict(resident_memory(), self._load_bytes(step), step, working, state, self.device.type == "cpu")
 
         chunk = planning.default_chunk(self.config.vocab_size)
@@ -403,15 +421,16 @@ class Job:
         settings = Settings(
             steps=a["steps"], batch_tokens=a["batch_size"] * a["sequence_length"], micro_tokens=self.plan.micro_tokens,
             learning_rate=a["learning_rate"], schedule=a["schedule"], warmup=round(a["warmup"] * a["steps"]),
-            floor=a["floor"], clip=a["clip"], label_smoothing=a["label_smoothing"], checkpoint_every=a["checkpoint_every"], evaluate_every=a["eval_every"],
+            floor=a["floor"], decay=a["cooldown"], clip=a["clip"], label_smoothing=a["label_smoothing"], checkpoint_every=a["checkpoint_every"], evaluate_every=a["eval_every"],
             padded=self.padded, pad_token=self.task.pad_token,
             resident_between=planning.resident_between(self.budget, self.plan) if self.budget else 0,
+            knee=knee(a["learning_rate"], a["batch_size"]) / (a["batch_size"] * a["sequence_length"]) if a["schedule"] == "power" else None,
         )  # fmt: skip
         parameters = trainable_parameters(self.model)
         course = Course(self.model, a["steps"])
         optimizer = build(self.optimizer_method.build, parameters, a["learning_rate"], course.optimizer_options())
         tensors = {**parameters, **course.kept()}
-        state = self.optimizer_method.state_bytes(self.attachment.trainable())
+        state = self.optimizer_method.state_bytes({name: tuple(p.shape) for name, p in parameters.items()})
         torch.manual_seed(a["seed"])  # whatever planning and loading drew: the first checkpoint holds the random state
         session.dry_run(self.out, self.run, tensors, optimizer, self._write_delta, state)
         session.resume_from_last(self.run, tensors, optimizer, self.display)
@@ -491,6 +510,20 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _rate(given: Any) -> Any:
+    """A learning rate as a number; ``None`` and auto stay as they are.
+
+    Raises:
+        EspalierError: for anything else.
+    """
+    if given is None or given == "auto":
+        return given
+    try:
+        return float(given)
+    except ValueError:
+        raise EspalierError(f"learning_rate is {given!r}; it must be a number, or auto") from None
 
 
 def _add_tokens(tokenizer: Any, given: str) -> list[int]:

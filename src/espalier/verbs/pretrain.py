@@ -17,11 +17,13 @@ def pretrain(
     epochs: float | None = None,
     batch_size: int = 16,
     sequence_length: int | None = None,
-    learning_rate: float = 1e-3,
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine",
+    learning_rate: str | float = 1e-3,
+    schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "power"] = "cosine",
     warmup: float = 0.02,
     floor: float = 0.05,
+    cooldown: float = 0.2,
     optimizer: str = "adamw",
+    state: Literal["fp32", "bf16", "8bit"] = "fp32",
     clip: float = 1.0,
     eval_data: list[str] | None = None,
     eval_every: int = 0,
@@ -50,11 +52,13 @@ def pretrain(
         epochs: passes over the data
         batch_size: sequences per step, each of --sequence-length tokens (packed full)
         sequence_length: longest context, in tokens; default: 512, or all positions of a model with fewer
-        learning_rate: peak rate
+        learning_rate: peak rate, or auto: that of the Step Law for the size of model and data
         schedule: course of the learning rate after warm-up
         warmup: share of the steps that warm up, in [0, 1)
         floor: learning rate at the end, as a share of the peak
+        cooldown: share of the steps at the end in which wsd, inverse_sqrt and power fall to their end, in (0, 1]
         optimizer: the optimizer (see `espalier methods --kind optim`)
+        state: how its state is stored: fp32, bf16 rounded at random, or 8 bits in blocks of 256 (tensors of 4,096 numbers or more)
         clip: largest norm of the gradient; 0: no clipping
         eval_data: held-out data measured at the end; may be given several times
         eval_every: also measure every so many steps; 0: never

@@ -22,9 +22,11 @@ def tune(
     batch_size: int = 8,
     sequence_length: int | None = None,
     learning_rate: float | None = None,
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine",
+    schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "power"] = "cosine",
     warmup: float = 0.05,
+    cooldown: float = 0.2,
     optimizer: str = "adamw",
+    state: Literal["fp32", "bf16", "8bit"] = "fp32",
     clip: float = 1.0,
     label_smoothing: float = 0.0,
     dropout: float = 0.0,
@@ -63,7 +65,9 @@ def tune(
         learning_rate: peak rate; default: the method's own
         schedule: course of the learning rate after warm-up
         warmup: share of the steps that warm up, in [0, 1)
+        cooldown: share of the steps at the end in which wsd, inverse_sqrt and power fall to their end, in (0, 1]
         optimizer: the optimizer (see `espalier methods --kind optim`)
+        state: how its state is stored: fp32, bf16 rounded at random, or 8 bits in blocks of 256 (tensors of 4,096 numbers or more)
         clip: largest norm of the gradient; 0: no clipping
         label_smoothing: share of every target that is spread over the whole vocabulary, in [0, 1); of the training loss only
         dropout: probability of dropping entries of the updates' inputs, in [0, 1)

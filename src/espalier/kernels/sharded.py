@@ -1,0 +1,29 @@
+"""Tensors that may be sharded over processes (DTensor), as one process sees them."""
+
+from __future__ import annotations
+
+import torch
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor, gathered where it is sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of a tensor; it shares its memory."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def put(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a tensor, which may be sharded, a value that is the same on every process."""
+    tensor.copy_(like(tensor, value))
+
+
+def like(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A value that is the same on every process, sharded as a tensor is."""
+    if not hasattr(tensor, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]

@@ -1,0 +1,204 @@
+"""The contract of optimizers (``optim/``): a rule, and what becomes of gradients before and after it.
+
+A rule is a function from float32 gradients and state to directions, over lists of tensors; it knows nothing of how
+state is stored, of sharding, of decay or of the learning rate. What is below does the rest::
+
+    w <- w - lr (direction + decay w)
+
+so a new optimizer is the few lines of its rule (``optim/lion.py``), and one with a low-dimensional state is a way to
+split the gradient (``memory/subspace.py``).
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from espalier import registry
+from espalier.errors import EspalierError, at_least, one_of
+from espalier.kernels.philox import Stream
+from espalier.kernels.sharded import local
+from espalier.memory import stored_state
+from espalier.memory.stored_state import Precision
+
+BUCKET = 1 << 22
+"""Numbers that are worked on at once, in slices of large tensors and many small ones together; what is decoded for them is in memory for a moment."""
+
+Tensors = list[torch.Tensor]
+Shape = tuple[int, ...]
+
+
+class Rule(abc.ABC):
+    """An optimizer method. Subclasses are declared with ``@optimizer`` and give :attr:`slots` and :meth:`directions`."""
+
+    slots: ClassVar[Mapping[str, bool]] = {}
+    """State tensors that are like the gradient: name to whether they have negative numbers."""
+    state: Precision = "fp32"
+    """how the slots are stored; set where the optimizer is made"""
+    weight_decay: float = 0.0
+
+    def check(self) -> None:
+        """Refuse hyperparameters that make no sense.
+
+        Raises:
+            EspalierError: naming the hyperparameter.
+        """
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name, 0.0) < 1:
+                raise EspalierError(f"{name} is {getattr(self, name)}; it must be at least 0 and less than 1")
+        one_of("state", self.state, ("fp32", "bf16", "8bit"))
+        at_least("epsilon", getattr(self, "epsilon", 0.0), 0)
+        at_least("weight_decay", self.weight_decay, 0)
+
+    @abc.abstractmethod
+    def directions(self, gradients: Tensors, state: Mapping[str, Tensors], steps: Sequence[int]) -> Tensors:
+        """The directions to go against, for a rate of 1; slots are changed in place, gradients may be.
+
+        Args:
+            gradients: float32.
+            state: of each slot, float32, a tensor for each gradient, zero at first.
+            steps: how many steps each has taken with its slots, this one included.
+        """
+
+    def standing_on(self, name: str) -> Rule:
+        """The rule of another optimizer, with the hyperparameters that both have; its slots become those of this one.
+
+        Raises:
+            EspalierError: where it has none that works on any numbers.
+        """
+        stands_itself = any(h.name == "rule" for h in registry.find(name, "optimizer").hyperparameters)
+        inner = None if stands_itself else registry.make_like(self, name, "optimizer")
+        if not isinstance(inner, Rule):
+            raise EspalierError(f"rule is {name}; it must be an optimizer that treats all numbers alike: adamw, adabelief or lion")
+        self.slots = inner.slots  # type: ignore[misc]
+        return inner
+
+    def transformed(self, parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """What takes the place of a gradient before anything else sees it. Default: itself."""
+        return gradient
+
+    def is_elementwise(self, name: str, shape: Shape) -> bool:
+        """Whether a parameter's numbers are treated apart from each other, so that a shard is enough. Default: yes."""
+        return True
+
+    def build(self, parameters: Mapping[str, torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+        """The optimizer over named parameters; decay acts on those of two or more dimensions."""
+        return Ruled(self, self._groups(parameters), learning_rate)
+
+    def _groups(self, parameters: Mapping[str, torch.nn.Parameter]) -> list[tuple[dict[str, torch.nn.Parameter], float]]:
+        decayed = {name: p for name, p in parameters.items() if p.ndim >= 2}
+        others = {name: p for name, p in parameters.items() if p.ndim < 2}
+        return [(some, decay) for some, decay in ((decayed, self.weight_decay), (others, 0.0)) if some]
+
+    def state_bytes(self, shapes: Mapping[str, Shape]) -> int:
+        """Bytes of state for parameters of these names and shapes."""
+        return sum(len(self.slots) and sum(stored_state.bytes_of(math.prod(s), self.state) for _ in self.slots) for s in shapes.values())
+
+
+@dataclass
+class Part:
+    """Numbers of one parameter, or of what has state in its place, that are worked on at once.
+
+    Args:
+        name: of the parameter.
+        state: of the parameter.
+        size: how many numbers the slots have in all, before they are sharded.
+        here: how many of them this process has.
+        begin: the first of these numbers.
+        gradient: (n,), float32.
+        prefix: of the slots' names in the state.
+    """
+
+    name: str
+    state: dict[str, torch.Tensor]
+    size: int
+    here: int
+    begin: int
+    gradient: torch.Tensor
+    prefix: str = ""
+
+
+class Ruled(torch.optim.Optimizer):
+    """A rule as an optimizer of torch. State of each parameter: ``step``, and its slots as they are stored, flat.
+
+    Args:
+        groups: (parameters by name, decay) of each.
+    """
+
+    def __init__(self, rule: Rule, groups: Sequence[tuple[Mapping[str, torch.nn.Parameter], float]], learning_rate: float) -> None:
+        self.rule = rule
+        self.names = {id(p): name for some, _ in groups for name, p in some.items()}
+        super().__init__([{"params": list(some.values()), "weight_decay": decay} for some, decay in groups], {"lr": learning_rate})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Move every parameter that has a gradient."""
+        for group in self.param_groups:
+            held: list[tuple[torch.Tensor, Part]] = []
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                for pair in self._parts(parameter):
+                    if held and sum(part.gradient.numel() for _, part in held) + pair[1].gradient.numel() > BUCKET:
+                        self._move(held, group)
+                        held = []
+                    held.append(pair)
+            if held:
+                self._move(held, group)
+
+    def _parts(self, parameter: torch.nn.Parameter) -> Iterator[tuple[torch.Tensor, Part]]:
+        """Slices of a parameter, (n,) views of it, and what they are moved by."""
+        state, weight = self._begun(parameter), local(parameter).view(-1)
+        gradient = local(self.rule.transformed(parameter, parameter.grad)).reshape(-1)  # type: ignore[arg-type]
+        for begin in range(0, len(weight), BUCKET):
+            some = gradient[begin : begin + BUCKET].float()
+            yield weight[begin : begin + BUCKET], Part(self.names[id(parameter)], state, parameter.numel(), len(weight), begin, some)
+
+    def _begun(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        state: dict[str, torch.Tensor] = self.state[parameter]
+        state["step"] = state.get("step", torch.zeros(())) + 1
+        return state
+
+    def _move(self, pairs: list[tuple[torch.Tensor, Part]], group: Mapping[str, Any]) -> None:
+        weights, parts = [weight for weight, _ in pairs], [part for _, part in pairs]
+        directions = self._directions(parts)
+        if group["weight_decay"]:
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(weights, directions, alpha=-group["lr"])
+
+    def _directions(self, parts: list[Part]) -> Tensors:
+        """The rule's directions, and its state after them."""
+        slots = {slot: [self._load(part, slot, signed) for part in parts] for slot, signed in self.rule.slots.items()}
+        directions = self.rule.directions([part.gradient for part in parts], slots, [int(part.state["step"]) for part in parts])
+        for slot, signed in self.rule.slots.items():
+            for part, numbers in zip(parts, slots[slot], strict=True):
+                self._store(part, slot, signed, numbers)
+        return directions
+
+    def _load(self, part: Part, slot: str, signed: bool) -> torch.Tensor:
+        precision = stored_state.precision_of(part.size, self.rule.state)
+        if part.prefix + slot not in part.state:
+            made = stored_state.zeros(part.here, precision, part.gradient.device)
+            part.state.update({part.prefix + slot + suffix: tensor for suffix, tensor in made.items()})
+        return stored_state.decode(*self._places(part, slot), signed)
+
+    def _store(self, part: Part, slot: str, signed: bool, numbers: torch.Tensor) -> None:
+        precision = stored_state.precision_of(part.size, self.rule.state)
+        if precision == "fp32":  # the rule has worked on the state itself
+            return
+        stream = Stream(0, f"state {part.prefix}{slot} of {part.name}").at((int(part.state["step"]) - 1) * part.here + part.begin)
+        for place, made in zip(self._places(part, slot), stored_state.encode(numbers, precision, signed, stream), strict=True):
+            if place is not None and made is not None:
+                place.copy_(made)
+
+    @staticmethod
+    def _places(part: Part, slot: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Where a part's numbers are stored, and their scales where they have any."""
+        end, scale = part.begin + len(part.gradient), part.state.get(f"{part.prefix}{slot}_scale")
+        where = scale[part.begin // stored_state.BLOCK : -(-end // stored_state.BLOCK)] if scale is not None else None
+        return part.state[part.prefix + slot][part.begin : end], where

@@ -1,0 +1,97 @@
+"""GradNormLoRP: length and direction of every row apart, the direction's gradient in a subspace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+
+from espalier.errors import at_least
+from espalier.kernels.sharded import put, whole
+from espalier.memory.rule import Part, Shape
+from espalier.memory.subspace import Choice, LowDimensional, Projected
+from espalier.registry import optimizer
+
+
+@optimizer("gradnorm-lorp", ids=(162,), paper="arXiv:2412.19616")
+class GradNormLoRP(LowDimensional):
+    """``w_i = g_i v_i / ||v_i||`` for each row: the lengths g go by the rule, v by it in the leading singular space of its gradient.
+
+    With D the rows of unit length, ``grad g = rowsum(G D)`` and ``grad v = G - D grad g``, which is tangent; v is w at every step, so
+    only g and its slots are more than GaLore has. The released code undoes what the lengths learnt and leaves the tangent out;
+    this is the paper's equations.
+    """
+
+    rank: int = 128
+    """r, at least 1; no more than the shorter side"""
+    every: int = 250
+    """steps between choices of P"""
+    scale: float = 0.25
+    """of the step in the subspace"""
+    choice: Choice = "svd"
+    """P by the singular value decomposition, by a randomized sketch of it, or at random"""
+    moments: Literal["keep", "reset", "rotate"] = "keep"
+    """what becomes of the moments when P changes; rotate: the mean is expressed in the new P"""
+    staggered: bool = True
+    """choose one matrix's P after the other's, so that no step waits for all"""
+    rule: str = "adamw"
+    """the optimizer that has the state"""
+    beta1: float = 0.9
+    """decay of the mean, in [0, 1)"""
+    beta2: float = 0.999
+    """decay of the mean square, in [0, 1)"""
+    epsilon: float = 1e-6
+    """added to the root of the mean square, at least 0"""
+    weight_decay: float = 0.0
+    """decoupled decay per unit of learning rate, at least 0"""
+
+    def check(self) -> None:
+        super().check()
+        at_least("rank", self.rank, 1)
+
+    def size(self, shape: Shape) -> int:
+        return min(self.rank, *shape)
+
+    def more_bytes(self, shape: Shape, reduced: int) -> int:
+        return 4 * len(self.slots) * shape[0]
+
+    def build(self, parameters: Mapping[str, torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+        return _Normalized(self, self._groups(parameters), learning_rate)
+
+
+class _Normalized(Projected):
+    """What moves lengths and directions, and then puts them together."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._lengths: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        with torch.no_grad():
+            for parameter, lengths in self._lengths:
+                moved = whole(parameter.detach())
+                norms = moved.norm(dim=1, keepdim=True)
+                put(parameter, torch.where(norms > 0, moved * (lengths[:, None] / norms.clamp_min(1e-30)), moved))
+        self._lengths.clear()
+
+    def _parts(self, parameter: torch.nn.Parameter) -> Iterator[tuple[torch.Tensor, Part]]:
+        name = self.names[id(parameter)]
+        yield from super()._parts(parameter)
+        if name in self.offsets:
+            lengths, units = _lengths_and_units(whole(parameter.detach()))
+            gradient = (whole(parameter.grad).float() * units).sum(1)  # type: ignore[arg-type]
+            self._lengths.append((parameter, lengths))
+            yield lengths, Part(f"{name} lengths", self.state[parameter], len(lengths), len(lengths), 0, gradient, "lengths_")
+
+    def _gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        gradient = super()._gradient(parameter)
+        units = _lengths_and_units(whole(parameter.detach()))[1]
+        return gradient - units * (gradient * units).sum(1, keepdim=True)
+
+
+def _lengths_and_units(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lengths of the rows, (out,), and rows of unit length; rows of zeros stay such."""
+    lengths = weight.float().norm(dim=1)
+    return lengths, weight.float() / torch.where(lengths > 0, lengths, 1.0)[:, None]

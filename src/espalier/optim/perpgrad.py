@@ -1,0 +1,53 @@
+"""perpGrad: gradients without the part along the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from espalier.errors import at_least
+from espalier.kernels.sharded import whole
+from espalier.memory.rule import Rule, Tensors
+from espalier.registry import optimizer
+
+
+@optimizer("perpgrad", ids=(255,), paper="arXiv:2501.04697")
+class PerpGrad(Rule):
+    """``g <- g - (<w, g> / <w, w>) w`` at the length of g, for every matrix; then another optimizer.
+
+    What only makes all logits larger, which lowers the loss without learning, is gone. Vectors, and matrices that are zero, keep
+    their gradient. The length is restored by a factor of at most ``most``: a gradient nearly along w is mostly noise without it.
+    """
+
+    rule: str = "adamw"
+    """the optimizer that has the state"""
+    most: float = 10.0
+    """largest factor by which what is left is lengthened, at least 1"""
+    beta1: float = 0.9
+    """decay of the mean, in [0, 1)"""
+    beta2: float = 0.99
+    """decay of the mean square, in [0, 1)"""
+    epsilon: float = 1e-8
+    """added to the root of the mean square, at least 0"""
+    weight_decay: float = 0.0
+    """decoupled decay per unit of learning rate, at least 0"""
+
+    def check(self) -> None:
+        super().check()
+        at_least("most", self.most, 1)
+        self.inner = self.standing_on(self.rule)
+
+    def transformed(self, parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        if parameter.ndim < 2:
+            return gradient
+        weight, gradient = parameter.detach().float(), gradient.float()
+        size, along, before = (float(whole((a * b).sum())) for a, b in ((weight, weight), (weight, gradient), (gradient, gradient)))
+        if size <= 0:
+            return gradient
+        made = gradient - weight * (along / size)
+        after = float(whole((made * made).sum()))
+        return made * min((before / after) ** 0.5 if after > 0 else 1.0, self.most)
+
+    def directions(self, gradients: Tensors, state: Mapping[str, Tensors], steps: Sequence[int]) -> Tensors:
+        return self.inner.directions(gradients, state, steps)

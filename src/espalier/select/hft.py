@@ -1,0 +1,69 @@
+"""HFT: half of the parameters of every kind train, the others stay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from espalier.anatomy.target import Target
+from espalier.attach.method import Adapter, Tensors
+from espalier.delta.forms import Replace
+from espalier.errors import within
+from espalier.kernels.philox import Stream
+from espalier.registry import adapter
+
+
+@adapter("hft", ids=(9,), paper="arXiv:2404.18466", learning_rate=2e-5, targets="all", size="")
+class HFT(Adapter):
+    """Train half of the matrices of attention, half of those of the feed-forward part and half of the norms of every block.
+
+    ``W' = V`` as in ``full``, for the chosen ones; what is in no block (embeddings, head, last norm) trains always. Of a kind's
+    n parameters in a block n/2 are drawn; where that is no whole number, one more in a random half of the blocks: 2 of 4
+    attention matrices, and of gate, up and down 2 in half of the blocks and 1 in the others. A round of the paper is a run: tune
+    again, ``--over`` it or on the model with it, with another ``--seed``. Where q, k and v are one tensor they are chosen together.
+    """
+
+    share: float = 0.5
+    """of the parameters of each kind that train, in [0, 1]"""
+
+    def check(self) -> None:
+        within("share", self.share, 0, 1)
+
+    def accepts(self, target: Target) -> bool:
+        return True
+
+    def selected(self, targets: Sequence[Target], seed: int) -> Sequence[Target]:
+        kinds: dict[str, dict[int, list[Target]]] = {}
+        for target in targets:
+            if target.block is not None:
+                kinds.setdefault(target.roles[0].split(".")[0], {}).setdefault(target.block, []).append(target)
+        chosen = {target.name for target in targets if target.block is None}
+        for kind, blocks in kinds.items():
+            stream, order = Stream(seed, f"half of {kind}"), sorted(blocks)
+            exact = {block: self.share * len(blocks[block]) for block in order}
+            # so many blocks have one more that the whole is the share of the whole, but for less than one
+            more = math.floor(sum(e % 1 for e in exact.values()) + 0.5)
+            ranks = stream.permutation(len(order)).tolist()
+            fractional = sorted((i for i in range(len(order)) if exact[order[i]] % 1), key=lambda i: ranks[i])
+            extra = {order[i] for i in fractional[:more]}
+            for block in order:
+                here = blocks[block]
+                taken = math.floor(exact[block]) + (block in extra)
+                chosen |= {here[i].name for i in stream.named(f"half of {kind} in block {block}").permutation(len(here))[:taken].tolist()}
+        return [target for target in targets if target.name in chosen]
+
+    def start(self, target: Target, weight: torch.Tensor, stream: Stream) -> Tensors:
+        return {"values": nn.Parameter(weight.clone(memory_format=torch.contiguous_format))}
+
+    def update(self, part: Any, context: Any) -> Replace:
+        return Replace(part.values)
+
+    def export(self, part: Any, pool: Any) -> Replace:
+        return Replace(part.values.to(part.base_dtype))
+
+    def count(self, target: Target) -> int:
+        return target.size

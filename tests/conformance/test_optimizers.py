@@ -1,0 +1,540 @@
+"""What every optimizer keeps to: its equations, its state, and what it says of itself."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from espalier import registry
+from espalier.data.batches import Cursor
+from espalier.errors import EspalierError
+from espalier.memory import stored_state
+from espalier.memory.rule import BUCKET, Rule
+from espalier.train import checkpoint
+
+METHODS = [info.name for info in registry.methods() if info.role == "optimizer"]
+OURS = [name for name in METHODS if name != "muon"]
+SMALL: dict[str, dict[str, Any]] = {
+    name: {"rank": 4, "every": 3} for name in ("galore", "fira", "natural-galore", "gradnorm-lorp")
+} | {"frugal": {"every": 3}}
+"""Hyperparameters for matrices of a few numbers."""
+SHAPES = {
+    "model.embed_tokens.weight": (40, 16), "model.layers.0.self_attn.q_proj.weight": (16, 16), "model.layers.0.mlp.up_proj.weight": (24, 16),
+    "model.layers.0.mlp.down_proj.weight": (16, 24), "model.layers.0.input_layernorm.weight": (16,),
+}  # fmt: skip
+
+
+def parameters(seed: int = 0, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> dict[str, torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+
+
+def pull(tensors: dict[str, torch.nn.Parameter], step: int) -> None:
+    """Gradients of a step, from nothing but its number."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    for p in tensors.values():
+        p.grad = torch.randn(p.shape, generator=generator) + 0.1 * p.detach()
+
+
+def make(name: str, state: str = "fp32", **options: Any) -> Rule:
+    made: Rule = registry.make(name, "optimizer", **{**SMALL.get(name, {}), **options})
+    made.state = state  # type: ignore[assignment]
+    made.check()
+    return made
+
+
+def run(name: str, steps: int = 10, state: str = "fp32", tensors: dict[str, torch.nn.Parameter] | None = None, **options: Any) -> dict[str, torch.nn.Parameter]:
+    tensors = tensors or parameters()
+    optimizer = make(name, state, **options).build(tensors, 0.01)
+    for step in range(steps):
+        pull(tensors, step)
+        optimizer.step()
+    return tensors
+
+
+# -- the equations, in float64, number by number
+
+
+Reference = Callable[[torch.Tensor, list[torch.Tensor], dict[str, Any]], torch.Tensor]
+
+
+def adam(g: torch.Tensor, s: dict[str, Any], b1: float, b2: float, eps: float) -> torch.Tensor:
+    s["t"] = s.get("t", 0) + 1
+    s["m"] = b1 * s.get("m", torch.zeros_like(g)) + (1 - b1) * g
+    s["v"] = b2 * s.get("v", torch.zeros_like(g)) + (1 - b2) * g * g
+    return (s["m"] / (1 - b1 ** s["t"])) / ((s["v"] / (1 - b2 ** s["t"])).sqrt() + eps)
+
+
+def adabelief(g: torch.Tensor, s: dict[str, Any], b1: float, b2: float, eps: float) -> torch.Tensor:
+    s["t"] = s.get("t", 0) + 1
+    s["m"] = b1 * s.get("m", torch.zeros_like(g)) + (1 - b1) * g
+    s["v"] = b2 * s.get("v", torch.zeros_like(g)) + (1 - b2) * (g - s["m"]) ** 2 + eps
+    return (s["m"] / (1 - b1 ** s["t"])) / ((s["v"] / (1 - b2 ** s["t"])).sqrt() + eps)
+
+
+def lion(g: torch.Tensor, s: dict[str, Any], b1: float, b2: float) -> torch.Tensor:
+    m = s.get("m", torch.zeros_like(g))
+    s["m"] = b2 * m + (1 - b2) * g
+    return (b1 * m + (1 - b1) * g).sign()
+
+
+def reference(name: str, weight: torch.Tensor, gradients: list[torch.Tensor], is_matrix: bool, rank: int, every: int) -> torch.Tensor:
+    """A weight after these gradients, rate 0.01, decay 0.1 for matrices, by the equations."""
+    w, s, lengths = weight.double(), {}, {}
+    project: Any = None
+    for step, gradient in enumerate(gradients):
+        g = gradient.double()
+        if w.ndim == 2:
+            decay = 1 - 0.01 * 0.1
+        else:
+            decay = 1.0
+        if name in ("adamw", "adabelief", "lion") or not is_matrix:
+            match name:
+                case "adabelief":
+                    d = adabelief(g, s, 0.9, 0.999, 1e-16)
+                case "lion":
+                    d = lion(g, s, 0.95, 0.98)
+                case "adamw":
+                    d = adam(g, s, 0.9, 0.95, 1e-8)
+                case "frugal":
+                    d = adam(g, s, 0.9, 0.999, 1e-8)
+                case _:
+                    d = adam(g, s, 0.9, 0.999, 1e-6)
+            w = decay * w - 0.01 * d
+            continue
+        right = g.shape[0] >= g.shape[1]
+        units = w / w.norm(dim=1, keepdim=True)
+        grad_lengths, length = (g * units).sum(1), w.norm(dim=1)
+        seen = g - units * grad_lengths[:, None] if name == "gradnorm-lorp" else g
+        if step % every == 0:
+            u, _, vh = torch.linalg.svd(seen, full_matrices=False)
+            project = vh[:rank].T @ vh[:rank] if right else u[:, :rank] @ u[:, :rank].T
+            basis = vh[:rank].T if right else u[:, :rank]
+            signs = torch.where(basis.gather(0, basis.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
+            basis = basis * signs
+            s.pop("q", None)
+        r = seen @ basis if right else basis.T @ seen
+        rest = seen - (seen @ project if right else project @ seen)
+        if name == "natural-galore":
+            s["q"] = [*s.get("q", [])[-3:], r.flatten()]
+            q = torch.stack(s["q"], 1)
+            r = torch.linalg.solve(1e-3 * torch.eye(len(q), dtype=torch.float64) + q @ q.T, r.flatten()).view(r.shape)
+        d = adam(r, s, 0.9, 0.999, 1e-6)
+        back = 0.25 * (d @ basis.T if right else basis @ d)
+        if name == "fira":
+            short = 1 if right else 0
+            scaled = rest * (d.norm(dim=short, keepdim=True) / (r.norm(dim=short, keepdim=True) + 1e-8))
+            norm = scaled.norm()
+            if "n" in s and norm > 1.01 * s["n"]:
+                scaled, norm = scaled * (1.01 * s["n"] / norm), 1.01 * s["n"]
+            s["n"] = norm
+            back = back + scaled
+        w = decay * w - 0.01 * back
+        if name == "gradnorm-lorp":
+            length = decay * length - 0.01 * adam(grad_lengths, lengths, 0.9, 0.999, 1e-6)
+            w = length[:, None] * w / w.norm(dim=1, keepdim=True)
+    return w
+
+
+@pytest.mark.parametrize("name", ["adamw", "adabelief", "lion", "galore", "fira", "natural-galore", "gradnorm-lorp"])
+def test_ten_steps_are_those_of_the_equations_in_float64(name: str) -> None:
+    options = {"staggered": False} if name in SMALL else {}
+    tensors, before = run(name, weight_decay=0.1, **options), parameters()
+    drawn = parameters()
+    history: dict[str, list[torch.Tensor]] = {n: [] for n in drawn}
+    optimizer = make(name, weight_decay=0.1, **options).build(drawn, 0.01)
+    for step in range(10):
+        pull(drawn, step)
+        for n, p in drawn.items():
+            history[n].append(p.grad.clone())  # type: ignore[union-attr]
+        optimizer.step()
+    for n, p in tensors.items():
+        expected = reference(name, before[n].detach(), history[n], "layers" in n and p.ndim == 2, 4, 3)
+        worst = float((p.detach().double() - expected).abs().max())
+        # Adam divides by roots of what is nearly nothing along singular vectors that float32 knows to 1e-6
+        assert worst < (2e-4 if name == "natural-galore" else 2e-5), (n, worst)
+
+
+# -- state
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_saved_and_loaded_it_goes_on_to_the_same_bits(name: str, tmp_path: Any) -> None:
+    for state in ("fp32", *(("bf16", "8bit") if name != "muon" else ())):
+        shapes = {**SHAPES, "model.layers.0.mlp.gate_proj.weight": (80, 64)}  # large enough for 8 bits
+        straight, broken = parameters(shapes=shapes), parameters(shapes=shapes)
+        one = make(name, state).build(straight, 0.01)
+        two = make(name, state).build(broken, 0.01)
+        for step in range(7):
+            pull(straight, step)
+            one.step()
+            if step == 4:
+                checkpoint.save(tmp_path / state, broken, two, checkpoint.State(4, Cursor(), 0, 0.0))
+                broken = parameters(5, shapes)
+                two = make(name, state).build(broken, 0.01)
+                checkpoint.load(checkpoint.steps(tmp_path / state)[-1], broken, two)
+            pull(broken, step)
+            two.step()
+        assert all(torch.equal(straight[n], broken[n]) for n in straight), state
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("state", ["fp32", "bf16", "8bit"])
+def test_its_state_has_the_bytes_that_it_says(name: str, state: str) -> None:
+    if name == "muon" and state != "fp32":
+        with pytest.raises(EspalierError, match="state is"):
+            make(name, state)
+        return
+    shapes = {**SHAPES, "model.layers.0.mlp.gate_proj.weight": (96, 64)}
+    tensors, rule = parameters(shapes=shapes), make(name, state, **({"every": 100} if name in SMALL else {}))
+    optimizer = rule.build(tensors, 0.01)
+    for step in range(6):
+        pull(tensors, step)
+        optimizer.step()
+    kept = [t for s in optimizer.state.values() for key, t in s.items() if isinstance(t, torch.Tensor) and t.ndim]
+    assert sum(t.numel() * t.element_size() for t in kept) == rule.state_bytes({n: tuple(p.shape) for n, p in tensors.items()})
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("state", ["bf16", "8bit"])
+def test_a_thrifty_state_trains_nearly_as_well(name: str, state: str) -> None:
+    """A least squares problem ends near where float32 ends."""
+    losses = {}
+    for how in ("fp32", state):
+        tensors = {"model.layers.0.mlp.up_proj.weight": torch.nn.Parameter(torch.zeros(96, 64))}
+        p = next(iter(tensors.values()))
+        # gradients that are all alike are what a natural gradient makes small
+        more = ({"rank": 32, "every": 20} if "rank" in SMALL.get(name, {}) else {}) | ({"damping": 1e3} if name == "natural-galore" else {})
+        optimizer = make(name, how, **more).build(tensors, 0.01)
+        goal = torch.randn(96, 64, generator=torch.Generator().manual_seed(3)) / 4
+        with torch.no_grad():
+            p.copy_(torch.randn(96, 64, generator=torch.Generator().manual_seed(4)) / 4)
+        begin = float((p.detach() - goal).square().mean())
+        for _ in range(120):
+            p.grad = 2 * (p.detach() - goal)
+            optimizer.step()
+        losses[how] = float((p.detach() - goal).square().mean()) / begin
+    assert losses[state] < max(1.5 * losses["fp32"], 0.05) and losses["fp32"] < 0.9, losses
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_large_tensors_in_slices_are_as_small_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for state in ("fp32", "8bit"):
+        whole = run(name, 4, state)
+        monkeypatch.setattr("espalier.memory.rule.BUCKET", stored_state.BLOCK)
+        sliced = run(name, 4, state)
+        monkeypatch.setattr("espalier.memory.rule.BUCKET", BUCKET)
+        assert all(torch.equal(whole[n], sliced[n]) for n in whole)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_parameter_without_a_gradient_stays(name: str) -> None:
+    tensors, before = parameters(), parameters()
+    optimizer = make(name, weight_decay=0.1).build(tensors, 0.01)
+    pull(tensors, 0)
+    still = "model.layers.0.mlp.up_proj.weight"
+    tensors[still].grad = None
+    optimizer.step()
+    assert all(torch.equal(tensors[n], before[n]) == (n == still) for n in tensors)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_runs_are_the_same(name: str) -> None:
+    one, two = run(name, 5), run(name, 5)
+    assert all(torch.equal(one[n], two[n]) for n in one)
+
+
+def test_bfloat16_state_is_right_on_average() -> None:
+    """The trap of Lion's notes: increments of 1 - beta2 are lost by rounding to nearest."""
+    from espalier.kernels.philox import Stream
+
+    numbers = torch.full((4096 * 8,), 1.0 + 2**-10)
+    stored, _ = stored_state.encode(numbers, "bf16", True, Stream(0, "rounded"))
+    assert set(stored.tolist()) == {1.0, 1.0 + 2**-7}
+    assert abs(float(stored.float().mean()) - float(numbers[0])) < 2**-10 / 8
+    strange = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0])
+    assert torch.equal(stored_state.encode(strange, "bf16", True, Stream(0, "s"))[0][:2].float(), strange[:2])
+    assert bool(stored_state.encode(strange, "bf16", True, Stream(0, "s"))[0][2].isnan())
+
+
+def test_eight_bits_are_near_and_keep_zero() -> None:
+    numbers = torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 2, 10_000)
+    for signed in (True, False):
+        given = numbers if signed else numbers.square()
+        codes, scale = stored_state.encode(given, "8bit", signed, None)  # type: ignore[arg-type]
+        back = stored_state.decode(codes, scale, signed)
+        assert codes.dtype == torch.uint8 and len(stored_state.codebook(signed).unique()) == 256
+        blocks = torch.nn.functional.pad(given - back, (0, -10_000 % stored_state.BLOCK)).view(-1, stored_state.BLOCK)
+        assert bool((blocks.abs().amax(-1) <= 0.018 * scale).all())
+    assert not bool(stored_state.decode(*stored_state.encode(torch.zeros(300), "8bit", True, None), True).any())  # type: ignore[arg-type]
+
+
+# -- limits
+
+
+def after(name: str, steps: int = 8, shapes: Mapping[str, tuple[int, ...]] = SHAPES, **options: Any) -> dict[str, torch.Tensor]:
+    return {n: p.detach() for n, p in run(name, steps, tensors=parameters(shapes=shapes), **options).items()}
+
+
+def close(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor], by: float = 1e-6) -> bool:
+    return all(torch.allclose(one[n], two[n], atol=by) for n in one)
+
+
+ADAM = {"beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8}
+
+
+@pytest.mark.parametrize("split", ["columns", "rows", "entries", "blocks"])
+def test_frugal_with_all_of_it_is_adamw(split: str) -> None:
+    assert close(after("frugal", density=1.0, split=split, every=1000, **ADAM), after("adamw", **ADAM))
+
+
+def test_frugal_with_nothing_is_the_sign_of_the_gradient() -> None:
+    for rest in ("sign", "none"):
+        made, expected = after("frugal", density=0.0, rest_rule=rest), parameters()
+        name = "model.layers.0.mlp.up_proj.weight"
+        with torch.no_grad():
+            for step in range(8):
+                pull(expected, step)
+                expected[name].sub_(expected[name].grad.sign() * (0.01 if rest == "sign" else 0.0))  # type: ignore[union-attr]
+        assert torch.allclose(made[name], expected[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("split", ["columns", "rows", "entries", "blocks", "svd", "random"])
+def test_moments_of_frugal_are_zero_after_a_refresh_and_its_share_is_kept(split: str) -> None:
+    tensors = parameters()
+    optimizer = make("frugal", split=split, density=0.5, every=3).build(tensors, 0.01)
+    for step in range(4):
+        pull(tensors, step)
+        optimizer.step()
+    matrices = [optimizer.state[p] for n, p in tensors.items() if "layers" in n and p.ndim == 2]
+    assert all(int(state["step"]) == 1 and int(state["taken"]) == 4 for state in matrices)
+    if split == "blocks":
+        assert sum(state["exp_avg"].numel() > 0 for state in matrices) == round(0.5 * len(matrices))
+    else:
+        for state, (name, p) in zip(matrices, [(n, p) for n, p in tensors.items() if "layers" in n and p.ndim == 2], strict=True):
+            assert state["exp_avg"].numel() <= math.ceil(0.5 * p.numel()), name
+
+
+def test_all_blocks_of_frugal_have_their_turn() -> None:
+    tensors = parameters()
+    optimizer = make("frugal", split="blocks", density=1 / 3, every=1).build(tensors, 0.01)
+    names = [n for n, p in tensors.items() if "layers" in n and p.ndim == 2]
+    turns = []
+    for step in range(3):
+        pull(tensors, step)
+        optimizer.step()
+        turns += [n for n in names if optimizer.state[tensors[n]]["exp_avg"].numel()]
+    assert sorted(turns) == sorted(names)
+
+
+def test_a_projector_of_full_rank_by_the_identity_is_adamw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adam is not invariant to rotations: only the identity, or a signed permutation, gives its trajectory."""
+    monkeypatch.setattr("espalier.memory.subspace.LowDimensional.splits", lambda self, name, shape: "layers" in name and len(shape) == 2)
+    before = copy.deepcopy(after("galore", rank=64, scale=1.0, **ADAM))
+    monkeypatch.setattr("espalier.memory.subspace.leading", lambda matrix, rank, choice, stream: torch.eye(matrix.shape[1])[:, :rank])
+    for name in ("galore", "fira"):
+        assert close(after(name, rank=64, scale=1.0, **ADAM), after("adamw", **ADAM))
+    assert not close(before, after("adamw", **ADAM), 1e-4)
+
+
+def test_the_rest_of_fira_is_orthogonal_to_its_subspace_and_its_norm_grows_by_gamma_at_most() -> None:
+    from espalier.memory.subspace import down, up
+
+    tensors = parameters()
+    optimizer = make("fira", every=2).build(tensors, 0.01)
+    norms: dict[str, list[float]] = {}
+    for step in range(8):
+        pull(tensors, step)
+        optimizer.step()
+        for n, p in tensors.items():
+            if "basis" not in (state := optimizer.state[p]):
+                continue
+            kind = "right" if p.shape[0] >= p.shape[1] else "left"
+            g, basis = p.grad, state["basis"]
+            assert g is not None and torch.allclose(basis.T @ basis, torch.eye(4), atol=1e-5)
+            rest = g - up(kind, down(kind, g, basis), basis, tuple(g.shape))  # type: ignore[arg-type]
+            assert float(down(kind, rest, basis).abs().max()) < 1e-5  # type: ignore[arg-type]
+            norms.setdefault(n, []).append(float(state["rest_norm"]))
+    assert all(b <= 1.01 * a * (1 + 1e-6) for values in norms.values() for a, b in itertools.pairwise(values))
+
+
+def test_natural_galore_with_great_damping_is_galore() -> None:
+    """Adam does not see the scale of what it is given, up to its epsilon."""
+    options = {"rank": 4, "every": 100, "epsilon": 1e-30, "staggered": False}
+    assert close(after("natural-galore", damping=1e9, **options), after("galore", **options), 1e-4)
+
+
+def test_rows_of_gradnorm_lorp_have_the_lengths_that_were_learnt() -> None:
+    tensors = parameters()
+    optimizer = make("gradnorm-lorp").build(tensors, 0.01)
+    p = tensors["model.layers.0.mlp.up_proj.weight"]
+    for step in range(4):
+        pull(tensors, step)
+        units = p.detach() / p.detach().norm(dim=1, keepdim=True)
+        slope = (p.grad * units).sum(1)  # type: ignore[operator]
+        before = p.detach().norm(dim=1)
+        optimizer.step()
+        if step == 0:  # Adam's first step is the sign
+            assert torch.allclose(p.detach().norm(dim=1), before - 0.01 * slope.sign(), atol=1e-5)
+
+
+def test_perpgrad_sees_nothing_along_the_weights_and_keeps_the_length() -> None:
+    rule, tensors = make("perpgrad"), parameters()
+    pull(tensors, 0)
+    for p in tensors.values():
+        if p.ndim == 2:
+            made = rule.transformed(p, p.grad)  # type: ignore[arg-type]
+            assert abs(float((made * p).sum())) < 1e-4 * float(p.norm() * made.norm())
+            assert float(made.norm()) == pytest.approx(float(p.grad.norm()), rel=1e-5)  # type: ignore[union-attr]
+    p = torch.nn.Parameter(torch.ones(3, 3))
+    nearly = torch.ones(3, 3)
+    nearly[0, 0] += 1e-3
+    assert float(rule.transformed(p, nearly).norm()) < 0.02  # noise is not made ten times louder than ten times
+    zero = torch.nn.Parameter(torch.zeros(3, 3))
+    assert torch.equal(rule.transformed(zero, nearly), nearly)
+
+
+def test_lion_moves_every_number_by_the_rate_and_does_not_see_the_scale() -> None:
+    one, two = parameters(), parameters()
+    for tensors, scale in ((one, 1.0), (two, 8.0)):
+        before = copy.deepcopy(tensors)
+        optimizer = make("lion").build(tensors, 0.01)
+        for step in range(3):
+            pull(before, step)
+            for n, p in tensors.items():
+                p.grad = before[n].grad * scale  # type: ignore[operator]
+            was = {n: p.detach().clone() for n, p in tensors.items()}
+            optimizer.step()
+            assert all(bool(((p.detach() - was[n]).abs() - 0.01).abs().max() < 1e-6) for n, p in tensors.items())
+    assert close({n: p.detach() for n, p in one.items()}, {n: p.detach() for n, p in two.items()})
+
+
+def test_adabelief_takes_long_steps_where_gradients_do_not_change() -> None:
+    p = {"w": torch.nn.Parameter(torch.zeros(4))}
+    q = {"w": torch.nn.Parameter(torch.zeros(4))}
+    for name, tensors in (("adabelief", p), ("adamw", q)):
+        optimizer = make(name, **({"beta2": 0.999} if name == "adamw" else {})).build(tensors, 0.01)
+        for _ in range(200):
+            tensors["w"].grad = torch.ones(4)
+            optimizer.step()
+    assert bool((p["w"].detach().abs() > 3 * q["w"].detach().abs()).all())
+
+
+@pytest.mark.parametrize("rule", ["lion", "adabelief"])
+@pytest.mark.parametrize("name", ["galore", "frugal", "perpgrad"])
+def test_any_rule_may_stand_below(name: str, rule: str) -> None:
+    assert not close(after(name, 3, rule=rule), after(name, 3))
+
+
+def test_a_rule_that_is_none_is_refused() -> None:
+    for rule, words in (("galore", "rule is galore"), ("muon", "rule is muon"), ("nothing", "nothing")):
+        with pytest.raises(EspalierError, match=words):
+            make("fira", rule=rule)
+
+
+def test_a_subspace_is_chosen_for_one_matrix_after_the_other() -> None:
+    tensors = parameters()
+    optimizer = make("galore", every=6).build(tensors, 0.01)
+    chosen: list[int] = []
+    for step in range(12):
+        before = {n: optimizer.state[p].get("basis") for n, p in tensors.items()}
+        pull(tensors, step)
+        optimizer.step()
+        chosen.append(sum(optimizer.state[p].get("basis") is not before[n] for n, p in tensors.items()))
+    assert chosen[0] == 3 and max(chosen[1:]) == 1 and sum(chosen[6:]) == 3
+
+
+@pytest.mark.parametrize("moments", ["keep", "reset", "rotate"])
+def test_what_becomes_of_the_moments_when_the_subspace_changes(moments: str) -> None:
+    tensors = parameters()
+    optimizer = make("galore", every=3, moments=moments, staggered=False, beta1=0.5).build(tensors, 0.01)
+    p = tensors["model.layers.0.mlp.up_proj.weight"]
+    for step in range(3):
+        pull(tensors, step)
+        optimizer.step()
+    old, mean = optimizer.state[p]["basis"].clone(), optimizer.state[p]["exp_avg"].clone().view(24, 4)
+    pull(tensors, 3)
+    reduced_by = p.grad.clone()  # type: ignore[union-attr]
+    optimizer.step()
+    new = optimizer.state[p]["basis"]
+    expected = {"keep": mean, "reset": torch.zeros_like(mean), "rotate": mean @ (old.T @ new)}[moments]
+    assert torch.allclose(optimizer.state[p]["exp_avg"].view(24, 4), 0.5 * expected + 0.5 * (reduced_by @ new), atol=1e-6)
+
+
+@pytest.mark.parametrize("choice", ["svd", "randomized", "random"])
+def test_a_subspace_is_orthonormal_and_a_sketch_is_near_the_leading_one(choice: str) -> None:
+    from espalier.kernels.philox import Stream
+    from espalier.memory.subspace import leading
+
+    generator = torch.Generator().manual_seed(0)
+    u, v = torch.linalg.qr(torch.randn(60, 40, generator=generator)).Q, torch.linalg.qr(torch.randn(40, 40, generator=generator)).Q
+    matrix = u @ torch.diag(0.7 ** torch.arange(40.0)) @ v.T
+    basis = leading(matrix, 5, choice, Stream(0, "x"))  # type: ignore[arg-type]
+    assert torch.allclose(basis.T @ basis, torch.eye(5), atol=1e-5)
+    captured = float((basis.T @ v[:, :5]).square().sum()) / 5
+    assert captured > 0.999 if choice != "random" else captured < 0.5
+
+
+# -- two processes
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    folder, worker = tmp_path_factory.mktemp("sharded"), Path(__file__).with_name("optimizer_worker.py")
+    cases = json.dumps([(name, state) for name in OURS for state in ("fp32", "8bit")])
+    commands = [[sys.executable, str(worker), str(rank), str(folder), cases] for rank in range(2)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) for command in commands]
+    errors = [process.communicate(timeout=600)[1].decode() for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
+    found: dict[str, dict[str, float]] = json.loads((folder / "report.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_sharded_over_two_processes_it_does_what_one_does(name: str, sharded: dict[str, dict[str, float]]) -> None:
+    assert sharded[f"{name} fp32"]["difference"] < 1e-6
+    assert sharded[f"{name} 8bit"]["difference"] < 0.05  # blocks that share a scale begin where a shard does
+    assert sharded[f"{name} fp32"]["replicas"] and sharded[f"{name} 8bit"]["replicas"]
+
+
+def test_galore_is_that_of_galore_torch() -> None:
+    """The official package (its 8-bit variant needs bitsandbytes, which importing the package would ask for).
+
+    Between two choices of P: at a choice the signs of singular vectors, against which moments are kept, are arbitrary there.
+    """
+    spec = importlib.util.find_spec("galore_torch")
+    if spec is None or spec.submodule_search_locations is None:
+        pytest.skip("galore-torch is not installed")
+    package = types.ModuleType("galore_torch")
+    package.__path__ = list(spec.submodule_search_locations)
+    sys.modules["galore_torch"] = package
+    try:
+        theirs = importlib.import_module("galore_torch.adamw").AdamW
+    finally:
+        del sys.modules["galore_torch"]
+    ours, given = parameters(), parameters()
+    split = [p for n, p in given.items() if "layers" in n and p.ndim == 2]
+    options = {"rank": 4, "update_proj_gap": 100, "scale": 0.25, "proj_type": "std"}
+    groups = [{"params": split, **options}, {"params": [p for p in given.values() if all(p is not other for other in split)]}]
+    one, two = make("galore", every=100, epsilon=1e-14).build(ours, 0.01), theirs(groups, lr=0.01, eps=1e-14, no_deprecation_warning=True)  # epsilon is added before the bias is corrected there
+    for step in range(8):
+        pull(ours, step)
+        for n, p in given.items():
+            p.grad = ours[n].grad.clone()  # type: ignore[union-attr]
+        one.step()
+        two.step()
+    assert close({n: p.detach() for n, p in ours.items()}, {n: p.detach() for n, p in given.items()}, 1e-5)
