@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import statistics_of, tiny, tokens
+from families import config, statistics_of, tiny, tokens
 from test_loop import model, run, text  # noqa: F401
 
 from espalier import registry
@@ -24,9 +24,11 @@ from espalier.attach.attachment import (
 )
 from espalier.attach.coded import CodedWeight
 from espalier.attach.coded_base import quantize_base
+from espalier.attach.load import load
 from espalier.attach.method import Adapter
 from espalier.delta.forms import Dense, Quantized
 from espalier.errors import EspalierError
+from espalier.plan.trace import trace_step
 
 METHODS = [info.name for info in registry.methods() if info.role == "adapter" and "needs" not in info.settings]
 
@@ -113,6 +115,28 @@ def test_experts_without_an_update_are_coded_and_run_from_their_codes(family: st
     groups = 8 * sum(t.size // math.gcd(t.inputs, 64) for t in parameters(model_) if t.name in names)
     assert coded == plain // 8 + groups, "half a byte a number, and two float32 a group"
     equal_to_decoded("lora", family, targets, 4)
+    outputs = model_(tokens()).logits
+    attach(model_, "dora", targets="experts")
+    detach(model_)
+    assert torch.equal(model_(tokens()).logits, outputs)
+    compiled = torch.compile(model_.model.layers[0].mlp.experts, fullgraph=True, backend="eager")
+    given = torch.randn(6, 32), torch.tensor([[0, 1], [1, 2], [3, 0], [2, 3], [0, 2], [1, 3]]), torch.rand(6, 2)
+    torch.testing.assert_close(compiled(*given), model_.model.layers[0].mlp.experts(*given), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_the_plan_counts_the_bytes_that_a_coded_model_has(family: str) -> None:
+    options = {"tokens": 32, "sequence_length": 16, "recompute": False, "chunk": 64}
+    traced = trace_step(config(family), registry.make("lora", "adapter"), {"targets": "linear"}, dtype=torch.float32, base_bits=4, **options)
+    model_ = attach(quantize_base(tiny(family), 4), "lora", targets="linear")
+    assert traced.model == sum(t.nbytes for t in (*model_.parameters(), *model_.buffers()) if not t.requires_grad)
+
+
+def test_load_keeps_the_base_as_codes_where_asked(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path)
+    assert torch.equal(load(tmp_path, base_bits=4)(tokens()).logits, quantize_base(tiny("llama"), 4)(tokens()).logits)
+    with pytest.raises(EspalierError, match="base_bits is 5; it must be one of: 4, 8"):
+        load(tmp_path, base_bits=5)
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "mos", "dora"])

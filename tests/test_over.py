@@ -105,7 +105,7 @@ def test_any_method_trains_over_any(there: Path, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["houlsby", "prefix", "prompt", "lst"])
-def test_a_branch_trains_over_updates_of_weights_on_codes_too(there: Path, method: str) -> None:
+def test_a_branch_trains_over_updates_of_weights(there: Path, method: str) -> None:
     over, name = [str(there / "first"), str(there / "second")], str(there / "text.txt")
     result = run(there, f"branch-{method}", over=over, method=method)
     measured = result["evaluation"][name]
@@ -118,12 +118,9 @@ def test_a_branch_trains_over_updates_of_weights_on_codes_too(there: Path, metho
         load(there / "base", [there / f"branch-{method}"])
     with pytest.raises(EspalierError, match="holds branches; a new one can be trained over updates of weights only"):
         run(there, "x", over=[*over, str(there / f"branch-{method}")], rank=2)
-    coded = run(there, f"coded-{method}", over=over, method=method, base_bits=8)["evaluation"][name]
-    assert coded["before"]["loss"] == pytest.approx(measured["before"]["loss"], rel=0.02)
-    assert coded["after"]["loss"] < coded["before"]["loss"]
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "mos"])
+@pytest.mark.parametrize("method", ["full", "houlsby"])
 def test_a_chain_trains_on_codes(there: Path, method: str) -> None:
     """The deltas below are those of the base as it is on disk; the new one is recorded as trained on its codes, over them."""
     over, name = [str(there / "first"), str(there / "second")], str(there / "text.txt")

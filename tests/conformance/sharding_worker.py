@@ -56,8 +56,9 @@ def run(method: str, family: str, targets: str | None, bits: int | None, folder:
     distributed.barrier()
     for model in (whole, sharded) if bits else ():
         quantize_base(model, bits)
-        model.gradient_checkpointing_enable()
-        model.train()
+        if bits == 4:
+            model.gradient_checkpointing_enable()
+            model.train()
         for dropout in (m for m in model.modules() if isinstance(m, torch.nn.Dropout)):
             dropout.p = 0.0
     results, held = [], 0.0

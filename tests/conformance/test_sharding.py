@@ -23,7 +23,7 @@ BRANCHES = [info.name for info in registry.methods() if info.role == "brancher" 
 CASES = [(method, *place) for number, method in enumerate(METHODS) for place in (PLACES if number % 4 == 0 else (PLACES[0], PLACES[3]))]
 """Every method on the linear, lookup and experts routes; each fourth on the rest, which differ from these in their layout."""
 CODED = [("lora", "llama", "linear", 8), ("dora", "gpt2", "attention,mlp", 4), ("mos", "llama", "linear", 4), ("lora", "qwen3_moe", "experts", 4)]
-"""A base that is kept as codes of so many bits, with activations recomputed and two micro-batches a step."""
+"""A base that is kept as codes of so many bits, with two micro-batches a step; of 4 bits also with activations recomputed."""
 BRANCHED = [(method, family) for number, method in enumerate(BRANCHES) for family in (("llama", "gpt2") if number % 4 == 0 else ("llama",))]
 
 

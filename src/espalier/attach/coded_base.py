@@ -35,7 +35,7 @@ def quantize_base(model: nn.Module, bits: int) -> nn.Module:
         if "espalier_base" not in module._modules:
             module.add_module("espalier_base", nn.ModuleDict())
         logical = weight.transpose(-1, -2) if target.transposed else weight
-        module.espalier_base[local] = CodedWeight(logical, bits, target.transposed)  # type: ignore[operator, index]
+        module.get_submodule("espalier_base").add_module(local, CodedWeight(logical, bits, target.transposed))
         module._parameters[local] = None  # which keeps its place in the order
         module.__dict__[local] = torch.empty_like(weight, device="meta", requires_grad=False)
         rebuild(module)

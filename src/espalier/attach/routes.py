@@ -201,7 +201,12 @@ class ExpertsRoute(WeightRoute):
 
         def apply(expert: int, x: torch.Tensor) -> torch.Tensor:
             bias = None if biases is None else biases[expert]
-            base: BaseWeight = CodedBase(coded, bias, expert) if weight is None else DenseBase(weight[expert], bias, transposed)
+            base: BaseWeight
+            if coded is not None:
+                base = CodedBase(coded, bias, expert)
+            else:
+                assert weight is not None
+                base = DenseBase(weight[expert], bias, transposed)
             for update in updates:
                 base = UpdatedBase(base, update[expert])
             if slots and slots[-1].dropout and self.training and isinstance(base, UpdatedBase):  # type: ignore[attr-defined]
