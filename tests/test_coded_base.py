@@ -132,6 +132,14 @@ def test_the_plan_counts_the_bytes_that_a_coded_model_has(family: str) -> None:
     assert traced.model == sum(t.nbytes for t in (*model_.parameters(), *model_.buffers()) if not t.requires_grad)
 
 
+def test_a_step_of_a_larger_model_takes_what_its_activations_take_whatever_its_weights_take() -> None:
+    """A view of a weight that is there anyway, as each product makes one, is no memory of the step."""
+    options = {"tokens": 4, "sequence_length": 4, "recompute": True, "chunk": 4}
+    large = config("llama", hidden_size=256, intermediate_size=4096, num_hidden_layers=4)
+    traced = trace_step(large, registry.make("lora", "adapter", rank=1), {"targets": "attention.q"}, dtype=torch.float32, **options)
+    assert traced.peak < 0.02 * traced.model
+
+
 def test_load_keeps_the_base_as_codes_where_asked(tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path)
     assert torch.equal(load(tmp_path, base_bits=4)(tokens()).logits, quantize_base(tiny("llama"), 4)(tokens()).logits)

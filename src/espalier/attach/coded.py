@@ -18,11 +18,13 @@ from espalier.delta.forms.bits import pack_bits, unpack_bits
 
 GROUP = 64
 """Inputs that share a step and a lowest value, or fewer where 64 does not divide a weight's."""
+PIECE = 1 << 20
+"""Numbers that are in float32 at a time while a weight is coded or decoded."""
 
 
-def _code(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The codes of a matrix as bytes (packed_size,), and the lowest value and step of its groups (groups, 2) in float32."""
-    groups = weight.float().reshape(-1, math.gcd(weight.shape[-1], GROUP))
+def _code(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes of groups of inputs (groups, size) as bytes (packed_size,), and lowest value and step of each, (groups, 2)."""
+    groups = groups.float()
     low, high = groups.aminmax(dim=-1, keepdim=True)
     step = (high - low) / (2**bits - 1)
     codes = ((groups - low) / step.clamp_min(torch.finfo(torch.float32).tiny)).round_().to(torch.uint8).flatten()
@@ -47,17 +49,23 @@ class CodedWeight(nn.Module):
         super().__init__()
         self.bits, self.transposed, self.shape, self.dtype = bits, transposed, weight.shape, weight.dtype
         self.count = math.prod(weight.shape[:-2])
-        made = [_code(matrix, bits) for matrix in weight.reshape(-1, *weight.shape[-2:])]  # in float32 one at a time
+        size = math.gcd(weight.shape[-1], GROUP)
+        matrices = (matrix.reshape(-1, size) for matrix in weight.reshape(-1, *weight.shape[-2:]))
+        made = [_code(part, bits) for groups in matrices for part in groups.split(PIECE // size)]
         self.codes = nn.Parameter(torch.cat([codes for codes, _ in made]), requires_grad=False)
         self.levels = nn.Parameter(torch.cat([levels for _, levels in made]).view(torch.uint8), requires_grad=False)
 
     def matrix(self, expert: int = 0) -> torch.Tensor:
         """The weight of an expert (or the only one), (out, in), in the dtype that it had."""
-        out_in = self.shape[-2:]
-        codes = self.codes.view(self.count, -1)[expert]
-        codes = codes if self.bits == 8 else unpack_bits(codes, out_in.numel(), self.bits)
         low, step = self.levels.view(torch.float32).view(self.count, -1, 2)[expert].split(1, -1)
-        return torch.addcmul(low, codes.view(len(low), -1).float(), step).to(self.dtype).view(out_in)
+        weight = torch.empty(self.shape[-2:], dtype=self.dtype, device=low.device)
+        groups = weight.view(len(low), -1)
+        rows = PIECE // groups.shape[1]
+        octets = self.codes.view(self.count, -1)[expert].split(PIECE * self.bits // 8)
+        for part, some, low_, step_ in zip(groups.split(rows), octets, low.split(rows), step.split(rows), strict=True):
+            codes = some if self.bits == 8 else unpack_bits(some, part.numel(), self.bits)
+            part.copy_(torch.addcmul(low_, codes.view(part.shape).float(), step_))
+        return weight
 
     def dense(self) -> torch.Tensor:
         """The whole weight in its logical shape."""

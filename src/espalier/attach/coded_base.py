@@ -25,13 +25,15 @@ def quantize_base(model: nn.Module, bits: int) -> nn.Module:
         EspalierError: for other bits.
     """
     one_of("base_bits", bits, (4, 8))
+    others = []
     for target in parameters(model):
-        if target.routes not in (("linear",), ("experts",)) or target.role.startswith("head"):
-            continue
         path, _, local = target.name.rpartition(".")
         module = model.get_submodule(path)
         weight = module._parameters[local]
         assert weight is not None
+        if target.routes not in (("linear",), ("experts",)) or target.role.startswith("head"):
+            others.append(weight)
+            continue
         if "espalier_base" not in module._modules:
             module.add_module("espalier_base", nn.ModuleDict())
         logical = weight.transpose(-1, -2) if target.transposed else weight
@@ -39,4 +41,6 @@ def quantize_base(model: nn.Module, bits: int) -> nn.Module:
         module._parameters[local] = None  # which keeps its place in the order
         module.__dict__[local] = torch.empty_like(weight, device="meta", requires_grad=False)
         rebuild(module)
+    for parameter in others:  # a file that was mapped stays in memory, all of it, while one of its tensors does
+        parameter.data = parameter.data.clone()
     return model

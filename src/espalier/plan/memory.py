@@ -13,7 +13,7 @@ from espalier.memory import meter
 from espalier.memory.meter import format_bytes
 from espalier.plan.trace import Traced
 
-SPREAD = 1.5
+SPREAD = 2.0
 """Bytes that the C allocator loses between blocks of many sizes, per byte of a step's working set: what it holds
 beside the activations that it keeps, that is, what it holds when it recomputes them (measured: ``benchmarks/budget.py``)."""
 LIBRARIES = 96 << 20

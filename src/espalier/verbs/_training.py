@@ -308,7 +308,9 @@ class Job:
         converted = 0
         if self.directory:
             converted = sum(i.nbytes for n in self.directory if (i := self.directory.info(n)).dtype != dtype_name(self.dtype))
-        return max(0, whole - traced.model) + max(converted, 4 * traced.trained + starting)
+        # pages of a mapped file are dropped together, when all that is to be coded is
+        beside = whole if self.a["base_bits"] and self.device.type == "cpu" else max(0, whole - traced.model)
+        return beside + max(converted, 4 * traced.trained + starting)
 
     def _statistics_bytes(self, request: Request, sequence: int) -> tuple[int, int]:
         """What looking at the data takes where that was not done before, given what one sequence's passes take; and what the
