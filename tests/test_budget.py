@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -57,3 +58,33 @@ def test_a_larger_budget_is_used(runs: dict[str, subprocess.CompletedProcess[str
     assert small["plan"]["recompute"] and not large["plan"]["recompute"]
     assert small["plan"]["micro_tokens"] < large["plan"]["micro_tokens"]
     assert small["final_loss"] == pytest.approx(large["final_loss"], rel=5e-3)
+
+
+# what a method looks at before it starts
+
+WIDE = """
+import sys, torch, transformers
+from espalier.checkpoint.directory import resolve_model
+config = transformers.LlamaConfig(vocab_size=4096, hidden_size=1024, intermediate_size=7168, num_hidden_layers=1,
+    num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64, bos_token_id=1, eos_token_id=2)
+transformers.LlamaForCausalLM(config).save_pretrained(sys.argv[1])
+transformers.AutoTokenizer.from_pretrained(resolve_model("seedling")).save_pretrained(sys.argv[1])
+"""
+"""One wide block: its gradients in float64 are more than all the rest of a run."""
+
+
+def test_looking_at_the_data_is_in_the_plan_and_comes_before_the_model(tmp_path: Path) -> None:
+    """LoRA-GA holds the gradients of a block, 12 bytes a number beside the 4 of the weight, while no other block is in memory."""
+    subprocess.run([sys.executable, "-c", WIDE, str(tmp_path / "wide")], check=True)
+    (tmp_path / "text.txt").write_text("def f(x):\n    return x\n" * 40)
+    command = [sys.executable, "-m", "espalier", "tune", "--model", str(tmp_path / "wide"), "--data", str(tmp_path / "text.txt")]
+    command += ["--out", str(tmp_path / "out"), "--initialization", "gradient", "--tokens", "32", "--rank", "2", "--targets", "mlp", "--threads", "1"]
+    command += ["--steps", "1", "--batch-size", "1", "--sequence-length", "32", "--json"]
+    environment = {**os.environ, "ESPALIER_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    parts, numbers = result["plan"]["parts"], 3 * 1024 * 7168
+    assert parts["statistics"] > 16 * numbers
+    assert result["peak_memory"] <= result["predicted_peak"]
+    assert result["predicted_peak"] < 1.1 * (parts["libraries"] + parts["model"] + parts["statistics"]), "not both at once"

@@ -104,6 +104,36 @@ def test_any_method_trains_over_any(there: Path, method: str) -> None:
     assert [Path(one["delta"]).name for one in store.manifest_of(there / f"third-{method}")["over"]] == ["first", "second"]
 
 
+@pytest.mark.parametrize("method", ["houlsby", "prefix", "prompt", "lst"])
+def test_a_branch_trains_over_updates_of_weights(there: Path, method: str) -> None:
+    over, name = [str(there / "first"), str(there / "second")], str(there / "text.txt")
+    result = run(there, f"branch-{method}", over=over, method=method)
+    measured = result["evaluation"][name]
+    second = json.loads((there / "second" / "run" / "result.json").read_text())["evaluation"][name]
+    if method in ("houlsby", "lst"):  # which start as nothing
+        assert measured["before"]["loss"] == pytest.approx(second["after"]["loss"], rel=1e-6)
+    assert measured["after"]["loss"] < measured["before"]["loss"]
+    assert loss(there, "base", "first", "second", f"branch-{method}") == pytest.approx(measured["after"]["loss"], rel=1e-6)
+    with pytest.raises(EspalierError, match=f"was trained over {there / 'first'}"):
+        load(there / "base", [there / f"branch-{method}"])
+    with pytest.raises(EspalierError, match="holds branches; a new one can be trained over updates of weights only"):
+        run(there, "x", over=[*over, str(there / f"branch-{method}")], rank=2)
+
+
+@pytest.mark.parametrize("method", ["full", "houlsby"])
+def test_a_chain_trains_on_codes(there: Path, method: str) -> None:
+    """The deltas below are those of the base as it is on disk; the new one is recorded as trained on its codes, over them."""
+    over, name = [str(there / "first"), str(there / "second")], str(there / "text.txt")
+    result = run(there, f"coded-{method}", over=over, method=method, base_bits=8, learning_rate=0.005)
+    measured = result["evaluation"][name]
+    second = json.loads((there / "second" / "run" / "result.json").read_text())["evaluation"][name]
+    assert measured["before"]["loss"] == pytest.approx(second["after"]["loss"], rel=0.02)
+    assert measured["after"]["loss"] < measured["before"]["loss"]
+    manifest = store.manifest_of(there / f"coded-{method}")
+    assert manifest["training"]["base_bits"] == 8 and len(manifest["over"]) == 2
+    assert loss(there, "base", "first", "second", f"coded-{method}") == pytest.approx(measured["after"]["loss"], rel=0.02)
+
+
 def test_one_line_says_what_cannot_be_trained_over(there: Path) -> None:
     run(there, "tokens", add_tokens="flibber", rank=2, steps=1)
     with pytest.raises(EspalierError, match="brings tokens"):

@@ -14,11 +14,12 @@ from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-def run(method: str, family: str, targets: str | None, folder: Path, rank: int) -> dict[str, float]:
+def run(method: str, family: str, targets: str | None, bits: int | None, folder: Path, rank: int) -> dict[str, float]:
     """Two steps in both ways; the largest differences of the losses and of the saved tensors."""
     from families import statistics_of, tiny
 
     from espalier.attach.attachment import attach, trainable_parameters
+    from espalier.attach.coded_base import quantize_base
     from espalier.attach.course import Course
     from espalier.checkpoint.safetensors_file import read_safetensors
     from espalier.exchange.save import save
@@ -32,8 +33,15 @@ def run(method: str, family: str, targets: str | None, folder: Path, rank: int) 
         losses = []
         for step in range(2):
             course.begin(step, 0.1)
-            loss = model(mine, labels=mine).loss
-            (loss + course.penalty()).backward()
+            if bits is None:
+                loss = model(mine, labels=mine).loss
+                (loss + course.penalty()).backward()
+            else:
+                loss = torch.zeros(())
+                for micro in mine.chunk(2):
+                    part = model(micro, labels=micro).loss / 2
+                    part.backward()
+                    loss += part.detach()
             course.before_step()
             optimizer.step()
             course.after_step()
@@ -46,7 +54,14 @@ def run(method: str, family: str, targets: str | None, folder: Path, rank: int) 
     if rank == 0 and not base.exists():
         whole.save_pretrained(base)
     distributed.barrier()
-    results = []
+    for model in (whole, sharded) if bits else ():
+        quantize_base(model, bits)
+        if bits == 4:
+            model.gradient_checkpointing_enable()
+            model.train()
+        for dropout in (m for m in model.modules() if isinstance(m, torch.nn.Dropout)):
+            dropout.p = 0.0
+    results, held = [], 0.0
     for model, mine in ((whole, x), (sharded, x[rank * 2 : rank * 2 + 2])):
         attach(model, method, targets=targets, seed=3, statistics=statistics_of(model))
         generator = torch.Generator().manual_seed(5)
@@ -57,11 +72,13 @@ def run(method: str, family: str, targets: str | None, folder: Path, rank: int) 
             for block in next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList)):
                 fully_shard(block)
             fully_shard(model)
+            codes = [p for name, p in model.named_parameters() if ".espalier_base." in name]
+            held = sum(p.to_local().numel() for p in codes) / max(1, sum(p.numel() for p in codes))
         losses = torch.tensor(steps(model, mine))
         if model is sharded:
             distributed.all_reduce(losses)
             losses /= 2
-        out = folder / f"{method}-{family}-{'sharded' if model is sharded else f'whole{rank}'}"
+        out = folder / f"{method}-{family}-{bits}-{'sharded' if model is sharded else f'whole{rank}'}"
         if model is whole:
             distributed_save(save, model, out, base)
         else:
@@ -74,7 +91,7 @@ def run(method: str, family: str, targets: str | None, folder: Path, rank: int) 
     left, right = read_safetensors(out_one / "delta.safetensors"), read_safetensors(out_two / "delta.safetensors")
     assert left.keys() == right.keys()
     differences = [float((left[n].double() - right[n].double()).abs().max()) for n in left]
-    return {"loss": float((one - two).abs().max()), "tensors": max(differences), "count": len(left)}
+    return {"loss": float((one - two).abs().max()), "tensors": max(differences), "count": len(left), "held": held}
 
 
 def distributed_save(save: object, model: torch.nn.Module, out: Path, base: Path) -> None:
@@ -93,8 +110,8 @@ def main(rank: int, folder: str, cases: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     report = {}
-    for method, family, targets in json.loads(cases):
-        report[f"{method} {family}"] = run(method, family, targets, Path(folder), rank)
+    for method, family, targets, bits in json.loads(cases):
+        report[f"{method} {family} {bits}"] = run(method, family, targets, bits, Path(folder), rank)
     if rank == 0:
         (Path(folder) / "report.json").write_text(json.dumps(report))
     distributed.destroy_process_group()

@@ -22,13 +22,15 @@ METHODS = [info.name for info in registry.methods() if info.role == "adapter" an
 BRANCHES = [info.name for info in registry.methods() if info.role == "brancher" and "needs" not in info.settings]
 CASES = [(method, *place) for number, method in enumerate(METHODS) for place in (PLACES if number % 4 == 0 else (PLACES[0], PLACES[3]))]
 """Every method on the linear, lookup and experts routes; each fourth on the rest, which differ from these in their layout."""
+CODED = [("lora", "llama", "linear", 8), ("dora", "gpt2", "attention,mlp", 4), ("mos", "llama", "linear", 4), ("lora", "qwen3_moe", "experts", 4)]
+"""A base that is kept as codes of so many bits, with two micro-batches a step; of 4 bits also with activations recomputed."""
 BRANCHED = [(method, family) for number, method in enumerate(BRANCHES) for family in (("llama", "gpt2") if number % 4 == 0 else ("llama",))]
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     folder = tmp_path_factory.mktemp("sharding")
-    cases = json.dumps([*CASES, *((method, family, None) for method, family in BRANCHED)])
+    cases = json.dumps([*((*case, None) for case in CASES), *((method, family, None, None) for method, family in BRANCHED), *CODED])
     worker = Path(__file__).with_name("sharding_worker.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
@@ -52,8 +54,17 @@ def test_two_sharded_processes_with_branches_equal_one(method: str, family: str,
     _equal(report, method, family)
 
 
-def _equal(report: dict[str, dict[str, float]], method: str, family: str) -> None:
-    found = report[f"{method} {family}"]
+@pytest.mark.room("adapt")
+@pytest.mark.parametrize(("method", "family", "bits"), [(method, family, bits) for method, family, _, bits in CODED])
+def test_two_sharded_processes_on_codes_equal_one_and_each_holds_half_of_them(
+    method: str, family: str, bits: int, report: dict[str, dict[str, float]]
+) -> None:
+    _equal(report, method, family, bits)
+    assert 0.45 < report[f"{method} {family} {bits}"]["held"] < 0.55
+
+
+def _equal(report: dict[str, dict[str, float]], method: str, family: str, bits: int | None = None) -> None:
+    found = report[f"{method} {family} {bits}"]
     assert found["count"] > 0
     assert found["loss"] < 1e-5
     assert found["tensors"] < 1e-5

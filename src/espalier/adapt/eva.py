@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -53,19 +54,21 @@ class EVA(Adapter):
 
     def survey(
         self, targets: Sequence[Target], weight: Callable[[Target], torch.Tensor], statistic: Callable[[str, str], torch.Tensor] | None
-    ) -> Mapping[str, torch.Tensor]:
+    ) -> Mapping[str, Callable[[], torch.Tensor]]:
         assert statistic is not None
-        found, items = {}, []
+
+        def vectors(name: str, most: int) -> torch.Tensor:  # read again when they are needed: of one layer at a time
+            return statistic(name, "singular_vectors")[..., :most, :]
+
+        items = []
         for target in targets:
             if target.route in ("linear", "experts"):
-                vectors = statistic(target.name, "singular_vectors")[..., : round(self.spread * self.rank), :]
                 norm = statistic(target.name, "norm")
-                shares = vectors.square().sum(-1) / norm.square().sum(-1, keepdim=True).clamp_min(1e-300)
+                shares = vectors(target.name, round(self.spread * self.rank)).square().sum(-1) / norm.square().sum(-1, keepdim=True).clamp_min(1e-300)
                 left = 1 - shares.reshape(-1, shares.shape[-1]).mean(0).cumsum(0)
                 items.append(Item(target.name, tuple(range(len(left) + 1)), (1.0, *left.tolist())))
-                found[target.name] = vectors
         levels = allocate(items, sum(min(self.rank, len(item.costs) - 1) for item in items), "greedy")
-        return {name: vectors[..., : levels[name], :] for name, vectors in found.items()}
+        return {name: functools.partial(vectors, name, level) for name, level in levels.items()}
 
     def start(self, target: Target, weight: torch.Tensor, stream: Stream) -> Tensors:
         return {
@@ -73,15 +76,16 @@ class EVA(Adapter):
             "A": nn.Parameter(stream.kaiming_uniform(*target.lead, self.rank, target.inputs)),
         }
 
-    def start_from(self, finding: torch.Tensor | None, target: Target, weight: torch.Tensor, stream: Stream) -> Tensors:
+    def start_from(self, finding: Callable[[], torch.Tensor] | None, target: Target, weight: torch.Tensor, stream: Stream) -> Tensors:
         if finding is None:
             return self.start(target, weight, stream)
-        rank, sigma = finding.shape[-2], torch.linalg.vector_norm(finding, dim=-1, keepdim=True)
+        vectors = finding()
+        rank, sigma = vectors.shape[-2], torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
         root = (sigma / math.sqrt(self.tokens)).sqrt() if self.whiten else 1.0
         random = stream.kaiming_uniform(*target.lead, rank, target.inputs)
         tensors: Tensors = {
             "B": nn.Parameter(torch.zeros(*target.lead, target.outputs, rank)),
-            "A": nn.Parameter(torch.where(sigma > 0, finding / sigma / root, random).float()),
+            "A": nn.Parameter(torch.where(sigma > 0, vectors / sigma / root, random).float()),
         }
         return tensors if self.rescale or not rank else tensors | {"gain": torch.tensor(self.alpha / rank)}
 

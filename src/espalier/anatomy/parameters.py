@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from espalier.anatomy.target import Target
 from espalier.errors import EspalierError, suggestion
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.(.+)$")
@@ -122,12 +123,25 @@ def _route(owner: nn.Module, local: str, ndim: int) -> tuple[str, bool]:
     return "weight", False
 
 
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter under each of its names, in the order of ``model.named_parameters()``.
+
+    One that is kept in another way (as codes) is no parameter of its module any more; what it left there, its shape on the
+    meta device, is given for it.
+    """
+    for path, module in model.named_modules(remove_duplicate=False):
+        for local, parameter in module._parameters.items():
+            tensor = module.__dict__.get(local) if parameter is None else parameter
+            if tensor is not None:
+                yield f"{path}.{local}" if path else local, tensor
+
+
 def parameters(model: nn.Module) -> list[Target]:
     """All parameters of a transformers model, in the order of ``named_parameters``, tied ones once."""
     modules = dict(model.named_modules(remove_duplicate=False))  # a module in two places has two names
     names: dict[int, list[str]] = {}
     tensors = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in named_parameters(model):
         if ".espalier" in f".{name}":
             continue
         names.setdefault(id(parameter), []).append(name)

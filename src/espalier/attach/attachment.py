@@ -20,7 +20,7 @@ from espalier.attach.branch import Branch
 from espalier.attach.method import Adapter, Method, Tensors
 from espalier.attach.new_tokens import NewRows, mean_of_others, places
 from espalier.attach.places import PLACES, BranchSlot
-from espalier.attach.routes import rebuild, stored_parameter
+from espalier.attach.routes import put_parameter, rebuild, stored_parameter
 from espalier.attach.slot import Companion, Pool, Slot, Whole
 from espalier.delta.forms import Update
 from espalier.delta.gather import by_parameter
@@ -379,8 +379,7 @@ def release_base(model: nn.Module) -> None:
                 continue
             empty = nn.Parameter(torch.empty_like(stored(model, slot.target.name), device="meta"), requires_grad=False)
             for alias in slot.target.names:
-                owner, local = _owner(model, alias)
-                owner._parameters[local] = empty
+                put_parameter(*_owner(model, alias), empty)
 
 
 @torch.no_grad()
@@ -401,8 +400,7 @@ def settle(model: nn.Module) -> nn.Module:
     detach(model)
     for name, target in targets.items():
         for alias in target.names:
-            owner, local = _owner(model, alias)
-            owner._parameters[local] = values[name]
+            put_parameter(*_owner(model, alias), values[name])
     return model
 
 

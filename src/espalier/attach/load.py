@@ -16,11 +16,12 @@ from torch import nn
 from espalier import registry
 from espalier.anatomy.classification import classifies, with_labels
 from espalier.attach.attachment import attach_updates, attachments
+from espalier.attach.coded_base import quantize_base
 from espalier.attach.device import pick_device
 from espalier.attach.new_tokens import grow
 from espalier.checkpoint.directory import ModelDirectory, resolve_model
 from espalier.delta import store
-from espalier.errors import EspalierError
+from espalier.errors import EspalierError, one_of
 from espalier.kernels.philox import Stream
 
 if TYPE_CHECKING:
@@ -285,6 +286,7 @@ def load(
     device: str | None = None,
     scale: float = 1.0,
     any_base: bool = False,
+    base_bits: int | None = None,
 ) -> PreTrainedModel:
     """A model from disk with deltas on it, in evaluation mode; ``detach`` takes them off again.
 
@@ -294,11 +296,16 @@ def load(
         dtype: ``bf16`` or ``fp32``; default: as stored.
         scale: multiplies every delta; 0 gives the base.
         any_base: accept deltas that were made for another base.
+        base_bits: keep the weights of linear layers and fused experts as codes of 8 or 4 bits (``attach/coded_base.py``).
 
     Raises:
         EspalierError: when anything is missing, damaged, or does not belong together.
     """
+    if base_bits is not None:
+        one_of("base_bits", base_bits, (4, 8))
     loaded = load_model(model, dtype, device, deltas)
+    if base_bits is not None:
+        quantize_base(loaded, base_bits)
     directory = ModelDirectory(resolve_model(model))
     for folder in deltas:
         put_on(loaded, Path(folder), directory, any_base=any_base, scale=scale)

@@ -30,12 +30,27 @@ Slots = dict[str, list[Slot]]
 """Local parameter name -> the updates on it, innermost first."""
 
 
+def coded_weights(module: nn.Module) -> dict[str, CodedWeight]:
+    """Local parameter name -> the codes that it is kept as, of a module."""
+    bases = module._modules.get("espalier_base")
+    return {} if bases is None else bases._modules  # type: ignore[return-value]
+
+
 def stored_parameter(module: nn.Module, local: str) -> torch.Tensor | None:
     """A module's own parameter, whether or not reading it gives an updated one; decoded where it is kept as codes."""
-    coded = module._modules.get("espalier_base")
-    if local == "weight" and isinstance(coded, CodedWeight):
-        return coded.dense().t() if isinstance(module, Conv1D) else coded.dense()
-    return module._parameters.get(local)
+    coded = coded_weights(module).get(local)
+    return module._parameters.get(local) if coded is None else coded.stored()
+
+
+def put_parameter(module: nn.Module, local: str, parameter: nn.Parameter) -> None:
+    """Give a module another parameter in the place of the one that it has, or of the codes of that."""
+    if local in coded_weights(module):
+        bases: nn.ModuleDict = module._modules["espalier_base"]  # type: ignore[assignment]
+        del bases[local], module.__dict__[local]
+        if not len(bases):
+            del module._modules["espalier_base"]
+        rebuild(module)
+    module._parameters[local] = parameter
 
 
 class Adapted:
@@ -92,7 +107,7 @@ class Adapted:
 
     def _base(self, local: str, bias: torch.Tensor | None, transposed: bool) -> BaseWeight:
         """The stored weight with every update but the last on it."""
-        coded = self._modules.get("espalier_base") if local == "weight" else None  # type: ignore[attr-defined]
+        coded = coded_weights(self).get(local)  # type: ignore[arg-type]
         if coded is not None:
             base: BaseWeight = CodedBase(coded, bias)
         else:
@@ -178,14 +193,20 @@ class ExpertsRoute(WeightRoute):
 
     def _experts(self, local: str) -> Any:
         slots = self._espalier.get(local, [])
-        weight = self._stored(local)
-        assert weight is not None
+        coded = coded_weights(self).get(local)  # type: ignore[arg-type]
+        weight = self._stored(local) if coded is None else None
         transposed = self.is_transposed  # type: ignore[attr-defined]
-        bias = self._read(f"{local}_bias")
+        biases = self._read(f"{local}_bias")
         updates = [slot.update().unbind() for slot in slots]
 
         def apply(expert: int, x: torch.Tensor) -> torch.Tensor:
-            base: BaseWeight = DenseBase(weight[expert], None if bias is None else bias[expert], transposed)
+            bias = None if biases is None else biases[expert]
+            base: BaseWeight
+            if coded is not None:
+                base = CodedBase(coded, bias, expert)
+            else:
+                assert weight is not None
+                base = DenseBase(weight[expert], bias, transposed)
             for update in updates:
                 base = UpdatedBase(base, update[expert])
             if slots and slots[-1].dropout and self.training and isinstance(base, UpdatedBase):  # type: ignore[attr-defined]
@@ -233,13 +254,15 @@ def rebuild(module: nn.Module) -> None:
     slots = {local: updates for local, updates in slots.items() if updates}
     if type(module) not in (original, state.get("_espalier_made", original)):
         raise RuntimeError(f"{type(module).__name__} was made from an adapted module; detach before sharding or wrapping")
-    if not slots and "espalier_base" not in module._modules:
+    coded = coded_weights(module)
+    if not slots and not coded:
         for key in [key for key in state if key.startswith("_espalier")]:
             del state[key]
         module.__class__ = original
         return
     routes: dict[str, str] = {local: state["_espalier_routes"][local] for local in slots}
-    made = adapted_class(original, _route_class(original, set(routes.values())), frozenset(routes))
+    ways = {*routes.values(), *(["experts"] if coded else [])}  # or linear, as the class of the module says
+    made = adapted_class(original, _route_class(original, ways), frozenset({*routes, *coded}))
     state.update(_espalier=slots, _espalier_class=original, _espalier_made=made)
     state.setdefault("_espalier_cache", {})
     module.__class__ = made

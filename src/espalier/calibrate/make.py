@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from espalier.anatomy.parameters import select
+from espalier.calibrate.footprint import BATCH
 from espalier.calibrate.stages import Run, work_folder
 from espalier.calibrate.statistics import STATISTICS
 from espalier.calibrate.store import FORMAT, Calibration, Request, expected, find, write
@@ -85,7 +86,7 @@ def make(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    batch_size: int = 8,
+    batch_size: int = BATCH,
     bar: Callable[[int], Any] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> tuple[Calibration, dict[str, Any]]:

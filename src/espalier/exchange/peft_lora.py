@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from espalier.anatomy.classification import is_classifier
+from espalier.anatomy.parameters import named_parameters
 from espalier.anatomy.target import Target
 from espalier.checkpoint import peft_adapter
 from espalier.checkpoint.peft_adapter import Factors
@@ -72,7 +73,7 @@ def _why_not_whole(copies: Mapping[str, Mapping[str, torch.Tensor]], model: Any)
     """Why modules cannot be PEFT's ``modules_to_save``: that keeps all of a module, and finds it by the end of its name."""
     names = [name for name, _ in model.named_modules()]
     for module, held in copies.items():
-        all_of_it = {name for name, _ in model.get_submodule(module).named_parameters() if not name.startswith("espalier.")}
+        all_of_it = {name for name, _ in named_parameters(model.get_submodule(module)) if not name.startswith("espalier")}
         if all_of_it != set(held):
             return f"of {module}, {', '.join(sorted(held))} trained whole, and PEFT keeps all or nothing of a module ({', '.join(sorted(all_of_it))})"
         if twin := next((name for name in names if name != module and name.endswith(module)), None):

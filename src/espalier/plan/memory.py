@@ -13,7 +13,7 @@ from espalier.memory import meter
 from espalier.memory.meter import format_bytes
 from espalier.plan.trace import Traced
 
-SPREAD = 1.5
+SPREAD = 2.0
 """Bytes that the C allocator loses between blocks of many sizes, per byte of a step's working set: what it holds
 beside the activations that it keeps, that is, what it holds when it recomputes them (measured: ``benchmarks/budget.py``)."""
 LIBRARIES = 96 << 20
@@ -39,7 +39,7 @@ class Plan:
 
 
 def predict(
-    baseline: int, load: int, traced: Traced, working_set: int, optimizer: int, on_cpu: bool = True
+    baseline: int, load: int, traced: Traced, working_set: int, optimizer: int, on_cpu: bool = True, statistics: int = 0
 ) -> dict[str, int]:
     """Bytes by kind.
 
@@ -48,8 +48,10 @@ def predict(
         load: bytes that loading needs beside the model (file pages being converted).
         working_set: bytes that the step would hold if it recomputed its activations.
         optimizer: bytes of optimizer state.
+        statistics: bytes that looking at the data takes, before the model is loaded.
     """
     step = traced.peak + SPREAD * working_set if on_cpu else 1.1 * traced.peak
+    looking = {"statistics": statistics} if statistics else {}
     return {
         "libraries": baseline + LIBRARIES,
         "model": traced.model,
@@ -57,13 +59,15 @@ def predict(
         "optimizer": optimizer,
         "step": round(step),
         "load": load,
+        **looking,
     }
 
 
 def peak_of(parts: dict[str, int]) -> int:
-    """The worst moment: loading, or a step once the optimizer has its state; with the margin."""
+    """The worst moment: looking at the data, loading, or a step once the optimizer has its state; with the margin."""
     resident = parts["libraries"] + parts["model"]
-    worst = max(resident + parts["load"], resident + parts["trained"] + parts["optimizer"] + parts["step"])
+    looking = parts["libraries"] + parts.get("statistics", 0)
+    worst = max(looking, resident + parts["load"], resident + parts["trained"] + parts["optimizer"] + parts["step"])
     return round(worst * (1 + MARGIN))
 
 

@@ -13,7 +13,7 @@ import logging
 import math
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,19 +64,21 @@ _STAND_INS = {
 
 
 class _Ledger(TorchDispatchMode):
-    """Counts the bytes of storages that operators make, while they live."""
+    """Counts the bytes of storages that operators make, while they live; views of the tensors that are there are none."""
 
-    def __init__(self) -> None:
+    def __init__(self, there: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.live = self.peak = 0
         self._seen: dict[int, int] = {}
+        self._there = [tensor.untyped_storage() for tensor in there]  # kept, so that no other gets their addresses
+        self._known = {storage._cdata for storage in self._there}
 
     def _add(self, tensor: Any) -> None:
         if not isinstance(tensor, torch.Tensor):
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key not in self._seen:
+        if key not in self._seen and key not in self._known:
             self._seen[key] = storage.nbytes()
             self.live += storage.nbytes()
             self.peak = max(self.peak, self.live)
@@ -188,7 +190,7 @@ def _trace(
         if not padded:
             inputs = {"position_ids": ids, "segment_lengths": (sequence_length,) * rows}
         model.train()
-        ledger = _Ledger()
+        ledger = _Ledger([*model.parameters(), *model.buffers()])
         with training_form(model, chunk=chunk, recompute=recompute, padded=padded), ledger:
             loss = model(input_ids=ids, targets=ids[:, 0] if classifies(config) else ids.reshape(-1), scale=1.0, **inputs)
             loss.backward()

@@ -211,7 +211,7 @@ def show_targets(attachment: Attachment, model: nn.Module, display: Display) -> 
         rows.append(["shared by all", "-", "", shared, shared])
     display.table(f"{attachment.method.name}: what trains", ("role", "layers", "shape", "each", "trained"), rows)
     trained = attachment.trainable()
-    frozen = sum(p.numel() for p in model.parameters() if not (p.requires_grad or p.is_meta))
+    frozen = sum(p.numel() for name, p in model.named_parameters() if not (p.requires_grad or p.is_meta or ".espalier_base." in name))
     frozen += sum(module.shape.numel() for module in model.modules() if isinstance(module, CodedWeight))
     display.note(f"{trained:,} numbers train, {frozen:,} are frozen ({trained / (trained + frozen):.2%} train)")
 

@@ -14,7 +14,7 @@ import torch
 
 from espalier import registry
 from espalier.anatomy.classification import labels_of
-from espalier.anatomy.parameters import BLOCK, parameters
+from espalier.anatomy.parameters import BLOCK, parameters, select
 from espalier.attach.attachment import (
     Statistics,
     attach,
@@ -41,9 +41,11 @@ from espalier.attach.load import (
 )
 from espalier.attach.new_tokens import grow
 from espalier.budget.fitting import fit, parse_numbers, trained
+from espalier.calibrate.footprint import footprint, largest_statistic
 from espalier.calibrate.make import make as make_calibration
 from espalier.calibrate.statistics import parse_want
 from espalier.calibrate.store import Request
+from espalier.calibrate.store import find as find_calibration
 from espalier.checkpoint.atomic import write_text
 from espalier.checkpoint.directory import ModelDirectory, read_json, resolve_model
 from espalier.checkpoint.safetensors_file import dtype_name
@@ -55,7 +57,7 @@ from espalier.display import Display
 from espalier.errors import EspalierError, at_least, one_of
 from espalier.exchange import save as saving
 from espalier.memory.joined_optimizer import build
-from espalier.memory.meter import format_bytes, parse_bytes, peak_memory, resident_memory
+from espalier.memory.meter import format_bytes, parse_bytes, peak_memory, release_free_memory, resident_memory
 from espalier.memory.training_form import training_form
 from espalier.plan import memory as planning
 from espalier.plan.trace import Traced, trace_step
@@ -298,7 +300,14 @@ class Job:
         def price(micro: int, recompute: bool, chunk: int) -> dict[str, int]:
             step, working = traced(micro, recompute, chunk), traced(micro, True, chunk).peak
             state = self.optimizer_method.state_bytes(step.shapes)
-            return planning.predict(resident_memory(), self._load_bytes(step), step, working, state, self.device.type == "cpu")
+            load = self._load_bytes(step, starting)
+            return planning.predict(resident_memory(), load, step, working, state, self.device.type == "cpu", looking)
+
+        self.request = self._request()
+        looking, starting = 0, 0
+        if self.request is not None:
+            sequence = traced(a["sequence_length"], True, a["sequence_length"]).peak
+            looking, starting = self._statistics_bytes(self.request, round((1 + planning.SPREAD) * sequence))
 
         chunk = planning.default_chunk(self.config.vocab_size)
         choices = planning.candidates(a["batch_size"] * a["sequence_length"], a["sequence_length"], chunk, a)
@@ -309,14 +318,27 @@ class Job:
         a["recompute"], a["logits_chunk"] = self.plan.recompute, self.plan.logits_chunk
         self._say_plan()
 
-    def _load_bytes(self, traced: Any) -> int:
-        """What loading needs beside the frozen model: pages of a file that is converted, values that training replaces."""
+    def _load_bytes(self, traced: Traced, starting: int) -> int:
+        """What loading needs beside the frozen model: pages of a file that is converted, values that training replaces; or
+        the starting values, with what it takes to make them."""
         size = torch.empty(0, dtype=self.dtype).element_size()
         whole = sum(math.prod(self.directory.info(n).shape) for n in self.directory) * size if self.directory else 4 * traced.trained
         converted = 0
         if self.directory:
             converted = sum(i.nbytes for n in self.directory if (i := self.directory.info(n)).dtype != dtype_name(self.dtype))
-        return max(0, whole - traced.model) + max(converted, 4 * traced.trained)
+        # pages of a mapped file are dropped together, when all that is to be coded is
+        beside = whole if self.a["base_bits"] and self.device.type == "cpu" else max(0, whole - traced.model)
+        return beside + max(converted, 4 * traced.trained + starting)
+
+    def _statistics_bytes(self, request: Request, sequence: int) -> tuple[int, int]:
+        """What looking at the data takes where that was not done before, given what one sequence's passes take; and what the
+        method's start takes, which reads the statistics of one parameter at a time and works on copies of them."""
+        assert self.directory is not None
+        targets = parameters(empty_model(self.directory.path))
+        chosen = select(targets, request.targets)
+        experts = getattr(self.config, "num_experts_per_tok", None) or 1
+        looking = 0 if find_calibration(request) else footprint(targets, chosen, request, self.dtype.itemsize, experts) + sequence
+        return looking, 3 * largest_statistic(chosen, request)
 
     def _say_plan(self) -> None:
         p, a = self.plan, self.a
@@ -332,7 +354,12 @@ class Job:
     # -- model
 
     def load_model(self) -> None:
-        """The model, with base values only where training needs them."""
+        """The model, with base values only where training needs them; what the method wants to know of the data first.
+
+        One block of the model is in memory while the data are looked at, so that this is done before all of it is there.
+        """
+        self.statistics = self._statistics()
+        release_free_memory()
         if self.directory is not None and self.store.kind == "label":
             self.model: PreTrainedModel = self._load_classifier(self.directory)
         elif self.directory is not None:
@@ -369,7 +396,7 @@ class Job:
         self.run, self.record = session.open_run(self.out, record, a["resume"])
         attach(
             self.model, self.method, targets=a["targets"], full=self.full, new_tokens=self.new_tokens, seed=a["seed"], dropout=a["dropout"],
-            statistics=self._statistics(),
+            statistics=self.statistics,
         )  # fmt: skip
         *_, self.attachment = attachments(self.model).values()
         release_base(self.model)
@@ -378,20 +405,29 @@ class Job:
 
     def _statistics(self) -> Statistics | None:
         """The statistics of the training data that the method starts from, taken from the cache where they were made before."""
+        if self.request is None or self.directory is None:
+            return None
+        found, _ = make_calibration(
+            self.directory, self.store, self.request, dtype=self.dtype, device=self.device,
+            bar=lambda total: self.display.bar("looking at the data", total, "sequences"), note=self.display.note,
+        )  # fmt: skip
+        return found.read
+
+    def _request(self) -> Request | None:
+        """What the method wants to know of the data, if anything.
+
+        Raises:
+            EspalierError: when there is no trained model whose statistics these could be.
+        """
         a, wanted = self.a, self.method.wanted()
         if wanted is None:
             return None
         if self.directory is None:
             raise EspalierError(f"{self.method.name} starts from statistics of the data in a trained model; give --model")
-        request = Request.of(
+        return Request.of(
             model=self.directory.fingerprint(), data=self.store.digest, want=parse_want(wanted.statistics), targets=a["targets"],
             tokens=wanted.tokens, dtype=self.dtype, rank=wanted.rank, seed=a["seed"], sequence_length=a["sequence_length"],
         )  # fmt: skip
-        found, _ = make_calibration(
-            self.directory, self.store, request, dtype=self.dtype, device=self.device,
-            bar=lambda total: self.display.bar("looking at the data", total, "sequences"), note=self.display.note,
-        )  # fmt: skip
-        return found.read
 
     def _facts(self) -> dict[str, Any]:
         return {

@@ -80,7 +80,7 @@ def tune(
         logits_chunk: tokens whose logits are held at a time
         device: such as cpu or cuda; default: cuda where there is one
         dtype: what the frozen model computes in; default: as stored
-        base_bits: keep the frozen linear weights as codes of 8 or 4 bits
+        base_bits: keep the frozen weights of linear layers and fused experts as codes of 8 or 4 bits
         threads: CPU threads
         seed: of starting values, order and dropout
         resume: go on with the run in --out after its last checkpoint
