@@ -25,10 +25,10 @@ class View:
     """What :meth:`Branch.branch` sees of a slot: its tensors in the dtype of what they meet, and facts."""
 
     def __init__(self, slot: BranchSlot, dtype: torch.dtype | None, **facts: Any) -> None:
-        self.site, self.training, self.names = slot.site, slot.training, slot.names
+        tensors = slot.method.tensors(slot)
+        self.site, self.training, self.names = slot.site, slot.training, tuple(tensors)
         self.context = slot.pool.context_of(slot.site) if slot.pool is not None else None
-        for name in slot.names:
-            tensor = getattr(slot, name)
+        for name, tensor in tensors.items():
             setattr(self, name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor)
         for name, fact in facts.items():
             setattr(self, name, fact)
