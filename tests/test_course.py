@@ -126,7 +126,7 @@ def test_methods_of_a_composition_see_their_own_shared_tensors_alone() -> None:
     with torch.no_grad():
         attachment.pool.b.copy_(torch.tensor([2.0, 5.0]))
     attachment.pool.prepare()
-    assert {name: float(value) for name, value in attachment.pool.context.items()} == {
+    assert {name: float(value.detach()) for name, value in attachment.pool.context.items()} == {
         "blocks.0.attention": 1.0, "blocks.1.attention": 1.0, "blocks.0.mlp": 2.0, "blocks.1.mlp": 5.0
     }  # fmt: skip
     stored = attachment.stored_branches()
