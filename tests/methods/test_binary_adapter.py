@@ -109,6 +109,19 @@ def test_gradients_go_straight_through_the_codes_and_one_bit_learns() -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
+def test_without_gradients_the_codes_are_made_once_and_again_when_a_number_moves() -> None:
+    model, attachment = attached()
+    shake(model)
+    (slot, *_) = attachment.branches.values()
+    x = tokens()
+    with torch.no_grad():
+        before, first = model(x).logits, slot.meant()
+        assert slot.meant() is first
+        slot.up.mul_(-30)
+        assert slot.meant() is not first and not torch.allclose(model(x).logits, before, atol=1e-3)
+    assert slot.meant()["up"].requires_grad and slot._meant is None
+
+
 def test_dropout_is_between_the_matrices_and_in_training_only() -> None:
     model, _ = attached(inner_dropout=0.5, width=64)
     shake(model)
