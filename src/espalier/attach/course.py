@@ -87,7 +87,7 @@ class Course:
                 for local, parameter in part._parameters.items():
                     if id(parameter) in self._names:
                         parameter.requires_grad_(still.get(local) is not True)
-                        if attached.method.forgets and optimizer is not None and not parameter.requires_grad:
+                        if method.forgets and optimizer is not None and not parameter.requires_grad:
                             optimizer.state.pop(parameter, None)
                 self._masks += [(getattr(part, local), mask) for local, mask in still.items() if isinstance(mask, torch.Tensor)]
 
