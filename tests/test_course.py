@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -110,6 +111,16 @@ def test_each_method_of_a_composition_is_driven_for_its_own_parts() -> None:
         sites = [f"blocks.{i}.{part.kind}" for i in range(2)]
         assert [what for what, _ in part.calls] == ["check_run", *["penalty", "penalty", "before_step", "after_step"] * 2]
         assert all(seen == sites for _, seen in part.calls)
+
+
+def test_nothing_that_a_branch_may_do_is_lost_in_a_composition() -> None:
+    """Every function of the contract is handed on by it, asked of a site's own method, or of itself alone; a new one belongs to one of these."""
+    in_a_run = {"check_run", "penalty", "frozen", "before_step", "after_step", "finish"}
+    at_a_site = {"start", "start_measured", "gain", "tensors", "branch", "machine"}
+    its_own = {"check", "stored"}
+    contract = {name for name, _ in inspect.getmembers(Branch, inspect.isfunction) if not name.startswith("_")}
+    handed_on = {name for name in vars(Composed) if name in contract}
+    assert contract == handed_on | in_a_run | at_a_site | its_own and not handed_on & (in_a_run | at_a_site | its_own)
 
 
 def test_options_of_the_optimizer_are_of_the_method_that_gives_them() -> None:

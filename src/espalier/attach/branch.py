@@ -187,6 +187,15 @@ class Composed(Branch):
         """Of the shared tensors; a part's are those of its own method."""
         return {name: options for method in self.made for name, options in method.optimizer_options().items()}
 
+    def task_names(self) -> Sequence[str]:
+        return list(dict.fromkeys(name for method in self.made for name in method.task_names()))
+
+    def choose(self, pool: Any, task: str) -> None:
+        shares = self._shares(pool) if pool is not None else [(method, None) for method in self.made]
+        for method, share in shares:
+            if task in method.task_names():
+                method.choose(share, task)
+
     def positions(self) -> int:
         return sum(method.positions() for method in self.made)
 
