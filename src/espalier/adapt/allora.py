@@ -11,10 +11,10 @@ from torch import nn
 
 from espalier.anatomy.target import Target
 from espalier.attach.method import Adapter, Moment, Tensors
-from espalier.attach.slot import put, whole
 from espalier.delta.forms import LowRank
 from espalier.errors import EspalierError, at_least
 from espalier.kernels.philox import Stream
+from espalier.kernels.sharded import put, whole
 from espalier.registry import adapter
 
 

@@ -11,12 +11,12 @@ from torch import nn
 
 from espalier.anatomy.target import Target
 from espalier.attach.method import Adapter, Moment, Tensors
-from espalier.attach.slot import put, whole
 from espalier.budget.largest import largest
 from espalier.budget.triplets import average_in, distance_from_orthogonal
 from espalier.delta.forms import LowRank
 from espalier.errors import EspalierError, at_least, within
 from espalier.kernels.philox import Stream
+from espalier.kernels.sharded import put, whole
 from espalier.registry import adapter
 
 RESERVE = 1e-5

@@ -25,7 +25,7 @@ from torch import nn
 
 from espalier.attach.attachment import attachments, trainable_parameters
 from espalier.attach.method import Method, Moment
-from espalier.attach.slot import put, whole
+from espalier.kernels.sharded import put, whole
 
 
 class Course:

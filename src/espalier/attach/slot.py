@@ -11,6 +11,7 @@ from torch import nn
 from espalier.anatomy.target import Target
 from espalier.attach.method import Adapter, Method, Tensors
 from espalier.delta.forms import Update
+from espalier.kernels.sharded import whole
 
 
 def register(module: nn.Module, tensors: Tensors) -> None:
@@ -28,20 +29,6 @@ def versions(tensors: Sequence[torch.Tensor]) -> tuple[tuple[int, int], ...] | N
         return tuple((t.data_ptr(), t._version) for t in tensors)
     except RuntimeError:  # tensors made in inference mode have no version
         return None
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor, gathered where it is sharded."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def put(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Give a tensor, which may be sharded, a value that is the same on every process."""
-    if hasattr(tensor, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-
-        value = distribute_tensor(value, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
-    tensor.copy_(value)
 
 
 class Whole:
