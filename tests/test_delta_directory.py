@@ -23,6 +23,7 @@ from espalier.attach.attachment import attach, detach, trainable_parameters
 from espalier.attach.load import load, put_on
 from espalier.checkpoint.directory import ModelDirectory
 from espalier.checkpoint.safetensors_file import read_safetensors, tensor_bytes, write_safetensors
+from espalier.checkpoint.stream import Hashes
 from espalier.delta import store
 from espalier.delta.forms import (
     BlockAffine,
@@ -476,6 +477,27 @@ def test_a_base_that_changed_in_place_since_is_refused(base: Path, pristine: Pat
     flip(own / "model.safetensors", -1)
     with pytest.raises(EspalierError, match="made for the base"):
         load(own, [pristine])
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["written to", "replaced"])
+@pytest.mark.parametrize("streamed", [False, True], ids=["at once", "as it is read"])
+def test_a_hash_taken_while_the_file_was_rewritten_is_not_kept(base: Path, tmp_path: Path, replaced: bool, streamed: bool) -> None:
+    """Neither one of half old and half new bytes, nor that of the old ones under the new file's name."""
+    own = shutil.copytree(base, tmp_path / "own")
+    path, directory = own / "model.safetensors", ModelDirectory(own)
+    hashes, names = Hashes(directory), sorted(directory, key=lambda name: -directory.info(name).stop)
+    for name in names[: len(names) // 2]:
+        hashes.complete(name)
+    if replaced:
+        flip(Path(shutil.copy(path, tmp_path / "new")), -1)
+        (tmp_path / "new").replace(path)
+    else:
+        flip(path, -1)
+    for name in names[len(names) // 2 :]:
+        hashes.complete(name)
+    hashes.fingerprint() if streamed else directory.fingerprint()
+    other = shutil.copytree(own, tmp_path / "other")
+    assert ModelDirectory(own).fingerprint() == ModelDirectory(other).fingerprint() != ModelDirectory(base).fingerprint()
 
 
 def test_a_shard_may_hold_tensors_that_the_index_leaves_out(base: Path, pristine: Path, tmp_path: Path) -> None:

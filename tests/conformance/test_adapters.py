@@ -7,10 +7,11 @@ update can be on. What is special to a method is tested in ``tests/methods``.
 from __future__ import annotations
 
 import copy
-import gc
+import functools
 import math
 from pathlib import Path
 
+import loops
 import pytest
 import torch
 from families import config, needed, statistics_of, tiny
@@ -67,12 +68,7 @@ def put(model: torch.nn.Module, method: str, place: str) -> Attachment:
     return attachments(model)["d"]
 
 
-def randomize(model: torch.nn.Module, size: float = 0.05) -> None:
-    """Move every trained number away from its start, so that nothing is zero by luck."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in trainable_parameters(model).values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+randomize = functools.partial(loops.randomize, size=0.05)
 
 
 def ids(model: torch.nn.Module, rows: int = 2, length: int = 11) -> torch.Tensor:
@@ -164,17 +160,7 @@ def test_planning_counts_the_same_and_draws_no_random_number(method: str, place:
 def test_gradients_reach_something_in_one_step_and_everything_in_two(method: str, place: str) -> None:
     model = fresh(place)
     put(model, method, place)
-    parameters = trainable_parameters(model)
-    start = {name: p.detach().clone() for name, p in parameters.items()}
-    optimizer = torch.optim.SGD(parameters.values(), lr=0.5)
-    moved: list[set[str]] = []
-    for _ in range(2):
-        optimizer.zero_grad()
-        loss_of(model).backward()
-        optimizer.step()
-        moved.append({name for name, p in parameters.items() if not torch.equal(p, start[name])})
-    assert moved[0]
-    assert moved[1] == set(parameters)
+    loops.assert_all_move_in_two_steps(model, loss_of)
 
 
 @spread
@@ -183,13 +169,7 @@ def test_training_leaves_the_base_bit_identical_and_detaching_gives_it_back(meth
     before, outputs = {n: p.clone() for n, p in model.named_parameters()}, logits(model)
     classes = {n: type(m) for n, m in model.named_modules()}
     put(model, method, place)
-    parameters = trainable_parameters(model)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, weight_decay=0.1)
-    for _ in range(10):
-        optimizer.zero_grad()
-        loss_of(model).backward()
-        assert {n for n, p in model.named_parameters() if p.grad is not None} <= set(parameters)
-        optimizer.step()
+    loops.train(model, loss_of, 10)
     detach(model)
     assert {n: type(m) for n, m in model.named_modules()} == classes
     assert {n for n, _ in model.named_parameters()} == set(before)
@@ -342,21 +322,7 @@ def test_it_compiles_whole(method: str, place: str) -> None:
 def test_fifty_steps_leave_the_number_of_live_tensors_flat(method: str) -> None:
     model = shallow("non-square")
     put(model, method, "non-square")
-    parameters = trainable_parameters(model)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
-
-    def steps(count: int) -> int:
-        for _ in range(count):
-            optimizer.zero_grad()
-            loss_of(model).backward()
-            optimizer.step()
-        gc.collect()
-        return sum(1 for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter))
-
-    torch._dynamo.reset()  # what the tests before have compiled goes bit by bit
-    steps(3)
-    first = steps(3)
-    assert steps(45) <= first
+    loops.assert_live_tensors_stay_flat(model, loss_of)
 
 
 @spread

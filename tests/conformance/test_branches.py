@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import json
 import math
 import tempfile
 from pathlib import Path
 
+import loops
 import pytest
 import torch
 from families import config, tiny
@@ -68,12 +68,7 @@ def sources(family: str) -> str:
     return f"{folder / '0'},{folder / '1'}"
 
 
-def randomize(model: torch.nn.Module, size: float = 0.1) -> None:
-    """Move every trained number away from its start, so that nothing is zero by luck."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in trainable_parameters(model).values():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+randomize = functools.partial(loops.randomize, size=0.1)
 
 
 def ids(model: torch.nn.Module, rows: int = 2, length: int = 11) -> torch.Tensor:
@@ -137,17 +132,7 @@ def test_every_branch_declares_the_fields_of_the_unified_view(method: str) -> No
 def test_gradients_reach_something_in_one_step_and_everything_in_two(method: str, family: str) -> None:
     model = fresh(family)
     put(model, method)
-    parameters = trainable_parameters(model)
-    start = {name: p.detach().clone() for name, p in parameters.items()}
-    optimizer = torch.optim.SGD(parameters.values(), lr=0.5)
-    moved: list[set[str]] = []
-    for _ in range(2):
-        optimizer.zero_grad()
-        loss_of(model).backward()
-        optimizer.step()
-        moved.append({name for name, p in parameters.items() if not torch.equal(p, start[name])})
-    assert moved[0]
-    assert moved[1] == set(parameters)
+    loops.assert_all_move_in_two_steps(model, loss_of)
 
 
 @every_family
@@ -157,13 +142,7 @@ def test_training_leaves_the_base_bit_identical_and_detaching_gives_it_back(meth
     before, outputs = {n: p.clone() for n, p in model.named_parameters()}, logits(model)
     modules = {n: (type(m), len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m))) for n, m in model.named_modules()}
     put(model, method)
-    parameters = trainable_parameters(model)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, weight_decay=0.1)
-    for _ in range(5):
-        optimizer.zero_grad()
-        loss_of(model).backward()
-        assert {n for n, p in model.named_parameters() if p.grad is not None} <= set(parameters)
-        optimizer.step()
+    loops.train(model, loss_of, 5)
     activate(model, [])
     assert torch.equal(logits(model), outputs)
     activate(model, ["d"])
@@ -275,18 +254,7 @@ def test_it_compiles_whole(method: str, family: str) -> None:
 def test_fifty_steps_leave_the_number_of_live_tensors_flat(method: str) -> None:
     model = fresh("llama")
     put(model, method)
-    parameters = trainable_parameters(model)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
-
-    def steps(count: int) -> int:
-        for _ in range(count):
-            optimizer.zero_grad()
-            loss_of(model).backward()
-            optimizer.step()
-        gc.collect()
-        return sum(1 for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter))
-
-    assert steps(45) == (first := steps(3)) or steps(2) == first
+    loops.assert_live_tensors_stay_flat(model, loss_of)
 
 
 @every_family

@@ -56,6 +56,17 @@ def test_the_pattern_stands_in_the_final_phase() -> None:
     assert all(torch.equal(mask, masks[-1]) for mask in masks[14:])
 
 
+@pytest.mark.parametrize(("begin", "end"), [(0.5, 0.5), (0.45, 0.55), (0.0, 0.0), (1.0, 1.0)])
+def test_a_window_shorter_than_a_step_prunes_all_at_once_and_for_good(begin: float, end: float) -> None:
+    """The trap: a budget that falls by the step would still be falling when the pattern stands."""
+    model, parts = attached(begin=begin, end=end)
+    masks: list[torch.Tensor] = []
+    run(model, 5, lambda step: masks.append(torch.cat([part.e.detach() != 0 for part in parts])))
+    first = next(step for step in range(5) if step + 1 >= end * 5)
+    assert [int(mask.sum()) for mask in masks] == [4 * len(parts)] * first + [2 * len(parts)] * (5 - first)
+    assert all(torch.equal(mask, masks[-1]) for mask in masks[first:])
+
+
 def test_what_is_saved_is_a_plain_lora_without_the_pruned_triplets() -> None:
     model, _ = attached()
     run(model, 10)

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import copy
+import zlib
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from families import HIDDEN, config, tiny, tokens
+from families import FAMILIES, HIDDEN, config, tiny, tokens
 
 from espalier import registry
+from espalier.anatomy.narrowing import Taken, narrowing
+from espalier.anatomy.parameters import parameters
+from espalier.anatomy.structure import anatomy, logical_tensors
+from espalier.anatomy.symmetry import symmetries
 from espalier.attach.attachment import attach, attachments, trainable_parameters
 from espalier.errors import EspalierError
 from espalier.plan.trace import trace_step
@@ -96,3 +103,114 @@ def test_rungs_stand_at_every_so_manieth_block_and_the_last() -> None:
     assert len({n.split("__")[2] for n in branch.names if n.startswith("side__layers")}) == 3
     with pytest.raises(EspalierError, match="every is 0"):
         attach(model, "lst", every=0)
+
+
+def importances(model: torch.nn.Module, seed: int = 3) -> Callable[[str, str], torch.Tensor]:
+    """A Fisher information for every parameter, as calibration gives it: in the orientation of the file."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+
+    def statistic(name: str, which: str) -> torch.Tensor:
+        assert which == "fisher"
+        return torch.rand(shapes[name], dtype=torch.float64, generator=torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))) ** 4
+
+    return statistic
+
+
+def pruned(family: str, reduction: int = 2, every: int = 1, **overrides: Any) -> tuple[torch.nn.Module, Any, dict[str, Taken]]:
+    """A model, its branch, and where the side network's parameters come from."""
+    model = copy.deepcopy(tiny(family, **overrides))
+    statistic = importances(model)
+    attach(model, "lst", reduction=reduction, every=every, initialization="pruned", statistics=statistic)
+    (branch,) = attachments(model)["lst"].branches.values()
+    known = {target.name: target for target in parameters(model)}
+
+    def importance(name: str) -> torch.Tensor:
+        return statistic(name, "fisher").mT if known[name].transposed else statistic(name, "fisher")
+
+    return model, branch, narrowing(model, branch._machine.side, branch._machine.rungs, importance)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_index_set_of_the_residual_stream_is_the_same_in_all_side_tensors(family: str) -> None:
+    """"index set for the residual axis identical in all side tensors", and every number is one of the model's."""
+    model, branch, taken = pruned(family)
+    weights, shapes = logical_tensors(model), {t.name: t.shape for t in parameters(branch._machine.side)}
+    width = branch._machine.up.in_features
+    assert width < HIDDEN
+    side = {target.name: target for target in parameters(branch._machine.side)}
+    for name, source in taken.items():
+        value = getattr(branch, f"side__{name.replace('.', '__')}").detach()
+        value = value.mT if side[name].transposed else value
+        assert value.shape == shapes[name]
+        assert set(value.flatten().tolist()) <= set(weights[source.name].flatten().tolist())
+    stream = {(member.name, member.axis - weights[member.name].dim()) for member in symmetries(model).residual.members}
+    index = {tuple(source.axes[axis].tolist()) for source in taken.values() for name, axis in stream if source.name == name}
+    assert len(index) == 1 and len(set(*index)) == width
+    assert len({name for name, _ in stream} - {source.name for source in taken.values()}) <= 6, "all but the table and the head"
+    assert set(side) - set(taken) == {anatomy(branch._machine.side).embedding}
+
+
+def test_inner_dimensions_are_chosen_in_every_block_for_itself_and_alike_in_what_shares_them() -> None:
+    _, branch, taken = pruned("llama", reduction=2)
+    channels = []
+    for block in anatomy(branch._machine.side).blocks:
+        half = block.feed_forward
+        assert half.gate is not None
+        chosen = taken[half.down.weight].axes[-1].tolist()
+        assert taken[half.up.weight].axes[-2].tolist() == taken[half.gate.weight].axes[-2].tolist() == chosen
+        assert taken[block.attention.q.weight].axes[-2].tolist() == taken[block.attention.o.weight].axes[-1].tolist()
+        assert torch.equal(taken[block.attention.k.weight].axes[-2], taken[block.attention.v.weight].axes[-2])
+        channels.append(chosen)
+    assert channels[0] != channels[1]
+
+
+def test_the_most_important_units_stay() -> None:
+    """Top channels, heads and residual units by summed Fisher information, of a model whose important ones are known."""
+    model = copy.deepcopy(tiny("llama", num_key_value_heads=4))
+    attach(model, "lst", reduction=2, initialization="pruned", statistics=lambda name, which: marked(model, name))
+    (branch,) = attachments(model)["lst"].branches.values()
+    weights = logical_tensors(model)
+    for i in range(2):
+        q, down = (weights[f"model.layers.{i}.{name}.weight"] for name in ("self_attn.q_proj", "mlp.down_proj"))
+        own = {name: getattr(branch, f"side__layers__{i}__{name}__weight") for name in ("self_attn__q_proj", "mlp__down_proj")}
+        assert torch.equal(own["self_attn__q_proj"], q[8:24, 10:26]), "heads 1 and 2, units 10 to 25"
+        assert torch.equal(own["mlp__down_proj"], down[10:26, 20:44]), "channels 20 to 43"
+
+
+def marked(model: torch.nn.Module, name: str) -> torch.Tensor:
+    """Importance of residual units 10 to 25, of heads 1 and 2 and of channels 20 to 43."""
+    stream, heads, channels = (torch.zeros(n, dtype=torch.float64) for n in (32, 32, 48))
+    stream[10:26], heads[8:24], channels[20:44] = 1, 1, 1
+    inner = heads if "self_attn" in name else channels
+    outer = torch.outer(stream, inner)
+    return outer if "o_proj" in name or "down_proj" in name else outer.T
+
+
+def test_heads_that_are_larger_than_the_models_are_made_of_several() -> None:
+    """GPT-2's widths are such that R = 8 leaves one head of 96 dimensions, where the model's twelve have 64."""
+    model, branch, taken = pruned("gpt2", reduction=8, n_embd=96, n_head=12)
+    attention = anatomy(branch._machine.side).blocks[0].attention
+    rows = taken[attention.q.weight].axes[-2]
+    assert (attention.heads, attention.head_dim) == (1, 16) and len(set(rows.tolist())) == len(rows) == 3 * 16
+    assert {int(row) // 8 for row in rows[:16]} == {int(row) // 8 - 12 for row in rows[16:32]} and len({int(row) // 8 for row in rows[:16]}) == 2
+    with torch.no_grad():
+        assert model(tokens()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_without_narrowing_the_pruned_side_network_is_the_model(family: str) -> None:
+    """R = 1, every block: what is left of the model is all of it, so its blocks do what the model's do."""
+    model, branch, taken = pruned(family, reduction=1, **({"num_key_value_heads": 4} if family == "llama" else {}))
+    backbone = model.model if family == "llama" else model.transformer
+    own = dict(backbone.named_parameters())
+    for name in taken:
+        assert torch.equal(getattr(branch, f"side__{name.replace('.', '__')}"), own[name]), name
+
+
+def test_a_pruned_start_needs_the_statistics_and_trains() -> None:
+    with pytest.raises(EspalierError, match=r"lst starts from statistics of the data \(fisher\); pass statistics="):
+        attach(copy.deepcopy(tiny("llama")), "lst", initialization="pruned")
+    before = copy.deepcopy(tiny("llama"))(tokens()).logits
+    model, _, _ = pruned("llama", every=2)
+    assert torch.equal(model(tokens()).logits, before), "the start is the base"
+    model(tokens(), labels=tokens()).loss.backward()

@@ -7,7 +7,10 @@ import copy
 import torch
 from families import tiny, tokens
 
+from espalier import registry
+from espalier.anatomy.site import sites
 from espalier.attach.attachment import attach, attachments, trainable_parameters
+from espalier.budget.fitting import fit, trained
 
 
 def test_it_is_the_two_methods_attached_one_after_the_other() -> None:
@@ -29,3 +32,12 @@ def test_it_is_the_two_methods_attached_one_after_the_other() -> None:
                 getattr(together[site], name).add_(noise)
     assert torch.equal(one(tokens()).logits, two(tokens()).logits)
     assert {n.rpartition(".")[2] for n in trainable_parameters(one)} == {"key", "value", "down", "down_bias", "up", "up_bias"}
+
+
+def test_a_width_that_is_set_later_reaches_the_adapter() -> None:
+    """``--trainable`` sets ``mlp_width`` on a method that has been asked for its sites before."""
+    method = registry.make("mam", "brancher")
+    chosen = [site for site in sites(tiny("llama")) if method.accepts(site)]
+    narrow = fit(method, chosen, 5000)
+    assert trained(narrow, chosen) <= 5000 < trained(method, chosen)
+    assert narrow.mlp_width < 512 and {part.name: part for part in narrow.made}["scaled-parallel-adapter"].width == narrow.mlp_width

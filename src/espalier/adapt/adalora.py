@@ -89,11 +89,11 @@ class AdaLoRA(Adapter):
 
     def budget(self, moment: Moment, triplets: int) -> int:
         """How many of ``triplets`` stay after a step: eq. 11."""
-        least = triplets * self.rank // self.most
+        least, done = triplets * self.rank // self.most, moment.step + 1
         begin, end = self.begin * moment.steps, self.end * moment.steps
-        left = 1 - (moment.step + 1 - begin) / max(end - begin, 1)
-        left = 0.0 if moment.step + 1 == moment.steps else left
-        return least + int((triplets - least) * min(max(left, 0.0), 1.0) ** 3)
+        if done >= end or done == moment.steps:
+            return least
+        return least + int((triplets - least) * min(1 - (done - begin) / (end - begin), 1.0) ** 3) if done > begin else triplets
 
     def after_step(self, parts: Sequence[Any], moment: Moment, before: Any) -> None:
         step, end = moment.step + 1, self.end * moment.steps

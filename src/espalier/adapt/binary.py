@@ -11,7 +11,7 @@ from torch import nn
 from espalier.anatomy.target import Target
 from espalier.attach.method import Adapter, Tensors
 from espalier.delta.forms import LowRank, Quantized
-from espalier.delta.forms.quantized import levels, through_codes
+from espalier.delta.forms.quantized import levels, small_normal, through_codes
 from espalier.errors import at_least, one_of
 from espalier.kernels.philox import Stream
 from espalier.registry import adapter
@@ -41,9 +41,7 @@ class BinaryLoRA(Adapter):
 
     def start(self, target: Target, weight: torch.Tensor, stream: Stream) -> Tensors:
         A = stream.kaiming_uniform(*target.lead, self.rank, target.inputs)
-        edge = math.erf(math.sqrt(2))  # the share of a normal that lies within two deviations
-        within = stream.uniform(*target.lead, target.outputs, self.rank, low=-edge, high=edge)
-        B = 1e-3 * math.sqrt(2) * torch.erfinv(within.double()).float()
+        B = small_normal(stream, *target.lead, target.outputs, self.rank)
         return {"B": nn.Parameter(B), "A": nn.Parameter(A), "levels": levels("normal", self.bits)}
 
     def start_bound(self, target: Target) -> float:

@@ -27,7 +27,8 @@ class NOLA(Adapter):
     frozen A_0; the paper trains 512 or 1,024 coefficients.
 
     The A_i and B_j are r k (in + out) numbers for each matrix. With ``keep`` they stay in memory and a step reads them; else
-    forward and backward draw them again, a block at a time, which costs time in proportion (kernels/seeded.py).
+    forward and backward draw them again, a block at a time, which costs time in proportion (kernels/seeded.py). A loaded delta
+    draws them once, at the first pass without gradients, and keeps the two factors, r (in + out) numbers for each matrix.
     """
 
     rank: int = 8

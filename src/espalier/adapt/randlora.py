@@ -26,7 +26,7 @@ class RandLoRA(Adapter):
     A (r, small) for all n, lambda (N, r) zero at the start, gamma (N, small) at 1 / max(N, small); the sum is transposed
     where the input is the wide side. A smaller rank trains more numbers. One B and one A, the largest that is needed, are
     drawn from the seed for the whole model, and each matrix takes their beginning; experts share them. Entries have unit
-    variance. The delta stores lambda, gamma and the seed.
+    variance. The delta stores lambda, gamma and the seed; loaded, it keeps B and A for each shape of matrix.
 
     s is alpha / (r sqrt(N)), as in the authors' code for language models; theirs for vision, and PEFT, use alpha / r
     (``scaling="plain"``). The paper's bases are the uniform and the sparse ones, standardised by what was drawn; here by

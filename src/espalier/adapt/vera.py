@@ -26,7 +26,8 @@ class VeRA(Adapter):
 
     B (out, r) and A (r, in) are Kaiming-uniform, +-sqrt(6 / r) and +-sqrt(6 / in); b (out) starts at zero, d (r) at
     ``d_initial``. One pair, the largest that is needed, is drawn from the seed for the whole model, and each matrix takes
-    its beginning; experts share it. The delta stores b, d and the seed. The paper adapts matrices of one shape; of others,
+    its beginning; experts share it. The delta stores b, d and the seed; loaded, it keeps one B for each number of outputs and one A
+    for each of inputs. The paper adapts matrices of one shape; of others,
     PEFT cuts out a corner of one pair, and here the same numbers are used row by row, so that the rows lie together.
     """
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from espalier import registry
 from espalier.anatomy.parameters import parameters, select
-from espalier.anatomy.site import select_sites, sites
+from espalier.anatomy.site import Site, select_sites, sites
 from espalier.anatomy.target import Target
 from espalier.attach.branch import Branch
 from espalier.attach.method import Adapter, Method, Tensors
@@ -70,7 +70,7 @@ class Attachment:
         """The tensors of every branch as they are stored, by site; those that sites share under ``shared``."""
         pool = Whole(self.pool) if self.pool is not None else None
         with torch.no_grad():
-            found = {name: slot.method.export(Whole(slot), pool) for name, slot in self.branches.items()}
+            found = {name: self.method.export(Whole(slot), pool) for name, slot in self.branches.items() if isinstance(self.method, Branch)}
             shared = self.method.export_shared(pool) if self.branches and isinstance(self.method, Branch) and pool is not None else {}
         return {**found, "shared": shared} if shared else found
 
@@ -242,7 +242,7 @@ def attach(
     branches: dict[str, BranchSlot] = {}
     if isinstance(made, Branch):
         for site in chosen:
-            tensors = ready(made.at(site).start(site, model, streams(seed, site.name)), device)
+            tensors = ready(_start(model, made.at(site), site, streams(seed, site.name), statistics), device)
             branches[site.name] = PLACES[site.place](made.at(site), site, tensors, pool, 1.0, dropout, device)
     else:
         slots = _slots(model, made, chosen, pool, dropout, statistics, functools.partial(streams, seed), ready)
@@ -285,9 +285,7 @@ def _slots(
     assert isinstance(method, Adapter)
     findings: Mapping[str, Any] = {}
     if type(streams("")) is Stream:
-        if statistics is None and (wanted := method.wanted()) is not None:
-            raise EspalierError(f"{method.name} starts from statistics of the data ({wanted.statistics}); pass statistics=")
-        findings = method.survey(chosen, functools.partial(_logical, model), statistics)
+        findings = method.survey(chosen, functools.partial(_logical, model), _needed(method, statistics))
     slots = {}
     for target in chosen:
         weight = _logical(model, target)
@@ -295,6 +293,26 @@ def _slots(
         bases = method.bases(target, streams(target.name))
         slots[target.name] = Slot(method, target, ready(tensors, weight.device), pool, dropout, weight, bases)
     return slots
+
+
+def _start(model: nn.Module, method: Branch, site: Site, stream: Stream, statistics: Statistics | None) -> Tensors:
+    """The tensors with which a branch starts at a site."""
+    if type(stream) is not Stream or method.wanted() is None:
+        return method.start(site, model, stream)
+    given = _needed(method, statistics)
+    assert given is not None
+    return method.start_measured(site, model, stream, functools.partial(_logical, model), given)
+
+
+def _needed(method: Method, statistics: Statistics | None) -> Statistics | None:
+    """The statistics that were given, if the method wants any.
+
+    Raises:
+        EspalierError: when it does, and there are none.
+    """
+    if statistics is None and (wanted := method.wanted()) is not None:
+        raise EspalierError(f"{method.name} starts from statistics of the data ({wanted.statistics}); pass statistics=")
+    return statistics
 
 
 def targets_of(model: nn.Module, method: Method, targets: str | Sequence[str], whole: Collection[Target] = ()) -> list[Any]:
@@ -498,8 +516,8 @@ def _stored_branches(model: nn.Module, attachment: Attachment, branches: Mapping
         except (RuntimeError, OverflowError, ValueError, TypeError) as error:
             raise EspalierError(f"no branch of {method.name} can have the options that the delta records: {error}") from error
     for name, tensors in starts.items():
-        wanted = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        found = {key: tuple(tensor.shape) for key, tensor in branches.get(name, {}).items()}
+        wanted = {key: _kind(tensor) for key, tensor in tensors.items()}
+        found = {key: _kind(tensor) for key, tensor in branches.get(name, {}).items()}
         if found != wanted:
             raise EspalierError(f"the branch at {name} holds tensors {found}; {method.name} with these options has {wanted} on this model")
     device = next(model.parameters()).device
@@ -509,6 +527,11 @@ def _stored_branches(model: nn.Module, attachment: Attachment, branches: Mapping
     for site in chosen:
         tensors = {key: t.to(device) for key, t in branches[site.name].items()}
         attachment.branches[site.name] = PLACES[site.place](method.at(site), site, tensors, attachment.pool, scale, 0.0, device)
+
+
+def _kind(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Shape and dtype; of floating-point tensors, the shape alone."""
+    return tuple(tensor.shape) if tensor.is_floating_point() else (*tensor.shape, str(tensor.dtype))
 
 
 def activate(model: nn.Module, names: Collection[str]) -> None:

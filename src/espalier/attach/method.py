@@ -34,6 +34,8 @@ class Wanted:
     """how many singular vectors"""
     tokens: int = 16384
     """how many tokens are looked at"""
+    targets: str | None = None
+    """of which parameters; default: those that the method is put on"""
 
 
 @dataclass(frozen=True)

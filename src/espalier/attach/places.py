@@ -18,17 +18,17 @@ from espalier.anatomy.site import Site, backbone_path, block_paths
 from espalier.attach import attention
 from espalier.attach.branch import Branch
 from espalier.attach.method import Tensors
-from espalier.attach.slot import Held, Pool
+from espalier.attach.slot import Held, Pool, versions
 
 
 class View:
     """What :meth:`Branch.branch` sees of a slot: its tensors in the dtype of what they meet, and facts."""
 
     def __init__(self, slot: BranchSlot, dtype: torch.dtype | None, **facts: Any) -> None:
-        self.site, self.training, self.names = slot.site, slot.training, slot.names
+        tensors = slot.meant()
+        self.site, self.training, self.names = slot.site, slot.training, tuple(tensors)
         self.context = slot.pool.context_of(slot.site) if slot.pool is not None else None
-        for name in slot.names:
-            tensor = getattr(slot, name)
+        for name, tensor in tensors.items():
             setattr(self, name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor)
         for name, fact in facts.items():
             setattr(self, name, fact)
@@ -37,6 +37,8 @@ class View:
 class BranchSlot(Held):
     """One branch at one site."""
 
+    _meant: tuple[Any, Tensors] | None = None
+
     def __init__(self, method: Branch, site: Site, tensors: Tensors, pool: Pool | None, scale: float, dropout: float, device: torch.device) -> None:
         super().__init__(tensors, method.gain(site) * scale, pool, dropout, device)
         self.method, self.site, self.scale = method, site, scale
@@ -44,6 +46,17 @@ class BranchSlot(Held):
         """What it is multiplied by at run time, beside ``scale``; it is a part of the gain."""
         self.active = True
         self._handles: list[Any] = []
+
+    def meant(self) -> Tensors:
+        """The tensors of this forward pass; where they are made of others, kept in evaluation until one of those changes."""
+        kept = type(self.method).tensors is not Branch.tensors and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        key = versions([getattr(self, name) for name in self.names]) if kept else None
+        if key is None:
+            self._meant = None
+            return self.method.tensors(self)
+        if self._meant is None or self._meant[0] != key:
+            self._meant = (key, self.method.tensors(self))
+        return self._meant[1]
 
     def install(self, model: nn.Module) -> None:
         """Hook into the model."""

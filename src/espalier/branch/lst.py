@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.func import functional_call
 from transformers import AutoModel, DynamicCache
 
+from espalier.anatomy.narrowing import narrowing
+from espalier.anatomy.parameters import parameters
 from espalier.anatomy.site import Site, block_paths
+from espalier.anatomy.target import Target
 from espalier.attach.branch import Branch
-from espalier.attach.method import Tensors
+from espalier.attach.method import Tensors, Wanted
 from espalier.errors import at_least
 from espalier.kernels.philox import Stream
 from espalier.registry import brancher
@@ -32,19 +36,31 @@ class LST(Branch):
     ``s_0 = D_0 h_0``; before side block i ``s <- mu_i s + (1 - mu_i) D_i h_i`` with the output h_i of block i and
     ``mu_i = sigmoid(a_i / 0.1)``; at last, behind the side's norm, ``h <- h + mu W_up s``. The paper's end,
     ``mu W_up s + (1 - mu) h``, is this one for a W_up that first learns to give h; here W_up starts at zero, and the start is
-    the base. Side blocks have no dropout and start normal, with a variance of R / width; they are not pruned from the model's by
-    Fisher importance (the paper's better start). With ``every`` > 1 only every so-manieth block, and the last, has a rung.
-    Generation keeps a second cache; beam search does not reorder it.
+    the base. Side blocks have no dropout and start normal, with a variance of R / width. With ``every`` > 1 only every so-manieth
+    block, and the last, has a rung. Generation keeps a second cache; beam search does not reorder it.
+
+    With ``initialization="pruned"`` (the paper's) side block i is what is left of block i: of the residual stream the units with the
+    largest Fisher information, one set for all blocks; in each block heads, their dimensions (the same in all its heads, in the
+    pairs that rotary embeddings turn) and channels. A unit's importance is the sum over the matrices that share it; the paper
+    takes the residual stream's from the embedding, which only knows the tokens that came. Norms, biases and positions come along.
     """
 
     reduction: int = 8
     """R, how many times narrower the side network is, at least 1"""
     every: int = 1
     """a rung at every so-manieth block, counted from the last, at least 1"""
+    initialization: Literal["random", "pruned"] = "random"
+    """side blocks at random, or of the model's most important units on the training data"""
+    tokens: int = 4096
+    """tokens of the training data that importance is measured on"""
 
     def check(self) -> None:
         at_least("reduction", self.reduction, 1)
         at_least("every", self.every, 1)
+        at_least("tokens", self.tokens, 1)
+
+    def wanted(self) -> Wanted | None:
+        return Wanted("fisher", tokens=self.tokens, targets="linear") if self.initialization == "pruned" else None
 
     def machine(self, site: Site) -> nn.Module:
         return Ladder(site.config, self.reduction, self.every)
@@ -58,6 +74,23 @@ class LST(Branch):
                 inputs = site.width if name.startswith("down") else ladder.up.in_features
                 value = stream.gaussian(*value.shape) * inputs**-0.5
             tensors[name.replace(".", "__")] = nn.Parameter(value)
+        return tensors
+
+    def start_measured(
+        self, site: Site, model: nn.Module, stream: Stream, weight: Callable[[Target], torch.Tensor], statistic: Callable[[str, str], torch.Tensor]
+    ) -> Tensors:
+        tensors = self.start(site, model, stream)
+        known = {target.name: target for target in parameters(model)}
+        with torch.device("meta"):
+            ladder = Ladder(site.config, self.reduction, self.every)
+
+        def importance(name: str) -> torch.Tensor:
+            fisher = statistic(name, "fisher")
+            return fisher.mT if known[name].transposed else fisher
+
+        for name, taken in narrowing(model, ladder.side, ladder.rungs, importance).items():
+            value = taken.of(weight(known[taken.name])).float()
+            tensors[f"side__{name.replace('.', '__')}"] = nn.Parameter(value.mT.contiguous() if known[taken.name].transposed else value)
         return tensors
 
     def branch(self, part: Any, hidden: list[torch.Tensor], arguments: dict[str, Any]) -> torch.Tensor:

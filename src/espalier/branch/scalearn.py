@@ -93,7 +93,7 @@ class ScaLearn(Branch):
     def branch(self, part: Any, x: torch.Tensor) -> torch.Tensor:
         omega = part.context.to(x.dtype) if self.shared else part.omega
         omega = functional.dropout(omega, self.omega_dropout, part.training)
-        outputs = [omega[k] * self._inner.branch(_Source(part, k), x) for k in range(self._count)]
+        outputs = [omega[k] * self._inner.branch(_Source(self._inner, part, k), x) for k in range(self._count)]
         return torch.stack(outputs).sum(0)
 
     def stored(self) -> ScaLearn:
@@ -111,8 +111,9 @@ class ScaLearn(Branch):
 class _Source:
     """What a source's own method sees: its tensors, of those of all sources."""
 
-    def __init__(self, part: Any, number: int) -> None:
+    def __init__(self, method: Branch, part: Any, number: int) -> None:
         self.site, self.training, self.context = part.site, part.training, None
-        for name in part.names:
-            if name != "omega":
-                setattr(self, name, getattr(part, name)[number])
+        self.names = tuple(name for name in part.names if name != "omega")
+        for name in self.names:
+            setattr(self, name, getattr(part, name)[number])
+        vars(self).update(method.tensors(self))

@@ -2,7 +2,8 @@
 
 The fingerprint of a directory is the SHA-256 over the sorted lines ``name dtype shape sha256(bytes)`` of
 its tensors, so re-sharding does not change it. Hashes of tensors are cached per file under
-:func:`cache_directory` by (path, size, modification time, inode).
+:func:`cache_directory` by (path, size, modification time, inode), those that it had when it was opened: what was read while
+the file was written to is not kept.
 """
 
 from __future__ import annotations
@@ -39,12 +40,14 @@ def file_digest(path: Path) -> str:
 
 
 def _cached(file: SafetensorsFile) -> Path:
-    identity = file_identity(file.path)
+    identity = "|".join(map(str, (file.path.resolve(), *file.opened)))  # as that of file_identity
     return cache_directory() / "hashes" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
 
 
 def known_hashes(file: SafetensorsFile) -> dict[str, str] | None:
     """SHA-256 of each tensor's bytes when the cache has them for this very file, else ``None``."""
+    if file.status() != file.opened:
+        return None
     try:
         hashes = json.loads(_cached(file).read_text())
         return hashes if hashes.keys() == file.tensors.keys() else None
@@ -53,7 +56,9 @@ def known_hashes(file: SafetensorsFile) -> dict[str, str] | None:
 
 
 def remember_hashes(file: SafetensorsFile, hashes: Mapping[str, str]) -> None:
-    """Put the hashes of all of a file's tensors into the cache, where that can be written."""
+    """Put the hashes of all of a file's tensors into the cache, where that can be written and the file did not change since it was opened."""
+    if file.status() != file.opened:
+        return
     with contextlib.suppress(OSError):
         write_text(_cached(file), json.dumps(dict(hashes)))
 

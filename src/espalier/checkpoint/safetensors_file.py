@@ -115,6 +115,7 @@ class SafetensorsFile:
         except (OSError, ValueError) as error:
             raise EspalierError(f"{self.path} cannot be read: {getattr(error, 'strerror', error)}") from error
         try:
+            self.opened = self.status()
             self.tensors, self.metadata = self._parse_header()
         except OSError as error:
             self.close()
@@ -122,6 +123,11 @@ class SafetensorsFile:
         except BaseException:
             self.close()
             raise
+
+    def status(self) -> tuple[int, int, int]:
+        """Size, modification time and inode of the open file, now; ``opened`` is what they were when it was opened."""
+        found = os.fstat(self._descriptor)
+        return found.st_size, found.st_mtime_ns, found.st_ino
 
     def close(self) -> None:
         if self._descriptor >= 0:

@@ -17,7 +17,6 @@ from espalier.anatomy.target import Target
 from espalier.checkpoint import peft_adapter
 from espalier.delta.forms import Bank, BlockAffine, Diagonal, Hadamard, Kronecker, Sparse, Tiled
 from espalier.delta.forms.kronecker import lycoris_shapes
-from espalier.delta.gather import by_parameter
 from espalier.delta.store import Delta
 from espalier.exchange import peft_lora
 
@@ -120,9 +119,9 @@ def export(folder: Path, delta: Delta, targets: Mapping[str, Target], base: str,
     Returns:
         ``None`` when written, or the reason why PEFT cannot hold this delta as it is.
     """
-    if over := delta.manifest.get("over"):
-        return f"it was trained over the delta in {over[-1]['delta']}"
-    updates = by_parameter(delta.updates, targets.values())
+    updates = peft_lora.held(delta, targets)
+    if isinstance(updates, str):
+        return updates
     if not {update.form for update in updates.values()} & set(_PARTS):
         return peft_lora.export(folder, delta, targets, base, model)
     options = delta.manifest.get("hyperparameters", {})

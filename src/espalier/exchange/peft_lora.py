@@ -33,23 +33,24 @@ def _factors(update: Update, target: Target) -> Factors | str:
     return Factors(inner.A, inner.B, float(inner.gain), magnitude, target.route == "lookup")
 
 
+def held(delta: Delta, targets: Mapping[str, Target]) -> dict[str, Update] | str:
+    """The updates of a delta by parameter, or why PEFT can hold none of its kind."""
+    if over := delta.manifest.get("over"):
+        return f"it was trained over the delta in {over[-1]['delta']}"
+    return by_parameter(delta.updates, targets.values()) if delta.updates else "it updates no parameter"
+
+
 def export(folder: Path, delta: Delta, targets: Mapping[str, Target], base: str, model: Any) -> str | None:
     """Write PEFT's files beside a delta's where it is LoRA or DoRA, with whole modules or without; else say why not.
 
-    Args:
-        folder: gets adapter_config.json and adapter_model.safetensors.
-        targets: the model's parameters, by name.
-        base: name or path of the base model, as PEFT records it.
-        model: the model, which may be empty, for the names of its modules.
-
-    Returns:
-        ``None`` when written, or the reason why PEFT cannot hold this delta as it is.
+    Arguments and result are those of ``peft_kinds.export``.
     """
+    updates = held(delta, targets)
+    if isinstance(updates, str):
+        return updates
     factors: dict[str, Factors] = {}
     copies: dict[str, dict[str, torch.Tensor]] = {}
-    if not delta.updates:
-        return "it updates no parameter"
-    for name, update in by_parameter(delta.updates, targets.values()).items():
+    for name, update in updates.items():
         if isinstance(update, Replace) and update.ignores_base and is_one(update.gain) and len(targets[name].names) == 1:
             module, _, local = name.rpartition(".")
             copies.setdefault(module, {})[local] = update.values.mT if targets[name].transposed else update.values

@@ -66,19 +66,25 @@ class SeededMatrix:
         return self.distribution.kind, list(self.distribution.parameters)
 
 
-_HELD: WeakValueDictionary[tuple[SeededMatrix, torch.device], torch.Tensor] = WeakValueDictionary()
+_HELD: WeakValueDictionary[tuple[SeededMatrix, torch.device, torch.dtype], torch.Tensor] = WeakValueDictionary()
 
 
-def held(matrix: SeededMatrix, device: Device = "cpu") -> torch.Tensor:
-    """``matrix.dense(device)``, the same tensor for all who hold it at one time; not to be written to."""
+def held(matrix: SeededMatrix, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """``matrix.dense(device)`` in a dtype, the same tensor for all who hold it at one time; not to be written to."""
     if torch.compiler.is_compiling():
-        return matrix.dense(device)
-    place = (matrix, torch.device(device))
+        return matrix.dense(device).to(dtype)
+    place = (matrix, torch.device(device), dtype)
     if (found := _HELD.get(place)) is None:
-        found = matrix.dense(device)
+        with torch.inference_mode(False):  # others may hold it too, and want gradients
+            found = matrix.dense(device).to(dtype)
         if type(found) is torch.Tensor:  # and not one without data, of a plan
             _HELD[place] = found
     return found
+
+
+def keeps() -> bool:
+    """Whether what is made for a product may be kept for the next one: not where gradients, or a compiler, will see it."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 def seeded_matmul(x: torch.Tensor, matrix: SeededMatrix, block_bytes: int = BLOCK_BYTES) -> torch.Tensor:

@@ -425,7 +425,7 @@ class Job:
         if self.directory is None:
             raise EspalierError(f"{self.method.name} starts from statistics of the data in a trained model; give --model")
         return Request.of(
-            model=self.directory.fingerprint(), data=self.store.digest, want=parse_want(wanted.statistics), targets=a["targets"],
+            model=self.directory.fingerprint(), data=self.store.digest, want=parse_want(wanted.statistics), targets=wanted.targets or a["targets"],
             tokens=wanted.tokens, dtype=self.dtype, rank=wanted.rank, seed=a["seed"], sequence_length=a["sequence_length"],
         )  # fmt: skip
 

@@ -19,6 +19,7 @@ from espalier.delta.forms.dense import Dense
 from espalier.delta.forms.low_rank import LowRank
 from espalier.delta.forms.update import Gain, Update, expect_finite, register_form
 from espalier.errors import EspalierError, one_of
+from espalier.kernels.philox import Stream
 
 Codebook = Literal["uniform", "normal"]
 _ROUNDS = 500
@@ -77,6 +78,26 @@ def encode(values: torch.Tensor, bits: int, group: int, codebook: Codebook) -> C
         scales.append(scale)
         means.append(mean)
     return Coded(pack_bits(torch.cat(codes), bits), torch.cat(scales), torch.cat(means))
+
+
+def decode(coded: Coded, bits: int, group: int, table: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """The numbers [start, stop) of what :func:`encode` made, flat, float32; ``table`` has the levels."""
+    first = start // 8 * 8  # eight codes are whole bytes
+    codes = unpack_bits(coded.codes[first * bits // 8 :], stop - first, bits)[start - first :]
+    values = table[codes.int()]
+    if len(coded.scale) <= 1:
+        return values * coded.scale + coded.mean
+    groups = range(start // group, -(-stop // group))
+    scale, mean = (t[groups.start : groups.stop].repeat_interleave(group) for t in (coded.scale, coded.mean))
+    skipped = start - groups.start * group
+    return values * scale[skipped : skipped + len(values)] + mean[skipped : skipped + len(values)]
+
+
+def small_normal(stream: Stream, *shape: int) -> torch.Tensor:
+    """Normal of deviation 0.001, cut at two deviations: the start of what codes cannot have as zero (BinaryAdapter, ICCV 2023)."""
+    edge = math.erf(math.sqrt(2))  # the share of a normal that lies within two deviations
+    within = stream.uniform(*shape, low=-edge, high=edge)
+    return 1e-3 * math.sqrt(2) * torch.erfinv(within.double()).float()
 
 
 def through_codes(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -187,18 +208,9 @@ class Quantized(Composite):
 
     def _decode(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """The numbers [start, stop) of a tensor, flat, float32."""
-        c = self.coded[name]
         count = self._inner.tensors()[name].numel()
-        stop = count if stop is None else stop
-        first = start // 8 * 8  # eight codes are whole bytes
-        codes = unpack_bits(c.codes[first * self.bits // 8 :], stop - first, self.bits)[start - first :]
-        values = levels(self.codebook, self.bits).to(codes.device)[codes.int()]
-        if len(c.scale) <= 1:
-            return values * c.scale + c.mean
-        groups = range(start // self.group, -(-stop // self.group))
-        scale, mean = (t[groups.start : groups.stop].repeat_interleave(self.group) for t in (c.scale, c.mean))
-        skipped = start - groups.start * self.group
-        return values * scale[skipped : skipped + len(values)] + mean[skipped : skipped + len(values)]
+        c = self.coded[name]
+        return decode(c, self.bits, self.group, levels(self.codebook, self.bits).to(c.codes.device), start, count if stop is None else stop)
 
     @cached_property
     def _decoded(self) -> Update:

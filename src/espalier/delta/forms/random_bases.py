@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from espalier.delta.forms.update import (
     working_dtype,
 )
 from espalier.errors import EspalierError
-from espalier.kernels.seeded import SeededMatrix, held
+from espalier.kernels.seeded import SeededMatrix, held, keeps
 
 
 @register_form
@@ -36,6 +37,9 @@ class RandomBases(Update):
     A product goes one of two ways, by the multiplications of forward and backward together: through B and S one after
     the other, which costs tokens * bases * rank * (large + small) each way; or through the update itself, made for the
     occasion at large * small * bases * rank, which is then as good as free where it can be added to the base's weight.
+
+    Without gradients, products keep what they draw, as long as the update lives: B and A once for all weights of one shape,
+    large * bases * rank and rank * small numbers in the dtype of the products. With gradients, nothing is kept.
 
     Args:
         tensors: ``lam`` and ``gamma``; ``B`` and ``A`` where they are no seeds.
@@ -83,13 +87,30 @@ class RandomBases(Update):
         return {"bases": {name: described(basis) for name, basis in self.bases.items()}}
 
     def unbind(self) -> list[Update]:
+        return self._experts if keeps() else self._unbind()
+
+    @cached_property
+    def _experts(self) -> list[Update]:
+        return self._unbind()
+
+    def _unbind(self) -> list[Update]:
         frozen = {name: tensor for name in "BA" if (tensor := getattr(self, name)) is not None}
         pairs = zip(self.lam.unbind(0), self.gamma.unbind(0), strict=True)
         return [RandomBases({"lam": lam, "gamma": gamma, **frozen}, self.bases, self.shape[1:], self.gain) for lam, gamma in pairs]
 
     def _frozen(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        stored = getattr(self, name)
-        return (held(self.bases[name], self.lam.device) if stored is None else stored).to(dtype)
+        if (stored := getattr(self, name)) is not None:
+            return stored.to(dtype)
+        return held(self.bases[name], self.lam.device, dtype)
+
+    def _keep(self, dtype: torch.dtype) -> None:
+        """Hold on to what a product draws, for the next one."""
+        if keeps():
+            self._kept.update({(name, dtype): held(basis, self.lam.device, dtype) for name, basis in self.bases.items()})
+
+    @cached_property
+    def _kept(self) -> dict[tuple[str, torch.dtype], torch.Tensor]:
+        return {}
 
     def _scaled(self, dtype: torch.dtype) -> torch.Tensor:
         """S, (..., bases * rank, small)."""
@@ -130,6 +151,7 @@ class RandomBases(Update):
         return any(t is not None and t.requires_grad for t in (self.A, self.B))
 
     def linear(self, x: torch.Tensor, base: BaseWeight) -> torch.Tensor:
+        self._keep(x.dtype)
         # in 16 bits a small update would be lost in the weight's rounding
         exact = isinstance(base, DenseBase) and base.dtype == x.dtype and x.dtype in (torch.float32, torch.float64)
         if not exact or self._trains_bases() or not self._made_is_cheaper(x, added=True):
@@ -138,6 +160,7 @@ class RandomBases(Update):
         return _Product.apply(x, S, B, base.dense(), base.bias, self._is_tall)  # type: ignore[no-untyped-call]
 
     def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        self._keep(x.dtype)
         if self._trains_bases() or not self._made_is_cheaper(x, added=False):
             left, right = self._factors(x.dtype)
             return linear_onto(functional.linear(x, right), left, onto)
@@ -147,6 +170,7 @@ class RandomBases(Update):
 
     def lookup(self, ids: torch.Tensor, base: BaseWeight) -> torch.Tensor:
         rows = base.rows(ids)
+        self._keep(working_dtype(rows))
         left, right = self._factors(working_dtype(rows))
         return rows + (embedding_rows(ids, left, left) @ right).to(rows.dtype)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,7 +29,14 @@ from espalier.delta.forms.update import (
 )
 from espalier.errors import EspalierError
 from espalier.kernels.philox import Distribution, Stream
-from espalier.kernels.seeded import SeededMatrix, seeded_combination, seeded_linear, seeded_matmul
+from espalier.kernels.seeded import (
+    SeededMatrix,
+    held,
+    keeps,
+    seeded_combination,
+    seeded_linear,
+    seeded_matmul,
+)
 
 
 def described(matrix: SeededMatrix) -> dict[str, Any]:
@@ -119,6 +127,9 @@ class SeededLowRank(Update):
     A frozen A with a tensor B is LoRA-FA (arXiv:2308.03303), two combinations are NOLA (arXiv:2310.02556, #199), two
     frozen factors with b and d are VeRA (arXiv:2310.11454).
 
+    Without gradients, products keep what they make of seeds, as long as the update lives, in their dtype: a combination
+    for each update, as large as the factor; a frozen factor once for all weights of one shape. With gradients, nothing is kept.
+
     Args:
         shape: of the weight.
         rank: at least 1 and, where it is read from a file, at most ``min(out, in)``, so that no factor is larger than
@@ -127,7 +138,7 @@ class SeededLowRank(Update):
             (its entries, k) where ``coefficients_B`` or ``coefficients_A`` are given, experts one after the other. A frozen
             basis with the rows of one expert is that of every one.
         tensors: any of ``B``, ``A``, ``coefficients_B``, ``coefficients_A``, ``b``, ``d``; at least one.
-        drawn: by factor, what its basis draws, where that is kept in memory; else it is drawn for every product.
+        drawn: by factor, what its basis draws, where that is in memory from the start.
     """
 
     form = "seeded_low_rank"
@@ -202,6 +213,13 @@ class SeededLowRank(Update):
         return self._over((stop - start, *self.shape[1:]), rows, tensors)
 
     def unbind(self) -> list[Update]:
+        return self._experts if keeps() else self._unbind()
+
+    @cached_property
+    def _experts(self) -> list[Update]:
+        return self._unbind()
+
+    def _unbind(self) -> list[Update]:
         count = self.shape[0]
         parts = {name: tensor.unbind(0) for name, tensor in self.tensors().items()}
         each = {f: m.rows // count for f, m in self.bases.items() if not self._of_every_expert(f)}
@@ -210,11 +228,30 @@ class SeededLowRank(Update):
             for e in range(count)
         ]
 
+    def _keep(self, dtype: torch.dtype) -> None:
+        """Hold on to what a product makes of seeds, for the next one."""
+        for name, basis in self.bases.items() if keeps() else ():
+            if (name, dtype) not in self._kept and not (self._is_frozen(name) and name in self.drawn):
+                self._kept[name, dtype] = held(basis, self._device, dtype) if self._is_frozen(name) else self._factor(name, dtype)
+
+    @cached_property
+    def _kept(self) -> dict[tuple[str, torch.dtype], torch.Tensor]:
+        return {}
+
+    def _known(self, name: str, dtype: torch.dtype) -> torch.Tensor | None:
+        return self._kept.get((name, dtype)) if keeps() else None
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.tensors().values())).device
+
     def _factor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """B or A as a tensor, (..., out, rank) or (..., rank, in)."""
         stored = getattr(self, name)
         if stored is not None:
             return stored.to(dtype)
+        if not self._is_frozen(name) and (known := self._known(name, dtype)) is not None:
+            return known
         *lead, outputs, inputs = matrix_shape(self.shape)
         basis, size = self.bases[name], (outputs, self.rank) if name == "B" else (self.rank, inputs)
         coefficients = getattr(self, f"coefficients_{name}")
@@ -233,7 +270,8 @@ class SeededLowRank(Update):
         """What the basis of a factor draws, (its rows, its columns)."""
         if name in self.drawn:
             return self.drawn[name].to(dtype)
-        return self.bases[name].dense(next(iter(self.tensors().values())).device).to(dtype)
+        known = self._known(name, dtype)
+        return self.bases[name].dense(self._device).to(dtype) if known is None else known
 
     def low_rank(self) -> LowRank:
         """The same update with both factors as tensors, in float32 (float64 where any of its tensors is)."""
@@ -255,11 +293,12 @@ class SeededLowRank(Update):
 
     def _through(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """``x`` times a factor."""
-        if self._is_frozen(name) and name not in self.drawn:
+        if self._is_frozen(name) and name not in self.drawn and self._known(name, x.dtype) is None:
             return seeded_matmul(x, self.bases[name])
         return functional.linear(x, self._factor(name, x.dtype))
 
     def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
+        self._keep(x.dtype)
         hidden = self._through("A", x)
         hidden = hidden * gain_like(self.gain, x)
         if self.d is not None:
@@ -272,4 +311,5 @@ class SeededLowRank(Update):
         return y if onto is None else onto + y
 
     def lookup(self, ids: torch.Tensor, base: BaseWeight) -> torch.Tensor:
+        self._keep(working_dtype(*self.tensors().values()))
         return self.low_rank().lookup(ids, base)
