@@ -206,6 +206,22 @@ def test_codes_survive_a_change_of_dtype() -> None:
     assert all(torch.equal(stored(model_, name), weight) for name, weight in before.items())
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_codes_are_computed_with_in_the_dtype_of_the_model_and_under_autocast(family: str) -> None:
+    for method in (None, "lora"):
+        cast = quantize_base(tiny(family), 8)
+        cast = (attach(cast, method, rank=2) if method else cast).to(torch.bfloat16)
+        assert cast(tokens()).logits.dtype == torch.bfloat16
+    found = {}
+    for name, base in {"coded": quantize_base(tiny(family), 8), "plain": decoded(family, 8)}.items():
+        attach(base, "lora", rank=2)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = base(tokens(), labels=tokens()).loss
+        loss.backward()
+        found[name] = torch.cat([p.grad.flatten() for p in trainable_parameters(base).values() if p.grad is not None])
+    assert (found["coded"] - found["plain"]).norm() < 0.05 * found["plain"].norm()
+
+
 def test_no_dense_weight_is_kept_for_the_backward_pass_and_detaching_leaves_the_codes() -> None:
     model_ = quantize_base(tiny("llama"), 4)
     outputs = model_(tokens()).logits

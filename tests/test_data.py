@@ -169,6 +169,14 @@ def test_json_lines_are_one_example_a_line(tmp_path: Path, record: dict[str, Any
     assert second.where == f"{tmp_path / 'a.jsonl'}:2"
 
 
+def test_tasks_are_told_apart_only_where_asked_for_and_every_record_may_have_its_own(tmp_path: Path) -> None:
+    names = [f"task {(7 * n) % 300} \u8a9e" for n in range(300)]
+    path = json_lines(tmp_path / "a.jsonl", *({"text": "a", "task": name} for name in names))
+    assert tokenized(path).tasks == ()
+    found = open_store(open_source(path), Encoder(byte_level()), by_task=True)
+    assert [found.tasks[number] for number in found.task_of] == names
+
+
 def test_kinds_are_not_mixed_in_a_folder(tmp_path: Path) -> None:
     json_lines(tmp_path / "a.jsonl", {"prompt": "the", "completion": "cat"})
     (tmp_path / "b.txt").write_text(TEXT)

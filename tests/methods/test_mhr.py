@@ -17,7 +17,7 @@ from espalier.attach.attachment import Attachment, attach, attachments, trainabl
 from espalier.attach.course import Course
 from espalier.attach.load import load
 from espalier.attach.tasks import choose_task
-from espalier.budget.fitting import trained
+from espalier.budget.fitting import fit, trained
 from espalier.delta import store
 from espalier.delta.forms import Bank
 from espalier.errors import EspalierError
@@ -230,6 +230,14 @@ def test_a_bank_is_used_by_its_tasks_and_says_so(folder: Path, tmp_path: Path) -
         update.materialize(torch.zeros(update.shape))
 
 
+def test_a_task_of_several_words_is_named_as_a_shell_reads_it(base: torch.nn.Module, folder: Path, tmp_path: Path) -> None:
+    model, _ = mhr(base, tasks="natural language inference,b")
+    save(model, tmp_path / "bank", base=folder / "base")
+    with pytest.raises(EspalierError, match="--task 'natural language inference' --out DIR"):
+        store.load(tmp_path / "bank")
+    assert "convert . --task 'natural language inference' --out TASK" in (tmp_path / "bank" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -251,6 +259,12 @@ def test_a_bank_of_another_kind_or_model_is_refused(base: torch.nn.Module, folde
         mhr(base, bank=str(tmp_path / "lora"))
     with pytest.raises(EspalierError, match=r"has skills of shapes .* for model.layers.0.self_attn.q_proj.weight; it must have"):
         mhr(tiny("llama", hidden_size=64), bank=str(folder / "bank"))
+
+
+def test_how_much_trains_over_a_bank_is_the_banks(base: torch.nn.Module, folder: Path) -> None:
+    _, attached = mhr(base, bank=str(folder / "bank"))
+    with pytest.raises(EspalierError, match="mhr has no hyperparameter that sets how many numbers train"):
+        fit(attached.method, attached.targets, 100_000)
 
 
 def write(path: Path, tasks: tuple[str, ...], records: int = 6) -> str:

@@ -57,6 +57,20 @@ def test_omega_one_hot_reproduces_a_source_exactly(number: int, base: torch.nn.M
     torch.testing.assert_close(model(tokens()).logits, source(tokens()).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_sources_that_are_codes_are_reproduced_too(dtype: str, base: torch.nn.Module, folder: Path, tmp_path: Path) -> None:
+    source = attach(copy.deepcopy(base), "binary-adapter", width=4)
+    save(source, tmp_path / "source", base=folder / "base")
+    model = load(folder / "base", dtype=dtype)
+    attach(model, "scalearn", sources=str(tmp_path / "source"))
+    set_omega(model, 1.0)
+    model.eval()
+    assert torch.equal(model(tokens()).logits, load(folder / "base", [tmp_path / "source"], dtype=dtype)(tokens()).logits)
+    model.train()
+    model(tokens()).logits.float().sum().backward()
+    assert all(p.grad is not None for p in trainable_parameters(model).values())
+
+
 def test_omega_of_one_part_in_s_averages_the_outputs(base: torch.nn.Module, folder: Path) -> None:
     """"omega = 1/S equals output averaging": at the first site, where both sources see the same."""
 

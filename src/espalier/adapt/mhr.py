@@ -57,6 +57,7 @@ class MHR(Adapter):
     def check(self) -> None:
         self.by_task = self.variant != "mean"  # type: ignore[misc]
         if self.bank:
+            self.size = ""  # type: ignore[misc]  # the bank's rank, which no --trainable changes
             delta = store.load(Path(self.bank), bank=True)
             self._given = {name: update for name, update in delta.updates.items() if isinstance(update, Bank)}
             if len(self._given) < len(delta.updates) or not delta.updates:

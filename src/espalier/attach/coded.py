@@ -82,11 +82,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: CodedWeight, expert: int) -> torch.Tensor:  # type: ignore[override]
         ctx.weight, ctx.expert = weight, expert
-        return functional.linear(x, weight.matrix(expert))
+        return functional.linear(x, weight.matrix(expert).to(x.dtype))  # a model that was cast to another dtype, too
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
-        return gradient @ ctx.weight.matrix(ctx.expert), None, None
+        return gradient @ ctx.weight.matrix(ctx.expert).to(gradient.dtype), None, None  # which autocast makes narrower
 
 
 class CodedBase(BaseWeight):

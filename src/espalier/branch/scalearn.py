@@ -90,10 +90,18 @@ class ScaLearn(Branch):
     def prepare(self, pool: Any, sites: Sequence[Site]) -> Mapping[str, Any]:
         return dict.fromkeys((site.name for site in sites), pool.omega)
 
+    def tensors(self, part: Any) -> Tensors:
+        tensors = super().tensors(part)
+        if type(self._inner).tensors is Branch.tensors:
+            return tensors
+        made = [self._inner.tensors(_Source(part, number)) for number in range(self._count)]
+        stacked = {name: torch.stack([one[name] for one in made]) for name in made[0]}
+        return stacked if self.shared else {**stacked, "omega": tensors["omega"]}
+
     def branch(self, part: Any, x: torch.Tensor) -> torch.Tensor:
         omega = part.context.to(x.dtype) if self.shared else part.omega
         omega = functional.dropout(omega, self.omega_dropout, part.training)
-        outputs = [omega[k] * self._inner.branch(_Source(self._inner, part, k), x) for k in range(self._count)]
+        outputs = [omega[k] * self._inner.branch(_Source(part, k), x) for k in range(self._count)]
         return torch.stack(outputs).sum(0)
 
     def stored(self) -> ScaLearn:
@@ -111,9 +119,8 @@ class ScaLearn(Branch):
 class _Source:
     """What a source's own method sees: its tensors, of those of all sources."""
 
-    def __init__(self, method: Branch, part: Any, number: int) -> None:
+    def __init__(self, part: Any, number: int) -> None:
         self.site, self.training, self.context = part.site, part.training, None
         self.names = tuple(name for name in part.names if name != "omega")
         for name in self.names:
             setattr(self, name, getattr(part, name)[number])
-        vars(self).update(method.tensors(self))

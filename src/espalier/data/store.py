@@ -181,16 +181,22 @@ def _write(folder: Path, source: Source, encoder: Encoder, dtype: np.dtype, prog
     np.save(folder / "bytes.npy", np.asarray(nbytes, np.int64))
     names = _ordered(set(labels))
     if labels:
-        np.save(folder / "labels.npy", np.asarray([names.index(label) for label in labels], np.int64))
+        np.save(folder / "labels.npy", _numbers(labels, names))
     known = sorted(set(tasks) - {""})
     if known:
-        np.save(folder / "tasks.npy", np.asarray([known.index(task) if task else -1 for task in tasks], np.int64))
+        np.save(folder / "tasks.npy", _numbers(tasks, known))
     digests = "".join(file_digest(file) for file in sorted(folder.iterdir()))
     said = json.dumps([names, known]) if known else json.dumps(names) if names else ""
     return {
         "format": FORMAT, "kind": source.kind, "dtype": dtype.name, "tokens": total, "documents": len(nbytes),
         "digest": f"sha256:{hashlib.sha256((digests + said).encode()).hexdigest()}", "names": names, "tasks": known,
     }  # fmt: skip
+
+
+def _numbers(given: list[str], names: list[str]) -> np.ndarray:
+    """Which of the names each one is, -1 for none; there may be as many names as records."""
+    number = {name: n for n, name in enumerate(names)}
+    return np.asarray([number.get(one, -1) for one in given], np.int64)
 
 
 def _ordered(labels: set[str]) -> list[str]:

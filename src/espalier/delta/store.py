@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -276,7 +277,7 @@ def load(folder: Path, *, mapped: bool = False, branches: bool = False, bank: bo
     if len(tasks := manifest.get("tasks", [])) > 1 and not bank:
         raise EspalierError(
             f"{folder} is a bank of {len(tasks)} tasks ({', '.join(tasks[:5])}{', ...' if len(tasks) > 5 else ''}), each with an update of its "
-            f"own; take the one of a task first: espalier convert {folder} --task {tasks[0]} --out DIR"
+            f"own; take the one of a task first: espalier convert {folder} --task {shlex.quote(tasks[0])} --out DIR"
         )
     path = folder / TENSORS
     if not path.is_file():

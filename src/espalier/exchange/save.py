@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,7 +150,7 @@ def card(manifest: Mapping[str, Any], branched: bool = False) -> str:
     options = ", ".join(f"{k} {v}" for k, v in manifest["hyperparameters"].items())
     facts = "".join(f"- {key.replace('_', ' ')}: {value}\n" for key, value in training.items())
     tasks = manifest.get("tasks", [])
-    used, take = ("TASK", f"    espalier convert . --task {tasks[0]} --out TASK\n") if len(tasks) > 1 else (".", "")
+    used, take = ("TASK", f"    espalier convert . --task {shlex.quote(tasks[0])} --out TASK\n") if len(tasks) > 1 else (".", "")
     deltas = "".join(f"--delta {one['delta']} " for one in manifest.get("over", [])) + f"--delta {used}"
     return (
         f"---\nlibrary_name: espalier\nbase_model: {base['name']}\ntags: [espalier, {manifest['method']}]\n---\n\n"

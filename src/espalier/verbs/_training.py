@@ -558,7 +558,7 @@ def _rate(given: Any) -> Any:
         return given
     try:
         return float(given)
-    except ValueError:
+    except (TypeError, ValueError):
         raise EspalierError(f"learning_rate is {given!r}; it must be a number, or auto") from None
 
 
