@@ -47,7 +47,7 @@ def pull(tensors: dict[str, torch.nn.Parameter], step: int) -> None:
     """Gradients of a step, from nothing but its number."""
     generator = torch.Generator().manual_seed(1000 + step)
     for p in tensors.values():
-        p.grad = torch.randn(p.shape, generator=generator) + 0.1 * p.detach()
+        p.grad = (torch.randn(p.shape, generator=generator) + 0.1 * p.detach()).to(p.dtype)
 
 
 def make(name: str, state: str = "fp32", **options: Any) -> Rule:
@@ -190,6 +190,48 @@ def test_saved_and_loaded_it_goes_on_to_the_same_bits(name: str, tmp_path: Any) 
             pull(broken, step)
             two.step()
         assert all(torch.equal(straight[n], broken[n]) for n in straight), state
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_state_dict_goes_on_to_the_same_bits_alone_and_joined(name: str, dtype: torch.dtype) -> None:
+    from espalier.memory.joined_optimizer import build
+
+    shapes = {**SHAPES, "model.layers.0.mlp.gate_proj.weight": (80, 64)}
+    for state, options in itertools.product(("fp32", *(("bf16", "8bit") if name != "muon" else ())), ({}, {"model.embed_tokens.weight": {"rate": 2.0}})):
+        straight = {n: torch.nn.Parameter(p.detach().to(dtype)) for n, p in parameters(shapes=shapes).items()}
+        broken = {n: torch.nn.Parameter(p.detach().clone()) for n, p in straight.items()}
+        one, two = (build(make(name, state).build, tensors, 0.01, options) for tensors in (straight, broken))
+        for step in range(7):
+            for tensors, optimizer in ((straight, one), (broken, two)):
+                pull(tensors, step)
+                optimizer.step()
+            if step == 4:
+                saved = copy.deepcopy(two.state_dict())
+                two = build(make(name, state).build, broken, 0.01, options)
+                two.load_state_dict(saved)
+        assert all(torch.equal(straight[n], broken[n]) for n in straight), (state, options)
+
+
+def test_what_is_worked_on_at_once_is_bounded_by_the_matrices_and_not_by_what_is_seen_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("espalier.memory.rule.BUCKET", 64 * 64)
+    tensors = parameters(shapes={f"model.layers.{i}.mlp.up_proj.weight": (64, 64) for i in range(5)})
+    optimizer, sizes = make("galore").build(tensors, 0.01), []
+    move = optimizer._move  # type: ignore[attr-defined]
+    monkeypatch.setattr(optimizer, "_move", lambda pairs, group: (sizes.append(sum(w.numel() for w, _ in pairs)), move(pairs, group)))
+    pull(tensors, 0)
+    optimizer.step()
+    assert sizes == [64 * 64] * 5
+
+
+def test_the_bytes_of_frugal_in_blocks_are_those_of_its_share_of_them() -> None:
+    shapes = {f"model.layers.{i}.mlp.up_proj.weight": (24, 16) for i in range(8)}
+    tensors, rule = parameters(shapes=shapes), make("frugal", split="blocks")
+    optimizer = rule.build(tensors, 0.01)
+    pull(tensors, 0)
+    optimizer.step()
+    kept = sum(t.numel() * 4 for s in optimizer.state.values() for key, t in s.items() if key.startswith("exp"))
+    assert kept == rule.state_bytes(shapes) == 2 * 2 * 4 * 24 * 16
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -392,6 +434,33 @@ def test_rows_of_gradnorm_lorp_have_the_lengths_that_were_learnt() -> None:
             assert torch.allclose(p.detach().norm(dim=1), before - 0.01 * slope.sign(), atol=1e-5)
 
 
+def test_rows_of_zeros_learn_under_gradnorm_lorp() -> None:
+    p = {"model.layers.0.mlp.up_proj.weight": torch.nn.Parameter(torch.zeros(24, 16))}
+    run("gradnorm-lorp", 2, tensors=p)
+    assert bool((next(iter(p.values())).norm(dim=1) > 0).all())
+
+
+@pytest.mark.parametrize("moments", ["keep", "reset", "rotate"])
+def test_lengths_of_gradnorm_lorp_mind_no_change_of_the_subspace(moments: str) -> None:
+    p = torch.nn.Parameter(torch.randn(24, 16, generator=torch.Generator().manual_seed(0)))
+    optimizer = make("gradnorm-lorp", moments=moments).build({"model.layers.0.mlp.up_proj.weight": p}, 0.01)
+    for _ in range(8):  # the lengths' gradient is 1 at every step, so Adam moves them by the rate
+        lengths = p.detach().norm(dim=1)
+        p.grad = p.detach() / lengths[:, None]
+        optimizer.step()
+        assert torch.allclose(p.detach().norm(dim=1), lengths - 0.01, atol=1e-5)
+
+
+def test_fira_goes_on_after_a_gradient_of_zeros() -> None:
+    p = torch.nn.Parameter(torch.randn(24, 16, generator=torch.Generator().manual_seed(0)))
+    optimizer = make("fira").build({"model.layers.0.mlp.up_proj.weight": p}, 0.01)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    pull({"p": p}, 0)
+    optimizer.step()
+    assert float(optimizer.state[p]["rest_norm"]) > 0
+
+
 def test_perpgrad_sees_nothing_along_the_weights_and_keeps_the_length() -> None:
     rule, tensors = make("perpgrad"), parameters()
     pull(tensors, 0)
@@ -489,6 +558,18 @@ def test_a_subspace_is_orthonormal_and_a_sketch_is_near_the_leading_one(choice: 
     assert captured > 0.999 if choice != "random" else captured < 0.5
 
 
+def test_in_eight_bits_a_small_mean_is_not_left_over_a_root_of_zero() -> None:
+    """Rows of unused tokens: a mean square that is rounded to zero would make of what is left of the mean a huge step."""
+    p = torch.nn.Parameter(torch.zeros(400, 256))
+    optimizer = make("adamw", "8bit").build({"model.embed_tokens.weight": p}, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        before = p.detach().clone()
+        p.grad = 0.01 * torch.randn(p.shape, generator=generator) * (torch.rand(400, 1, generator=generator) < 0.3)
+        optimizer.step()
+        assert float((p.detach() - before).abs().max()) < 2
+
+
 # -- two processes
 
 
@@ -509,6 +590,10 @@ def test_sharded_over_two_processes_it_does_what_one_does(name: str, sharded: di
     assert sharded[f"{name} fp32"]["difference"] < 1e-6
     assert sharded[f"{name} 8bit"]["difference"] < 0.05  # blocks that share a scale begin where a shard does
     assert sharded[f"{name} fp32"]["replicas"] and sharded[f"{name} 8bit"]["replicas"]
+
+
+def test_processes_that_fill_their_pieces_differently_do_not_wait_for_each_other(sharded: dict[str, dict[str, float]]) -> None:
+    assert sharded["in pieces"]["difference"] < 1e-6
 
 
 def test_galore_is_that_of_galore_torch() -> None:

@@ -29,6 +29,13 @@ def test_of_each_layer_two_attention_matrices_train_and_of_the_feed_forward_two_
         assert {"model.embed_tokens.weight", "model.norm.weight"} <= chosen(seed)
 
 
+def test_biases_are_not_counted_as_matrices() -> None:
+    targets = parameters(tiny("qwen2", num_hidden_layers=6))
+    for seed in range(5):
+        some = registry.make("hft", registry.ATTACHED).selected(targets, seed)
+        assert Counter(t.block for t in some if t.role.startswith("attention") and len(t.shape) == 2) == dict.fromkeys(range(6), 2)
+
+
 def test_another_seed_is_another_half_and_the_same_one_is_the_same() -> None:
     assert chosen(0) == chosen(0) != chosen(1)
 

@@ -26,4 +26,5 @@ def like(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
+    # each process takes its own part of its own copy: nothing is sent, so processes need not come here in one order
+    return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)  # type: ignore[attr-defined]

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from espalier.memory.rule import Ruled, keep_dtypes
+
 
 class Joined(torch.optim.Optimizer):
     """Several optimizers over separate parameters as one: their groups side by side, their state in one dictionary."""
@@ -26,6 +28,17 @@ class Joined(torch.optim.Optimizer):
         self.parts.append(part)
         self.param_groups += [group for group in part.param_groups if all(group is not there for there in self.param_groups)]
         part.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; the parts go on with the state and the groups that were loaded."""
+        super().load_state_dict(state_dict)
+        begin = 0
+        for part in self.parts:
+            end = begin + len(part.param_groups)
+            part.state, part.param_groups = self.state, self.param_groups[begin:end]
+            begin = end
+        if any(isinstance(part, Ruled) for part in self.parts):
+            keep_dtypes(self, state_dict)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for part in self.parts:

@@ -111,7 +111,7 @@ class Part:
         here: how many of them this process has.
         begin: the first of these numbers.
         gradient: (n,), float32.
-        prefix: of the slots' names in the state.
+        prefix: of the slots' names, and that of their ``step``, in the state.
     """
 
     name: str
@@ -121,6 +121,21 @@ class Part:
     begin: int
     gradient: torch.Tensor
     prefix: str = ""
+
+    @property
+    def step(self) -> int:
+        """How many steps the slots have taken, this one included."""
+        return int(self.state[f"{self.prefix}step"])
+
+
+def keep_dtypes(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Give tensors of state that torch has loaded, and made of the dtype of their parameter, the dtype and numbers that were saved."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    for parameter, number in zip(parameters, numbers, strict=True):
+        for key, value in state_dict["state"].get(number, {}).items():
+            if isinstance(value, torch.Tensor) and key != "step":
+                optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
 
 
 class Ruled(torch.optim.Optimizer):
@@ -135,6 +150,11 @@ class Ruled(torch.optim.Optimizer):
         self.names = {id(p): name for some, _ in groups for name, p in some.items()}
         super().__init__([{"params": list(some.values()), "weight_decay": decay} for some, decay in groups], {"lr": learning_rate})
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but state keeps the dtype that it has: torch would give it that of the parameter."""
+        super().load_state_dict(state_dict)
+        keep_dtypes(self, state_dict)
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Move every parameter that has a gradient."""
@@ -144,7 +164,7 @@ class Ruled(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 for pair in self._parts(parameter):
-                    if held and sum(part.gradient.numel() for _, part in held) + pair[1].gradient.numel() > BUCKET:
+                    if held and sum(weight.numel() for weight, _ in held) + pair[0].numel() > BUCKET:
                         self._move(held, group)
                         held = []
                     held.append(pair)
@@ -174,7 +194,7 @@ class Ruled(torch.optim.Optimizer):
     def _directions(self, parts: list[Part]) -> Tensors:
         """The rule's directions, and its state after them."""
         slots = {slot: [self._load(part, slot, signed) for part in parts] for slot, signed in self.rule.slots.items()}
-        directions = self.rule.directions([part.gradient for part in parts], slots, [int(part.state["step"]) for part in parts])
+        directions = self.rule.directions([part.gradient for part in parts], slots, [part.step for part in parts])
         for slot, signed in self.rule.slots.items():
             for part, numbers in zip(parts, slots[slot], strict=True):
                 self._store(part, slot, signed, numbers)
@@ -191,7 +211,7 @@ class Ruled(torch.optim.Optimizer):
         precision = stored_state.precision_of(part.size, self.rule.state)
         if precision == "fp32":  # the rule has worked on the state itself
             return
-        stream = Stream(0, f"state {part.prefix}{slot} of {part.name}").at((int(part.state["step"]) - 1) * part.here + part.begin)
+        stream = Stream(0, f"state {part.prefix}{slot} of {part.name}").at((part.step - 1) * part.here + part.begin)
         for place, made in zip(self._places(part, slot), stored_state.encode(numbers, precision, signed, stream), strict=True):
             if place is not None and made is not None:
                 place.copy_(made)

@@ -79,6 +79,8 @@ def encode(numbers: torch.Tensor, precision: Precision, signed: bool, stream: St
     scale = blocks.abs().amax(-1)
     table = codebook(signed).to(numbers.device)
     middles = (table[1:] + table[:-1]) / 2
+    if not signed:  # nothing but zero becomes zero: a mean that is left over a root of zero would be a huge step
+        middles[0] = 0
     codes = torch.bucketize(blocks / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None], middles, out_int32=True)
     return codes.to(torch.uint8).view(-1)[: len(numbers)], scale
 

@@ -60,7 +60,7 @@ class Fira(LowDimensional):
         short = 1 if kind == "right" else 0
         made = rest * (direction.norm(dim=short, keepdim=True) / (reduced.norm(dim=short, keepdim=True) + 1e-8))
         norm = made.norm()
-        if "rest_norm" in state:
+        if state.get("rest_norm", 0) > 0:  # what grows from zero by a factor would stay there
             limited = torch.minimum(norm, self.gamma * state["rest_norm"])
             made *= limited / norm.clamp_min(torch.finfo(norm.dtype).tiny)
             norm = limited

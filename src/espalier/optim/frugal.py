@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -62,6 +63,14 @@ class Frugal(LowDimensional):
         rows, columns = shape
         of = {"columns": columns, "rows": rows, "entries": rows * columns}.get(self.split, min(shape))
         return int(self.density * of) if self.split in ("columns", "rows", "entries") else round(self.density * of)
+
+    def state_bytes(self, shapes: Mapping[str, Shape]) -> int:
+        """Bytes of state; of blocks, those of as many of the largest matrices as are chosen at once."""
+        if self.split != "blocks":
+            return super().state_bytes(shapes)
+        each = {name: LowDimensional.state_bytes(self, {name: shape}) for name, shape in shapes.items()}
+        split = sorted((each.pop(name) for name, shape in shapes.items() if self.splits(name, shape)), reverse=True)
+        return sum(each.values()) + sum(split[: round(self.density * len(split))])
 
     def basis(self, gradient: torch.Tensor, stream: Stream, period: int, place: tuple[int, int]) -> torch.Tensor:
         if self.split != "blocks":

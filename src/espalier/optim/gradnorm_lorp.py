@@ -71,9 +71,11 @@ class _Normalized(Projected):
         super().step(closure)
         with torch.no_grad():
             for parameter, lengths in self._lengths:
-                moved = whole(parameter.detach())
+                moved = whole(parameter.detach()).float()
                 norms = moved.norm(dim=1, keepdim=True)
-                put(parameter, torch.where(norms > 0, moved * (lengths[:, None] / norms.clamp_min(1e-30)), moved))
+                # a row of zeros has no length to keep, and takes that of its first step
+                has_length = (norms > 0) & (lengths[:, None] != 0)
+                put(parameter, torch.where(has_length, moved * (lengths[:, None] / norms.clamp_min(1e-30)), moved))
         self._lengths.clear()
 
     def _parts(self, parameter: torch.nn.Parameter) -> Iterator[tuple[torch.Tensor, Part]]:
@@ -83,7 +85,9 @@ class _Normalized(Projected):
             lengths, units = _lengths_and_units(whole(parameter.detach()))
             gradient = (whole(parameter.grad).float() * units).sum(1)  # type: ignore[arg-type]
             self._lengths.append((parameter, lengths))
-            yield lengths, Part(f"{name} lengths", self.state[parameter], len(lengths), len(lengths), 0, gradient, "lengths_")
+            state = self.state[parameter]
+            state["lengths_step"] = state.get("lengths_step", torch.zeros(())) + 1  # their slots stay where those of R are reset
+            yield lengths, Part(f"{name} lengths", state, len(lengths), len(lengths), 0, gradient, "lengths_")
 
     def _gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         gradient = super()._gradient(parameter)

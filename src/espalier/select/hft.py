@@ -23,7 +23,7 @@ class HFT(Adapter):
 
     ``W' = V`` as in ``full``, for the chosen ones; what is in no block (embeddings, head, last norm) trains always. Of a kind's
     n parameters in a block n/2 are drawn; where that is no whole number, one more in a random half of the blocks: 2 of 4
-    attention matrices, and of gate, up and down 2 in half of the blocks and 1 in the others. A round of the paper is a run: tune
+    attention matrices, and of gate, up and down 2 in half of the blocks and 1 in the others (biases are kinds of their own). A round of the paper is a run: tune
     again, ``--over`` it or on the model with it, with another ``--seed``. Where q, k and v are one tensor they are chosen together.
     """
 
@@ -40,7 +40,8 @@ class HFT(Adapter):
         kinds: dict[str, dict[int, list[Target]]] = {}
         for target in targets:
             if target.block is not None:
-                kinds.setdefault(target.roles[0].split(".")[0], {}).setdefault(target.block, []).append(target)
+                kind = target.roles[0].split(".")[0] + (".bias" if target.roles[0].endswith(".bias") else "")
+                kinds.setdefault(kind, {}).setdefault(target.block, []).append(target)
         chosen = {target.name for target in targets if target.block is None}
         for kind, blocks in kinds.items():
             stream, order = Stream(seed, f"half of {kind}"), sorted(blocks)
