@@ -308,10 +308,16 @@ def make(name: str, role: str | tuple[str, ...], **hyperparameters: Any) -> Any:
     return made
 
 
-def make_like(other: Any, name: str, role: str) -> Any:
-    """A method with those hyperparameters that another one has too, for methods that stand on others.
+def make_below(above: Any, name: str, role: str) -> Any:
+    """A method that another one stands on, which has the option ``rule`` for it.
+
+    It has the hyperparameters of that one that both have; where it is not the default rule, only those that were given: what
+    is a good epsilon for one rule is none for another.
 
     Raises:
         EspalierError: as :func:`make`.
     """
-    return make(name, role, **{h.name: getattr(other, h.name) for h in find(name, role).hyperparameters if hasattr(other, h.name)})
+    defaults = {f.name: f.default for f in dataclasses.fields(above)}
+    both = [h.name for h in find(name, role).hyperparameters if h.name in defaults]
+    is_usual = name == defaults["rule"]
+    return make(name, role, **{h: getattr(above, h) for h in both if is_usual or getattr(above, h) != defaults[h]})

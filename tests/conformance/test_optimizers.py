@@ -509,6 +509,12 @@ def test_any_rule_may_stand_below(name: str, rule: str) -> None:
     assert not close(after(name, 3, rule=rule), after(name, 3))
 
 
+def test_a_rule_that_is_not_the_usual_one_has_its_own_defaults_but_for_what_is_given() -> None:
+    belief = make("galore", rule="adabelief", beta2=0.99).inner  # type: ignore[attr-defined]
+    assert (belief.epsilon, belief.beta1, belief.beta2) == (1e-16, 0.9, 0.99)
+    assert make("galore").inner.epsilon == 1e-6  # type: ignore[attr-defined]
+
+
 def test_a_rule_that_is_none_is_refused() -> None:
     for rule, words in (("galore", "rule is galore"), ("muon", "rule is muon"), ("nothing", "nothing")):
         with pytest.raises(EspalierError, match=words):

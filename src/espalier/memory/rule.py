@@ -66,13 +66,13 @@ class Rule(abc.ABC):
         """
 
     def standing_on(self, name: str) -> Rule:
-        """The rule of another optimizer, with the hyperparameters that both have; its slots become those of this one.
+        """The rule of another optimizer, with hyperparameters of this one; its slots become those of this one.
 
         Raises:
             EspalierError: where it has none that works on any numbers.
         """
         stands_itself = any(h.name == "rule" for h in registry.find(name, "optimizer").hyperparameters)
-        inner = None if stands_itself else registry.make_like(self, name, "optimizer")
+        inner = None if stands_itself else registry.make_below(self, name, "optimizer")
         if not isinstance(inner, Rule):
             raise EspalierError(f"rule is {name}; it must be an optimizer that treats all numbers alike: adamw, adabelief or lion")
         self.slots = inner.slots  # type: ignore[misc]
