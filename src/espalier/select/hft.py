@@ -44,17 +44,14 @@ class HFT(Adapter):
                 kinds.setdefault(kind, {}).setdefault(target.block, []).append(target)
         chosen = {target.name for target in targets if target.block is None}
         for kind, blocks in kinds.items():
-            stream, order = Stream(seed, f"half of {kind}"), sorted(blocks)
-            exact = {block: self.share * len(blocks[block]) for block in order}
+            exact = {block: self.share * len(here) for block, here in blocks.items()}
             # so many blocks have one more that the whole is the share of the whole, but for less than one
             more = math.floor(sum(e % 1 for e in exact.values()) + 0.5)
-            ranks = stream.permutation(len(order)).tolist()
-            fractional = sorted((i for i in range(len(order)) if exact[order[i]] % 1), key=lambda i: ranks[i])
-            extra = {order[i] for i in fractional[:more]}
-            for block in order:
-                here = blocks[block]
-                taken = math.floor(exact[block]) + (block in extra)
-                chosen |= {here[i].name for i in stream.named(f"half of {kind} in block {block}").permutation(len(here))[:taken].tolist()}
+            drawn = sorted((block for block in blocks if exact[block] % 1), key=lambda block: Stream(seed, f"half of {kind}, block {block}").key)
+            for block, here in blocks.items():
+                order = sorted(target.name for target in here)
+                order.sort(key=lambda name: Stream(seed, f"half of {name}").key)
+                chosen |= set(order[: math.floor(exact[block]) + (block in drawn[:more])])
         return [target for target in targets if target.name in chosen]
 
     def start(self, target: Target, weight: torch.Tensor, stream: Stream) -> Tensors:
