@@ -82,10 +82,6 @@ class Rule(abc.ABC):
         """What takes the place of a gradient before anything else sees it. Default: itself."""
         return gradient
 
-    def is_elementwise(self, name: str, shape: Shape) -> bool:
-        """Whether a parameter's numbers are treated apart from each other, so that a shard is enough. Default: yes."""
-        return True
-
     def build(self, parameters: Mapping[str, torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
         """The optimizer over named parameters; decay acts on those of two or more dimensions."""
         return Ruled(self, self._groups(parameters), learning_rate)
@@ -97,7 +93,7 @@ class Rule(abc.ABC):
 
     def state_bytes(self, shapes: Mapping[str, Shape]) -> int:
         """Bytes of state for parameters of these names and shapes."""
-        return sum(len(self.slots) and sum(stored_state.bytes_of(math.prod(s), self.state) for _ in self.slots) for s in shapes.values())
+        return len(self.slots) * sum(stored_state.bytes_of(math.prod(shape), self.state) for shape in shapes.values())
 
 
 @dataclass
@@ -160,14 +156,16 @@ class Ruled(torch.optim.Optimizer):
         """Move every parameter that has a gradient."""
         for group in self.param_groups:
             held: list[tuple[torch.Tensor, Part]] = []
+            size = 0
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 for pair in self._parts(parameter):
-                    if held and sum(weight.numel() for weight, _ in held) + pair[0].numel() > BUCKET:
+                    if held and size + pair[0].numel() > BUCKET:
                         self._move(held, group)
-                        held = []
+                        held, size = [], 0
                     held.append(pair)
+                    size += pair[0].numel()
             if held:
                 self._move(held, group)
 

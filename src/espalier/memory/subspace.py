@@ -100,9 +100,10 @@ def _signed(vectors: torch.Tensor) -> torch.Tensor:
 
 
 class LowDimensional(Rule):
-    """An optimizer by the template. Subclasses say :meth:`kind` and :meth:`size`, and what else is not as it is here."""
+    """An optimizer by the template. Subclasses say what is not as it is here."""
 
     rule: str = "adamw"
+    rank: int = 128
     every: int = 200
     scale: float = 1.0
     choice: Choice = "svd"
@@ -112,6 +113,7 @@ class LowDimensional(Rule):
 
     def check(self) -> None:
         super().check()
+        at_least("rank", self.rank, 1)
         at_least("every", self.every, 1)
         self.inner = self.standing_on(self.rule)
 
@@ -123,17 +125,14 @@ class LowDimensional(Rule):
         return "right" if shape[0] >= shape[1] else "left"
 
     def size(self, shape: Shape) -> int:
-        """The rank of the projector, or the number of columns, rows or entries."""
-        raise NotImplementedError
+        """The rank of the projector, or the number of columns, rows or entries. Default: ``rank``, as far as there is room."""
+        return min(self.rank, *shape)
 
     def splits(self, name: str, shape: Shape) -> bool:
         """Whether a parameter is split: the matrices of the blocks, where a projector makes them any smaller."""
         if len(shape) != 2 or BLOCK.search(name) is None:
             return False
         return self.kind(shape) not in ("right", "left") or self.size(shape) < min(shape)
-
-    def is_elementwise(self, name: str, shape: Shape) -> bool:
-        return not self.splits(name, shape)
 
     def basis(self, gradient: torch.Tensor, stream: Stream, period: int, place: tuple[int, int]) -> torch.Tensor:
         """The subspace for the next steps, by the gradient (out, in) of this one.

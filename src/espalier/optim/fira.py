@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 
 from espalier.errors import at_least
-from espalier.memory.rule import Shape
 from espalier.memory.subspace import Choice, Kind, LowDimensional
 from espalier.registry import optimizer
 
@@ -50,11 +49,7 @@ class Fira(LowDimensional):
 
     def check(self) -> None:
         super().check()
-        at_least("rank", self.rank, 1)
         at_least("gamma", self.gamma, 1)
-
-    def size(self, shape: Shape) -> int:
-        return min(self.rank, *shape)
 
     def rest(self, rest: torch.Tensor, reduced: torch.Tensor, direction: torch.Tensor, kind: Kind, state: dict[str, Any]) -> torch.Tensor:
         short = 1 if kind == "right" else 0

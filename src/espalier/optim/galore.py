@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-from espalier.errors import at_least
-from espalier.memory.rule import Shape
 from espalier.memory.subspace import Choice, LowDimensional
 from espalier.registry import optimizer
 
@@ -40,10 +38,3 @@ class GaLore(LowDimensional):
     """added to the root of the mean square, at least 0"""
     weight_decay: float = 0.0
     """decoupled decay per unit of learning rate, at least 0"""
-
-    def check(self) -> None:
-        super().check()
-        at_least("rank", self.rank, 1)
-
-    def size(self, shape: Shape) -> int:
-        return min(self.rank, *shape)

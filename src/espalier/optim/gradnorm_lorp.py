@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 
-from espalier.errors import at_least
 from espalier.kernels.sharded import put, whole
 from espalier.memory.rule import Part, Shape
 from espalier.memory.subspace import Choice, LowDimensional, Projected
@@ -45,13 +44,6 @@ class GradNormLoRP(LowDimensional):
     """added to the root of the mean square, at least 0"""
     weight_decay: float = 0.0
     """decoupled decay per unit of learning rate, at least 0"""
-
-    def check(self) -> None:
-        super().check()
-        at_least("rank", self.rank, 1)
-
-    def size(self, shape: Shape) -> int:
-        return min(self.rank, *shape)
 
     def more_bytes(self, shape: Shape, reduced: int) -> int:
         return 4 * len(self.slots) * shape[0]

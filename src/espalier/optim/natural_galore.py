@@ -49,13 +49,9 @@ class NaturalGaLore(LowDimensional):
 
     def check(self) -> None:
         super().check()
-        at_least("rank", self.rank, 1)
         at_least("history", self.history, 1)
         if not self.damping > 0:
             raise EspalierError(f"damping is {self.damping}; it must be more than 0")
-
-    def size(self, shape: Shape) -> int:
-        return min(self.rank, *shape)
 
     def more_bytes(self, shape: Shape, reduced: int) -> int:
         return 4 * self.history * reduced
