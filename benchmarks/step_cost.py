@@ -237,11 +237,12 @@ def peak_worker(a: argparse.Namespace) -> None:
 
     torch.set_num_threads(a.threads)
     method = settings([a.label.split(",")[0] or "lora"], a.shape).get(a.label)  # which imports the model's code, too
-    if a.peak == "peft":
-        import peft  # noqa: F401
-    elif a.peak == "ours":
-        import espalier.attach.attachment
-        import espalier.attach.course  # noqa: F401
+    # every side imports the same: memory that an import has freed again is free for what follows
+    import peft  # noqa: F401
+
+    import espalier.attach.attachment
+    import espalier.attach.course  # noqa: F401
+
     before = peak_memory()
     model, ids = base_model(a.shape, a.dtype), batch(a.shape, a.tokens)
     if a.peak == "floor":

@@ -31,13 +31,13 @@ PROMPT = '''class Mailbox:
     async def receive(self):'''
 
 
-def compare(console: Console, result: dict[str, Any]) -> None:
+def compare(console: Console, result: dict[str, Any], old: str) -> None:
     """The table of perplexity and bits per byte, before and after, on the new domain and on the old."""
     table = Table(title="what it learnt, and what it forgot (before -> after)", title_justify="left", title_style="bold")
     table.add_column("held-out text", no_wrap=True)
     for column in ("perplexity", "bits per byte", "change"):
         table.add_column(column, justify="right", no_wrap=True)
-    for name, label in ((NEW_HELD_OUT, "asyncio (new)"), (OLD_HELD_OUT, "other packages (old)")):
+    for name, label in ((NEW_HELD_OUT, "asyncio (new)"), (old, "other packages (old)")):
         before, after = result["evaluation"][name]["before"], result["evaluation"][name]["after"]
         table.add_row(
             label, f"{before['perplexity']:.3f} -> {after['perplexity']:.3f}",
@@ -60,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="where the delta goes; what is there is replaced")
     parser.add_argument("--steps", type=int, default=80, help="training steps of 4,096 tokens")
+    parser.add_argument("--old", default=OLD_HELD_OUT, help="text that shows what is forgotten")
     arguments = parser.parse_args()
     began = time.perf_counter()
     console = Console(highlight=False)
@@ -77,16 +78,16 @@ def main() -> None:
 
 The same from a shell:
   espalier tune --model {MODEL} --data {NEW} --out {arguments.out} --rank 16 --alpha 32 \\
-      --steps {arguments.steps} --learning-rate 0.003 --budget {BUDGET} --eval-data {NEW_HELD_OUT} --eval-data {OLD_HELD_OUT}
+      --steps {arguments.steps} --learning-rate 0.003 --budget {BUDGET} --eval-data {NEW_HELD_OUT} --eval-data {arguments.old}
 """,
         markup=False, soft_wrap=True,
     )  # fmt: skip
     result = espalier.tune(
         MODEL, NEW, str(arguments.out), rank=16, alpha=32.0, steps=arguments.steps, learning_rate=3e-3, budget=BUDGET,
-        eval_data=[NEW_HELD_OUT, OLD_HELD_OUT],
+        eval_data=[NEW_HELD_OUT, arguments.old],
     )  # fmt: skip
 
-    compare(console, result)
+    compare(console, result, arguments.old)
     sample(console, "before", [])
     sample(console, "after", [str(arguments.out)])
     size, base = result["bytes"], espalier.info(MODEL)["bytes"]

@@ -13,7 +13,7 @@ import pytest
 
 from espalier.memory.meter import parse_bytes
 
-MODEL_OPTIONS = ["--model", "seedling", "--data", "stdlib:xml", "--steps", "6", "--batch-size", "8", "--threads", "1"]
+MODEL_OPTIONS = ["--model", "seedling", "--data", "stdlib:xml", "--steps", "3", "--batch-size", "8", "--threads", "1"]
 
 
 def tune(out: Path, budget: str) -> subprocess.CompletedProcess[str]:

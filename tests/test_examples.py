@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -12,9 +13,9 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
-def run(name: str, out: Path, steps: int) -> str:
+def run(name: str, out: Path, steps: int, *more: str) -> str:
     """What an example prints."""
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--steps", str(steps), "--out", str(out)]
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--steps", str(steps), "--out", str(out), *more]
     done = subprocess.run(command, capture_output=True, text=True, cwd=out.parent, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
@@ -36,7 +37,9 @@ def test_trainer_of_transformers(tmp_path: Path) -> None:
 
 def test_demo(tmp_path: Path) -> None:
     """The demonstration with a few steps: both domains before and after, samples, the delta's place and size, its time."""
-    said = run("demo", tmp_path / "out", 3)
+    old = tmp_path / "old.txt"  # in the place of a third of a million characters, which take a minute
+    old.write_text(Path(argparse.__file__).read_text(encoding="utf-8")[:20000])
+    said = run("demo", tmp_path / "out", 3, "--old", str(old))
     for part in ("asyncio (new)", "other packages (old)", "bits per byte", "before", "after", "tokens/s", "memory", "left", " -> "):
         assert part in said, part
     assert re.search(r"The delta is in \S*out: [\d.]+ [KM]iB", said)

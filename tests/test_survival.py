@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,9 +115,20 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bits(seed: int, work: Pat
     assert_same_bits(out, uninterrupted)
 
 
-def half_done(work: Path, out: Path) -> list[Path]:
-    """A run killed after its seventh step; returns its checkpoints."""
+@pytest.fixture(scope="module")
+def half(work: Path) -> Path:
+    """A run killed after its seventh step; tests take copies."""
+    return killed_half_way(work, work / "half")
+
+
+def killed_half_way(work: Path, out: Path) -> Path:
     assert run(command(work, out), "step", "8").returncode == -signal.SIGKILL
+    return out
+
+
+def half_done(half: Path, out: Path) -> list[Path]:
+    """A copy of the half-done run; returns its checkpoints."""
+    shutil.copytree(half, out)
     found = checkpoint.steps(out / "run" / "checkpoints")
     assert [p.name for p in found] == ["step-00000003", "step-00000006"]
     return found
@@ -131,9 +143,9 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "bit flipped", "file missing", "state cut short", "state bit flipped"])
-def test_a_damaged_checkpoint_is_refused_and_the_last_good_one_is_still_there(damage: str, work: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_refused_and_the_last_good_one_is_still_there(damage: str, work: Path, half: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    before, last = half_done(work, out)
+    before, last = half_done(half, out)
     file = last / ("state.json" if damage.startswith("state") else "optimizer.safetensors")
     content = file.read_bytes()
     if damage == "file missing":
@@ -151,11 +163,9 @@ def test_a_damaged_checkpoint_is_refused_and_the_last_good_one_is_still_there(da
     assert not (out / "delta.json").exists()
 
 
-def test_what_the_error_advises_works(work: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    import shutil
-
+def test_what_the_error_advises_works(work: Path, half: Path, uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    _, last = half_done(work, out)
+    _, last = half_done(half, out)
     (last / "trained.safetensors").write_bytes(b"")
     refused(run(command(work, out, "--resume")))
     shutil.rmtree(last)
@@ -164,15 +174,13 @@ def test_what_the_error_advises_works(work: Path, uninterrupted: Path, tmp_path:
 
 
 def test_a_base_that_changed_since_is_refused_by_name(work: Path, tmp_path: Path) -> None:
-    import shutil
-
     from espalier.checkpoint.safetensors_file import read_safetensors, write_safetensors
 
     shutil.copytree(work / "model", tmp_path / "model")
     moved = tmp_path / "text.txt"
     shutil.copyfile(work / "text.txt", moved)
     out = tmp_path / "run"
-    half_done(tmp_path, out)
+    killed_half_way(tmp_path, out)
     weights = tmp_path / "model" / "model.safetensors"
     tensors = read_safetensors(weights)
     tensors["transformer.ln_f.weight"] += 1
@@ -181,9 +189,9 @@ def test_a_base_that_changed_since_is_refused_by_name(work: Path, tmp_path: Path
     assert "base fingerprint changed" in message and message.count("sha256:") == 2
 
 
-def test_another_command_is_refused_by_name_on_resume(work: Path, tmp_path: Path) -> None:
+def test_another_command_is_refused_by_name_on_resume(work: Path, half: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    half_done(work, out)
+    half_done(half, out)
     assert "--resume" in refused(run(command(work, out)))
     message = refused(run([*command(work, out, "--resume"), "--learning-rate", "0.5"]))
     assert "learning_rate is 0.5" in message
@@ -221,11 +229,11 @@ def test_a_full_disk_is_one_error_and_leaves_the_last_checkpoint(work: Path, tmp
 
 
 def test_writing_that_fails_in_mid_run_is_one_error_and_leaves_the_last_checkpoint(
-    work: Path, uninterrupted: Path, tmp_path: Path
+    work: Path, half: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     """The kernel refuses further bytes (a limit on file size stands for a disk that fills up during the run)."""
     out = tmp_path / "run"
-    half_done(work, out)
+    half_done(half, out)
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); from espalier.cli.main import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", limited, *command(work, out, "--resume")], capture_output=True, text=True, check=False,

@@ -319,7 +319,7 @@ def test_it_compiles_whole(method: str, place: str) -> None:
 
 
 @every_method
-def test_fifty_steps_leave_the_number_of_live_tensors_flat(method: str) -> None:
+def test_further_steps_leave_the_number_of_live_tensors_flat(method: str) -> None:
     model = shallow("non-square")
     put(model, method, "non-square")
     loops.assert_live_tensors_stay_flat(model, loss_of)

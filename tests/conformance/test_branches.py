@@ -251,7 +251,7 @@ def test_it_compiles_whole(method: str, family: str) -> None:
 
 
 @every_method
-def test_fifty_steps_leave_the_number_of_live_tensors_flat(method: str) -> None:
+def test_further_steps_leave_the_number_of_live_tensors_flat(method: str) -> None:
     model = fresh("llama")
     put(model, method)
     loops.assert_live_tensors_stay_flat(model, loss_of)
