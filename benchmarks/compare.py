@@ -20,8 +20,8 @@ own, ``--speed``, which wants an idle machine and takes about 20 minutes (estima
 
 Runs are kept in the ledger under ``--out``, by everything that they depend on (of the code: the method's own file), so that a run that was broken off
 goes on. Parts (``--methods a,b``) add up, also several at once over one ``--out``. The rows go into results/compare.json and the plot of loss against bytes
-into results/compare.png as they are made; ``make docs`` then writes the table into docs/methods/compare.md. ESTIMATE
-``--methods front`` takes the (up to ten) methods of ours on the Pareto front of the job ``package``.
+into results/compare.png as they are made; ``make docs`` then writes the table into docs/methods/compare.md. All methods take about
+8 hours on 2 cores, two parts of one thread each at once (65 rows of 800 s: a step of LoRA takes a core 1 s); ``--methods front`` takes the (up to ten) methods of ours on the Pareto front of the job ``package``.
 """
 
 from __future__ import annotations

@@ -23,7 +23,9 @@ the worst single step. The first step, which chooses all subspaces at once, is s
 
 Every run is a fresh process, kept in the ledger under ``--out`` by what its result depends on (of the code: the optimizer's own file), so that a benchmark that was broken
 off goes on, and parts (``--methods a,b``) add up, also several at once over one ``--out``. Rows go into results/optim.json, and the plot into results/optim.png, as they
-are made. ESTIMATE
+are made. Ten optimizers on 3m take about
+3 hours on 2 cores, as two parts of one thread each (a step takes a core 1 s in bf16, a run 9 minutes, an optimizer 4.3 runs); four on 9m, which have half as much
+text each, 1 hour; the timing 10 minutes.
 """
 
 from __future__ import annotations
