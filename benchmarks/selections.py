@@ -9,7 +9,7 @@ what is measured here is in results/compare.json too.
 with the default options. Everything is in one loop, PEFT's layers too, so only the layers differ. LISA draws its blocks anew every other step here, as its peak is where
 one set of blocks is left for the next; otherwise each has its default options.
 
-``forgetting``: the packages asyncio, email and xml are learnt one after the other, each delta over those before it, with what the job ``package`` found the best learning
+``forgetting``: the packages asyncio, email and xml (data as of ``compare.py``) are learnt one after the other, each delta over those before it, with what the job ``package`` found the best learning
 rate; after each the loss on the held-out files of all three and on seedling's own held-out text. A later package's forgetting is what the loss on the
 earlier ones gains from the end of their own training to the end of all. HFT draws another half for each.
 
@@ -79,12 +79,12 @@ def sequence_of(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     """Losses by data after each of the packages, learnt in turn."""
     import espalier
 
-    data = [f"stdlib:{task}:heldout" for task in TASKS] + [spec["own"]]
+    data = [spec["data"][task]["test"] for task in TASKS] + [spec["data"][TASKS[0]]["own"]]
     folders: list[str] = []
     losses = []
     for number, task in enumerate(TASKS):
         found = espalier.tune(
-            "seedling", f"stdlib:{task}:train", str(out / task), over=folders or None, method=spec["method"], steps=spec["steps"],
+            "seedling", spec["data"][task]["train"], str(out / task), over=folders or None, method=spec["method"], steps=spec["steps"],
             batch_size=compare.BATCH, sequence_length=compare.LENGTH, learning_rate=spec["rate"], warmup=compare.WARMUP, clip=compare.CLIP,
             eval_data=data, checkpoint_every=0, dtype="fp32", micro_batch_size=compare.BATCH, recompute=False, threads=spec["threads"],
             seed=len(TASKS) * spec["seed"] + number, quiet=True, weight_decay=0.0,
@@ -148,8 +148,13 @@ def forgetting_row(lab: compare.Lab, info: Any) -> dict[str, Any]:
     """The sequence of packages learnt by one method: mean losses and their deviations over the seeds, by when and on what."""
     rate = lab.row(info).get("rate", compare.rate_of(info))
     seeds = compare.SEEDS[:1] if lab.a.quick else compare.SEEDS
+    data = {}
+    for task in TASKS:
+        with alone(lab.a.out / "data"):
+            folder = lab.a.out.resolve() / ("quick" if lab.a.quick else "data") / f"package-{task}"
+            data[task] = compare.write_data(folder, "package", task, lab.a.quick)
     spec = {"what": "forgetting", "rate": rate, "steps": lab.a.steps, "tasks": TASKS}
-    runs = [measured(lab, info, {**spec, "seed": seed}, {"own": lab.data["own"]}) for seed in seeds]
+    runs = [measured(lab, info, {**spec, "seed": seed}, {"data": data}) for seed in seeds]
     if failed := next((run["failed"] for run in runs if "failed" in run), None):
         return {"method": info.name, "refused": failed}
     losses = [run["losses"] for run in runs]  # seeds, when, what
