@@ -1,6 +1,6 @@
 """Do the headline claims of some papers show in the small? Each by a protocol and a pass line that stand here before it is run.
 
-    python benchmarks/claims.py [--claims adalora,lst] [--steps 240] [--threads 2] [--out runs/compare] [--quick]
+    python benchmarks/claims.py [--claims adalora,lst] [--steps 120] [--threads 2] [--out runs/compare] [--quick]
 
 But for LST, the protocol is that of ``compare.py`` (same job, effort and ledger: a learning rate chosen from the grid for every setting, three seeds).
 "Better" means a mean loss on the held-out files that is lower by more than the larger of the two standard deviations over seeds;
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, machine, table, write_result
-from compare import Lab
+from compare import STEPS, Lab
 
 Settings = dict[str, tuple[str, dict[str, Any], float]]
 """Name -> method, options, and the share of the steps that it may take."""
@@ -121,7 +121,7 @@ def main() -> None:
     """Run what was asked for, and say what shows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--claims", default=",".join(CLAIMS))
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="that of compare.py, whose runs are used again")
     parser.add_argument("--quick", action="store_true", help="a few steps at one rate, to see that it runs; nothing is published")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,23 +75,40 @@ def digest(file: str) -> str:
     return hashlib.sha256((Path(registry.__file__).parents[1] / file).read_bytes()).hexdigest()[:12]
 
 
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """While no other process is in here with the same path: a benchmark may run in several parts at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f".{path.name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 class Ledger:
-    """What has been measured, by name; kept in a file, so that nothing is measured twice."""
+    """What has been measured, by name; kept in a file, so that nothing is measured twice, and that several processes add to."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.entries: dict[str, Any] = {}
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            if lines and not lines[-1].endswith("\n"):  # which a kill cut short
-                path.write_text("".join(lines := lines[:-1]))
-            self.entries = {entry["key"]: entry["value"] for entry in map(json.loads, lines)}
+        with alone(path):
+            self._read()
+
+    def _read(self) -> None:
+        """What is in the file, without the line that a kill cut short."""
+        if self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            if lines and not lines[-1].endswith("\n"):
+                self.path.write_text("".join(lines := lines[:-1]))
+            self.entries |= {entry["key"]: entry["value"] for entry in map(json.loads, lines)}
 
     def get(self, key: str, make: Callable[[], Any]) -> Any:
-        """The value of a key, made and kept if there is none yet."""
+        """The value of a key, made and kept if no process has made it yet."""
+        if key not in self.entries:
+            with alone(self.path):
+                self._read()
         if key not in self.entries:
             self.entries[key] = make()
-            with self.path.open("a") as file:
+            with alone(self.path), self.path.open("a") as file:
                 file.write(json.dumps({"key": key, "value": self.entries[key]}) + "\n")
         return self.entries[key]
 
@@ -101,7 +120,19 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
+def read_result(name: str) -> dict[str, Any]:
+    """What ``results/NAME.json`` holds; nothing where there is none."""
+    path = RESULTS / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
 def write_result(name: str, content: dict[str, Any]) -> None:
     """Write ``results/NAME.json``."""
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def with_row(rows: Sequence[dict[str, Any]], row: dict[str, Any], by: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows with one more, in the place of the one that has the same values of ``by``."""
+    return [r for r in rows if [r[k] for k in by] != [row[k] for k in by]] + [row]

@@ -1,7 +1,7 @@
 """Which method adapts best? Every method on one job, ours and PEFT's, by quality, forgetting, size, memory and speed.
 
     python benchmarks/compare.py [--methods lora,dora | --methods front] [--job package|docstrings|packages] [--package asyncio]
-                                 [--steps 240] [--systems ours,peft] [--threads 2] [--out runs/compare] [--quick]
+                                 [--steps 120] [--systems ours,peft] [--threads 2] [--out runs/compare] [--quick] [--speed]
 
 The job ``package``: seedling, adapted to a package of the standard library that it was not trained on. Of the package's files to
 adapt to (``stdlib:NAME:train``) every fifth chooses the learning rate; ``stdlib:NAME:heldout`` is measured on, once. Forgetting is what the
@@ -14,12 +14,14 @@ lies at the edge of the grid is marked: there the method may do better than is s
 model and then trained by the same loop on the same batches, so that only the layers differ; prefix and prompt tuning, which PEFT
 puts in front of the model, and classification are ours alone, and so is EVA.
 
-Every run is a fresh process. Bytes are those of the file of tensors; peak memory is VmHWM, scoring included.
+Every run is a fresh process. Bytes are those of the file of tensors; peak memory is VmHWM, scoring included. Losses do not depend on
+what else the machine does, but times do: tokens a second are the median of the last steps of one short run of each method, in a pass of its
+own, ``--speed``, which wants an idle machine and takes about 20 minutes (estimated).
 
-Runs are kept in the ledger under ``--out``, by everything that they depend on (the method's own file included), so that a run that was broken off goes
-on, and parts (``--methods a,b``) add up. The rows go into results/compare.json and the plot of loss against bytes into
-results/compare.png as they are made; ``make docs`` then writes the table into docs/methods/compare.md. All methods take about
-8 hours on 2 cores; ``--methods front`` takes the (up to ten) methods of ours on the Pareto front of the job ``package``.
+Runs are kept in the ledger under ``--out``, by everything that they depend on (of the code: the method's own file), so that a run that was broken off
+goes on. Parts (``--methods a,b``) add up, also several at once over one ``--out``. The rows go into results/compare.json and the plot of loss against bytes
+into results/compare.png as they are made; ``make docs`` then writes the table into docs/methods/compare.md. All methods take about
+8 hours on 2 cores, two parts of one thread each at once (65 rows of 800 s: a step of LoRA takes a core 1 s); ``--methods front`` takes the (up to ten) methods of ours on the Pareto front of the job ``package``.
 """
 
 from __future__ import annotations
@@ -37,13 +39,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, Ledger, digest, machine, table, write_result
+from common import RESULTS, Ledger, alone, digest, machine, read_result, table, with_row, write_result
 from peft_twins import PROMPTS, has_twin, twin
 
 KINDS = ("adapt", "select", "branch")
 GRID = (1 / 3, 1, 3, 10)
 SEEDS = (0, 1, 2)
+STEPS = 120
 BATCH, LENGTH, WARMUP, CLIP = 8, 256, 0.05, 1.0
+SPEED_STEPS, TIMED = 8, 5
+"""Steps of a run for its speed, and how many of them, the last, are timed."""
 TEXT = 6000
 """Characters of a file of seedling's own held-out text."""
 
@@ -94,15 +99,21 @@ def run_ours(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     import espalier
 
     found = espalier.tune(
-        "seedling", spec["data"]["train"], str(out), method=spec["method"], steps=spec["steps"], batch_size=BATCH, sequence_length=LENGTH,
+        spec.get("model", "seedling"), spec["data"]["train"], str(out), method=spec["method"], steps=spec["steps"], batch_size=BATCH, sequence_length=LENGTH,
         learning_rate=spec["rate"], warmup=WARMUP, clip=CLIP, eval_data=[spec["data"][part] for part in spec["measured"]],
-        checkpoint_every=0, dtype="fp32", micro_batch_size=BATCH, recompute=False, threads=spec["threads"], seed=spec["seed"],
+        checkpoint_every=0, dtype=spec.get("dtype", "fp32"), micro_batch_size=BATCH, recompute=False, threads=spec["threads"], seed=spec["seed"],
         quiet=True, weight_decay=0.0, **spec["options"],
     )  # fmt: skip
     scores = {part: found["evaluation"][spec["data"][part]] for part in spec["measured"]}
     kept = {part: {when: {k: s[k] for k in ("loss", "accuracy") if k in s} for when, s in score.items()} for part, score in scores.items()}
     size = (out / "delta.safetensors").stat().st_size
-    return {"trained": found["trained"], "bytes": size, "peak": found["peak_memory"], "speed": found["tokens_per_second"], "scores": kept}
+    return {"trained": found["trained"], "bytes": size, "peak": found["peak_memory"], "speed": late_speed(out / "run"), "scores": kept}
+
+
+def late_speed(run: Path) -> float:
+    """Tokens a second: the median of a run's last steps."""
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median(step["tokens_per_second"] for step in steps[-TIMED:] if "tokens_per_second" in step)
 
 
 def run_peft(spec: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -121,8 +132,9 @@ def run_peft(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     from espalier.train.session import seed_everything
 
     seed_everything(spec["seed"], spec["threads"])
-    model = load_model("seedling", "fp32", "cpu")
-    encoder = Encoder(load_tokenizer("seedling"))
+    name = spec.get("model", "seedling")
+    model = load_model(name, spec.get("dtype", "fp32"), "cpu")
+    encoder = Encoder(load_tokenizer(name))
     stores = {part: open_store(open_source(spec["data"][part]), encoder) for part in ("train", *spec["measured"])}
     chunk, tokens = default_chunk(model.config.vocab_size), BATCH * LENGTH
     scores: dict[str, dict[str, Any]] = {part: {} for part in spec["measured"]}
@@ -147,7 +159,7 @@ def run_peft(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     wrapped.save_pretrained(out)
     return {
         "trained": sum(p.numel() for p in parameters.values()), "bytes": (out / "adapter_model.safetensors").stat().st_size,
-        "peak": peak_memory(), "speed": run.state.tokens / run.state.seconds, "scores": scores,
+        "peak": peak_memory(), "speed": late_speed(run.folder), "scores": scores,
     }  # fmt: skip
 
 
@@ -212,11 +224,12 @@ class Lab:
             a.steps = 6
             (a.out / "quick.jsonl").unlink(missing_ok=True)
         name = f"{a.job}-{a.package}" if a.job == "package" else a.job
-        self.data = write_data(a.out.resolve() / ("quick" if a.quick else "data") / name, a.job, a.package, a.quick)
+        with alone(a.out / "data"):
+            self.data = write_data(a.out.resolve() / ("quick" if a.quick else "data") / name, a.job, a.package, a.quick)
         text = sorted(p for path in map(Path, self.data.values()) for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file())
         versions = {k: v for k, v in machine().items() if k in ("torch", "transformers", "peft")}
         self.common = {
-            "job": name, "data": hashlib.sha256(b"".join(p.read_bytes() for p in text)).hexdigest()[:16], "threads": a.threads,
+            "job": name, "data": hashlib.sha256(b"".join(p.read_bytes() for p in text)).hexdigest()[:16],
             "base": ModelDirectory(resolve_model("seedling")).fingerprint(), "batch": BATCH, "length": LENGTH, "warmup": WARMUP, "clip": CLIP, **versions,
         }  # fmt: skip
         self.ledger = Ledger(a.out / ("quick.jsonl" if a.quick else "ledger.jsonl"))
@@ -224,6 +237,7 @@ class Lab:
     def run(
         self, info: Any, system: str, options: dict[str, Any], rate: float, seed: int, steps: int, measured: tuple[str, ...]
     ) -> dict[str, Any]:
+        """One run; two processes that share a ledger do none twice."""
         spec = {"system": system, "method": info.name, "options": options, "rate": rate, "seed": seed, "steps": steps, "measured": measured}
         whole = {h.name: h.default for h in info.hyperparameters} | options
         key = json.dumps({**spec, **self.common, "options": whole, "code": digest(info.file)}, sort_keys=True)
@@ -276,8 +290,14 @@ class Lab:
             "accuracy": statistics.mean(accuracy) if accuracy else None,
             "forgetting": statistics.mean(own) - base["own"] if own else None,
             "trained": ended[0]["trained"], "bytes": ended[0]["bytes"], "peak": statistics.median(f["peak"] for f in ended),
-            "speed": statistics.median(f["speed"] for f in ended), "grid": {f"{rate:.3g}": losses.get(rate) for rate in grid},
+            "grid": {f"{rate:.3g}": losses.get(rate) for rate in grid},
         }  # fmt: skip
+
+
+    def speed(self, info: Any, system: str) -> float | None:
+        """Tokens a second of a short run now; nothing where it does not end well."""
+        spec = {"system": system, "method": info.name, "options": {}, "rate": rate_of(info), "seed": SEEDS[0], "steps": SPEED_STEPS, "measured": ()}
+        return self._process({**spec, "data": self.data, "threads": self.a.threads}).get("speed")
 
 
 def rate_of(info: Any) -> float:
@@ -315,17 +335,30 @@ def chosen(asked: str, systems: list[str]) -> list[tuple[Any, str]]:
     return [(info, system) for info, system in both if system == "ours" or (has_twin(info.name) and info.name not in PROMPTS)]
 
 
-def publish(job: str, conditions: dict[str, Any], row: dict[str, Any]) -> None:
+def publish(lab: Lab, row: dict[str, Any]) -> None:
     """Put one row among those that were measured under the same conditions."""
-    path = RESULTS / "compare.json"
-    content = json.loads(path.read_text()) if path.exists() else {}
-    before = content.get(job, {})
-    rows = before["rows"] if before.get("conditions") == conditions else []
-    rows = [r for r in rows if (r["system"], r["method"]) != (row["system"], row["method"])] + [row]
-    content[job] = {"conditions": conditions, "machine": machine(), "rows": rows}
-    write_result("compare", content)
-    if job == "package" and (drawn := [row for row in rows if "loss" in row]):
-        plot(drawn, RESULTS / "compare.png")
+    a = lab.a
+    conditions = {**lab.common, "steps": a.steps, "grid": list(GRID), "seeds": list(SEEDS)}
+    with alone(a.out / "compare.json"):
+        content = read_result("compare")
+        before = content.get(a.job, {})
+        rows = with_row(before["rows"] if before.get("conditions") == conditions else [], row, ("system", "method"))
+        content[a.job] = {**before, "conditions": conditions, "machine": machine(), "rows": rows}
+        write_result("compare", content)
+        if a.job == "package" and (drawn := [row for row in rows if "loss" in row]):
+            plot(drawn, RESULTS / "compare.png")
+
+
+def publish_speed(lab: Lab, name: str, speed: float | None) -> None:
+    """Put one method's tokens a second among those that were measured with as many threads."""
+    a = lab.a
+    with alone(a.out / "compare.json"):
+        content = read_result("compare")
+        job = content.setdefault(a.job, {"rows": []})
+        before = job.get("speed", {})
+        found = before["tokens a second"] if before.get("threads") == a.threads else {}
+        job["speed"] = {"threads": a.threads, "machine": machine(), "tokens a second": {**found, name: speed}}
+        write_result("compare", content)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -364,9 +397,10 @@ def main() -> None:
     parser.add_argument("--systems", default="ours,peft")
     parser.add_argument("--job", choices=("package", "docstrings", "packages"), default="package")
     parser.add_argument("--package", choices=("asyncio", "email", "xml"), default="asyncio")
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--speed", action="store_true", help="measure tokens a second and nothing else; on an idle machine")
     parser.add_argument("--quick", action="store_true", help="a few steps at one rate, to see that it runs; nothing is published")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     a = parser.parse_args()
@@ -376,11 +410,19 @@ def main() -> None:
     systems = a.systems.split(",") if a.job != "packages" else ["ours"]
     work = chosen(a.methods, systems)
     lab, rows = Lab(a), []
+    if a.speed:
+        for info, system in work:
+            speed = lab.speed(info, system)
+            rows.append([system, info.name, "none" if speed is None else f"{speed:,.0f}"])
+            if not a.quick:
+                publish_speed(lab, f"{system} {info.name}", speed)
+        print(table(("system", "method", "tokens a second"), rows))
+        return
     for info, system in work:
         rows.append(lab.row(info, system))
         if not a.quick:
-            publish(a.job, {**lab.common, "steps": a.steps, "grid": list(GRID), "seeds": list(SEEDS)}, rows[-1])
-    columns = ("system", "method", "rate", "loss", "deviation", "accuracy", "forgetting", "trained", "bytes", "peak", "speed")
+            publish(lab, rows[-1])
+    columns = ("system", "method", "rate", "loss", "deviation", "accuracy", "forgetting", "trained", "bytes", "peak")
     done = sorted((row for row in rows if "loss" in row), key=lambda row: row["loss"])
     print(table(columns, [[f"{v:.4g}" if isinstance(v := row[c], float) else v for c in columns] for row in done]))
     for row in rows:

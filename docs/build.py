@@ -110,12 +110,14 @@ def _job(job: str, found: dict[str, Any]) -> str:
     text += f"{_machine(found['machine'])}. " + (f"Loss before: {rows[0]['base loss']:.3f}.\n\n" if rows else "\n\n")
     if job == "package" and (RESULTS / "compare.png").exists():
         text += "![loss against bytes, with the Pareto front](../../benchmarks/results/compare.png)\n\n"
+    speeds = found.get("speed", {}).get("tokens a second", {})
     columns = ["method", "of", "loss", "accuracy", "forgetting", "trained", "KiB", "peak MiB", "tokens/s", "rate"]
     text += _table(columns, [
         [
             row["method"], {"ours": "Espalier", "peft": "PEFT"}[row["system"]], f"{row['loss']:.4f} ± {row['deviation']:.4f}",
             "" if row["accuracy"] is None else f"{row['accuracy']:.3f}", "" if row["forgetting"] is None else f"{row['forgetting']:+.4f}",
-            f"{row['trained']:,}", f"{row['bytes'] / 1024:,.1f}", f"{row['peak'] / 2**20:.0f}", f"{row['speed']:,.0f}",
+            f"{row['trained']:,}", f"{row['bytes'] / 1024:,.1f}", f"{row['peak'] / 2**20:.0f}",
+            f"{speed:,.0f}" if (speed := speeds.get(f"{row['system']} {row['method']}")) else "",
             f"{row['rate']:.2g}" + (" (edge)" if row["edge"] else ""),
         ]
         for row in rows
@@ -145,7 +147,7 @@ def _cost(shape: str, found: dict[str, Any]) -> str:
 
 def measurements() -> str:
     """The page of measurements; "" where there are none."""
-    parts = [_job(job, found) for job, found in _results("compare").items()]
+    parts = [_job(job, found) for job, found in _results("compare").items() if "conditions" in found]
     parts += [_cost(shape, found) for shape, found in _results("step_cost").items()]
     if not parts:
         return ""
