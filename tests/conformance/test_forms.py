@@ -140,6 +140,24 @@ def low_rank(n: Numbers, outputs: int, inputs: int) -> Made:
     return additive({"B": n.floats(outputs, rank), "A": n.floats(rank, inputs) / 2}, lambda A, B: torch.einsum("or,ri->oi", B, A))
 
 
+def made(sparse: bool) -> Maker:
+    """The weight itself, of factors and, perhaps, entries of its own."""
+
+    def make(n: Numbers, shape: tuple[int, ...]) -> Made:
+        *lead, outputs, inputs = shape if len(shape) <= 3 else (shape[0], math.prod(shape[1:]))
+        rank = n.pick(1, 3, 4)
+        tensors = {"B": n.floats(*lead, outputs, rank), "A": n.floats(*lead, rank, inputs) / 2}
+        dense = 0.5 * torch.einsum("...or,...ri->...oi", tensors["B"].double(), tensors["A"].double()).reshape(shape)
+        if sparse:
+            positions, where = support(n, shape, "index")
+            tensors |= {"values": n.floats(len(positions)), **where}
+            for at, value in zip(positions.tolist(), tensors["values"].double().tolist(), strict=True):
+                dense.view(-1)[at] += value
+        return tensors, {"scale": 0.5}, lambda weight: dense
+
+    return make
+
+
 def pooled(n: Numbers, shape: tuple[int, ...]) -> Made:
     *lead, outputs, inputs = shape if len(shape) <= 3 else (shape[0], math.prod(shape[1:]))
     shards, rank = n.divisor(outputs, inputs), 3
@@ -498,6 +516,8 @@ ENTRIES: dict[str, Maker] = {
     "replace at an index": at_support(True, "index"),
     "replace at a mask": at_support(True, "mask"),
     "low_rank": low_rank,
+    "made": made(sparse=False),
+    "made of factors and entries": made(sparse=True),
     "pooled": pooled,
     "bank": bank,
     "columns": columns,

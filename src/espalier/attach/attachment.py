@@ -192,7 +192,7 @@ def attach(
         targets: roles or name patterns (see ``anatomy.parameters.select``), of sites for a branch (see
             ``anatomy.site.select_sites``); default: the method's own.
         full: roles or name patterns of parameters that train whole beside the method's updates, such as a new head's or the
-            norms; the method leaves them alone where ``targets`` names them too.
+            norms; the method leaves them alone where ``targets`` names them too. ``rest`` is all that ``targets`` leaves.
         new_tokens: ids of tokens whose rows of the embedding and the head train beside the method's updates, from the mean
             of the other rows on; the model has these rows (see ``attach.new_tokens.grow``).
         name: of the delta on this model; default: the method's name.
@@ -221,7 +221,7 @@ def attach(
         raise EspalierError(f"dropout is {dropout}; it must be at least 0 and less than 1")
     patterns, beside = _patterns(targets if targets is not None else made.targets), _patterns(full)
     present = parameters(model)
-    whole = select(present, beside, "--full") if beside else []
+    whole = _whole(model, made, patterns, beside)
     chosen = targets_of(model, made, patterns, whole)
     chosen = list(made.selected(chosen, seed)) if isinstance(made, Adapter) else chosen
     _freeze(model)
@@ -338,6 +338,18 @@ def targets_of(model: nn.Module, method: Method, targets: str | Sequence[str], w
             f"({len(refused)} such of {len(chosen)})"
         )
     return chosen
+
+
+def _whole(model: nn.Module, method: Method, patterns: Sequence[str], beside: Sequence[str]) -> list[Target]:
+    """The parameters that train whole beside a method: those that are named, and all that it leaves where ``rest`` is."""
+    present = parameters(model)
+    named = [pattern for pattern in beside if pattern != "rest"]
+    chosen = {target.name for target in select(present, named, "--full")} if named else set()
+    if "rest" in beside:
+        taken = [target for target in targets_of(model, method, patterns, []) if target.name not in chosen]
+        gone = {name for target in taken for name in (*target.names, *method.companions(target))} if isinstance(method, Adapter) else set()
+        chosen |= {target.name for target in present if not gone.intersection(target.names)}
+    return [target for target in present if target.name in chosen]
 
 
 def _freeze(model: nn.Module) -> None:

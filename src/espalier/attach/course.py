@@ -122,6 +122,11 @@ class Course:
         for method, parts in self._driven:
             method.finish(parts)
 
+    @torch.no_grad()
+    def report(self) -> dict[str, Any]:
+        """What the methods say of the run that is done, by name."""
+        return {key: value for method, parts in self._driven for key, value in method.report(parts, self.steps).items()}
+
 
 def _by_method(parts: Sequence[Any]) -> list[tuple[Method, list[Any]]]:
     """The parts of a delta with the method that each is of: where it is composed of several, these drive their own."""

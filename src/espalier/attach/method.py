@@ -142,6 +142,10 @@ class Method:
             EspalierError: when what the method promised (a budget) was not reached.
         """
 
+    def report(self, parts: Sequence[Any], steps: int) -> Mapping[str, Any]:
+        """What the result of a run of so many steps says of the method, as JSON values by name."""
+        return {}
+
 
 class Adapter(Method):
     """Base of every method that updates parameters; fields of the subclass are its hyperparameters."""
@@ -224,7 +228,10 @@ class Adapter(Method):
         raise NotImplementedError
 
     def start_bound(self, target: Target) -> float:
-        """The largest magnitude that an entry of the update has at the start; by default 0: the start is the base."""
+        """The largest magnitude that an entry of the update has at the start; by default 0: the start is the base.
+
+        Infinite where the method makes the weight itself: the start is no base.
+        """
         return 0.0
 
     def count(self, target: Target) -> int:

@@ -78,7 +78,7 @@ class Job:
         arguments = {key: _plain(value) for key, value in arguments.items()}
         arguments["learning_rate"] = _rate(arguments["learning_rate"])
         self.a = {
-            "targets": None, "full": None, "add_tokens": None, "dropout": 0.0, "floor": 0.0, "label_smoothing": 0.0, "model": None, "trainable": None, "base_bits": None,
+            "targets": None, "full": "rest" if verb == "pretrain" else None, "add_tokens": None, "dropout": 0.0, "floor": 0.0, "label_smoothing": 0.0, "model": None, "trainable": None, "base_bits": None,
             "over": None,
             **arguments,
         }  # fmt: skip
@@ -479,6 +479,7 @@ class Job:
         with form:
             on = on_evaluate if self.eval_stores and a["eval_every"] else None
             self.steps = session.run_loop(self.model, parameters, optimizer, self.order, settings, course, self.run, self.display, on)
+        self.found = course.report()
         self.model.eval()
         del optimizer
 
@@ -530,7 +531,7 @@ class Job:
             "tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1),
             "first_loss": losses[0] if losses else None, "final_loss": sum(tail) / len(tail) if tail else None,
             "peak_memory": peak, "predicted_peak": self.plan.predicted_peak, "budget": self.budget,
-            "evaluation": self.evaluations, "plan": self.plan.as_json(),
+            "evaluation": self.evaluations, "plan": self.plan.as_json(), **({"course": self.found} if self.found else {}),
         }  # fmt: skip
         write_text(self.out / "run" / "result.json", json.dumps(result, indent=1) + "\n")
         over = peak / self.plan.predicted_peak

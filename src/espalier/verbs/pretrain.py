@@ -13,6 +13,8 @@ def pretrain(
     architecture: str | None = None,
     tokenizer: str | None = None,
     model: str | None = None,
+    method: str = "full",
+    targets: str | None = None,
     steps: int | None = None,
     epochs: float | None = None,
     batch_size: int = 16,
@@ -48,6 +50,8 @@ def pretrain(
         architecture: a transformers config.json to start from random weights; needs --tokenizer
         tokenizer: directory of the tokenizer of a new model
         model: directory, `seedling` or hub id to go on from, instead of --architecture
+        method: how the weights are made and trained: full, or another that updates parameters (see `espalier methods`)
+        targets: the parameters that it is for: roles such as attention,mlp or globs; default: the method's own; the rest trains whole
         steps: optimizer steps; give this or --epochs (default: 1 epoch)
         epochs: passes over the data
         batch_size: sequences per step, each of --sequence-length tokens (packed full)
@@ -73,7 +77,7 @@ def pretrain(
         seed: of the random weights and the order of the data
         resume: go on with the run in --out after its last checkpoint
         quiet: print nothing but the result
-        options: the optimizer's options
+        options: the method's and the optimizer's options
 
     Returns:
         What `--json` prints: where the model is, the losses, speed and memory.
@@ -81,9 +85,11 @@ def pretrain(
     Raises:
         EspalierError: for anything wrong with the input, before a step is taken wherever that is possible.
     """
+    from espalier import registry
     from espalier.verbs._training import Job
 
-    job = Job("pretrain", {k: v for k, v in locals().items() if k not in ("options", "Job")}, options, "full")
+    registry.find(method, "adapter")  # nothing but parameters is a part of a checkpoint
+    job = Job("pretrain", {k: v for k, v in locals().items() if k not in ("options", "Job", "registry")}, options, method)
     if (finished := job.finished()) is not None:
         return finished
     job.read_data()

@@ -11,6 +11,7 @@ from espalier.delta.forms.golomb import Golomb
 from espalier.delta.forms.hadamard import Hadamard
 from espalier.delta.forms.kronecker import Kronecker
 from espalier.delta.forms.low_rank import LowRank, Pooled
+from espalier.delta.forms.made import Made
 from espalier.delta.forms.magnitude import Magnitude
 from espalier.delta.forms.output_map import OutputMap
 from espalier.delta.forms.permute import Permute
@@ -41,6 +42,7 @@ __all__ = [
     "Hadamard",
     "Kronecker",
     "LowRank",
+    "Made",
     "Magnitude",
     "OutputMap",
     "Permute",
