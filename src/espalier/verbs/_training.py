@@ -322,13 +322,18 @@ class Job:
         """What loading needs beside the frozen model: pages of a file that is converted, values that training replaces; or
         the starting values, with what it takes to make them."""
         size = torch.empty(0, dtype=self.dtype).element_size()
-        whole = sum(math.prod(self.directory.info(n).shape) for n in self.directory) * size if self.directory else 4 * traced.trained
+        whole = sum(math.prod(self.directory.info(n).shape) for n in self.directory) * size if self.directory else 4 * self._random_numbers
         converted = 0
         if self.directory:
             converted = sum(i.nbytes for n in self.directory if (i := self.directory.info(n)).dtype != dtype_name(self.dtype))
         # pages of a mapped file are dropped together, when all that is to be coded is
         beside = whole if self.a["base_bits"] and self.device.type == "cpu" else max(0, whole - traced.model)
         return beside + max(converted, 4 * traced.trained + starting)
+
+    @functools.cached_property
+    def _random_numbers(self) -> int:
+        """How many numbers a new model has, all of which are drawn before the method puts others in their place."""
+        return sum(p.numel() for p in empty_of(self.config, Path(self.a["architecture"])).parameters())
 
     def _statistics_bytes(self, request: Request, sequence: int) -> tuple[int, int]:
         """What looking at the data takes where that was not done before, given what one sequence's passes take; and what the
