@@ -122,7 +122,7 @@ def test_a_short_run_reaches_its_sparsity_and_one_that_does_not_is_refused() -> 
     slot = next(iter(attachment.slots.values()))
     with torch.no_grad():
         slot.values.fill_(1.0)
-    with pytest.raises(EspalierError, match="entries are left where a sparsity of 0.75 allows"):
+    with pytest.raises(EspalierError, match=r"entries are left where a sparsity of 0\.75 allows"):
         Course(model, 2).finish()
 
 

@@ -11,7 +11,14 @@ from courses import run
 from families import tiny, tokens
 from torch.nn import functional
 
-from espalier.attach.attachment import Attachment, attach, attachments, release_base, settle, trainable_parameters
+from espalier.attach.attachment import (
+    Attachment,
+    attach,
+    attachments,
+    release_base,
+    settle,
+    trainable_parameters,
+)
 from espalier.delta.base import DenseBase, product
 from espalier.delta.forms import Made
 from espalier.errors import EspalierError

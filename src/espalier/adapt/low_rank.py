@@ -34,7 +34,8 @@ class LowRankWeights(Adapter):
     def start(self, target: Target, weight: torch.Tensor, stream: Stream) -> Tensors:
         U, s, V = torch.linalg.svd(weight.float(), full_matrices=False)
         root = s[..., : self.rank].sqrt()
-        return {"B": nn.Parameter(U[..., : self.rank] * root.unsqueeze(-2)), "A": nn.Parameter(root.unsqueeze(-1) * V[..., : self.rank, :])}
+        B, A = U[..., : self.rank] * root.unsqueeze(-2), root.unsqueeze(-1) * V[..., : self.rank, :]
+        return {"B": nn.Parameter(B.contiguous()), "A": nn.Parameter(A.contiguous())}
 
     def update(self, part: Any, context: Any) -> Made:
         return Made(part.B, part.A, shape=part.target.shape)

@@ -37,7 +37,7 @@ class Made(AtSupport):
     """
 
     form = "made"
-    fields = ("B", "A", "values", "index")
+    fields = ("B", "A", "values", "index")  # type: ignore[assignment]
     depends_on_base = True
     exact_at_one = True
     ignores_base = True
@@ -86,6 +86,7 @@ class Made(AtSupport):
         """The weight that is made, in that dtype."""
         made = (self.B.to(dtype) * self.scale) @ self.A.to(dtype)
         if self.values is not None:
+            assert self.index is not None
             made = made.flatten().index_add(0, self.index, self.values.to(dtype))
         return made.reshape(self.shape)
 
