@@ -406,6 +406,9 @@ class Job:
         *_, self.attachment = attachments(self.model).values()
         release_base(self.model)
         session.show_targets(self.attachment, self.model, self.display)
+        anew = [t for t in self.attachment.targets if self.directory and math.isinf(self.method.start_bound(t))]  # type: ignore[union-attr]
+        if anew:
+            self.display.note(f"{self.method.name} puts other numbers in the place of {anew[0].name} ({len(anew)} such): the start is not the model given")
         session.show_masks(self.store, self.tokenizer, self.display)
 
     def _statistics(self) -> Statistics | None:

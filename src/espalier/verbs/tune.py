@@ -55,7 +55,7 @@ def tune(
         over: directory of a delta that stays as it is, and that the new one is trained over; may be given several times, innermost first
         method: what is trained (see `espalier methods`)
         targets: parameters to update: roles such as attention,mlp,embedding or globs (sites of a branch); default: the method's own
-        full: parameters that train whole beside the method's updates, such as norm,head: roles or globs
+        full: parameters that train whole beside the method's updates, such as norm,head: roles or globs; rest: all that it leaves
         add_tokens: new tokens, as a,b,c or a file of one a line; their rows of the vocabulary train, and the delta brings the tokenizer
         trainable: train at most so many numbers (such as 200k) or bytes of them (2MiB): sets the method's rank, or what stands for it
         steps: optimizer steps; give this or --epochs (default: 1 epoch)
