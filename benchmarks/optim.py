@@ -330,8 +330,10 @@ class Lab:
     def run(self, name: str, **more: Any) -> dict[str, Any]:
         """A run of a setting with what else it depends on."""
         setting = SETTINGS[name]
+        # no history is cut short by a new subspace where the state is looked at
+        every = EVERY if more["what"] == "train" else None
         spec = {
-            "optimizer": setting.optimizer, "state": setting.state, "method": setting.method, "options": options_of(name, self.a.shape, EVERY),
+            "optimizer": setting.optimizer, "state": setting.state, "method": setting.method, "options": options_of(name, self.a.shape, every),
             "shape": self.a.shape, **more,
         }  # fmt: skip
         code = [digest(self.registry.find(method).file) for method in dict.fromkeys((setting.optimizer, setting.method))]
