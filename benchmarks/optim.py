@@ -48,7 +48,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, Ledger, alone, digest, machine, read_result, table, with_row, write_result
+from common import (
+    RESULTS,
+    Ledger,
+    RunFailed,
+    alone,
+    digest,
+    machine,
+    read_result,
+    table,
+    with_row,
+    write_result,
+)
 from step_cost import default_dtype
 
 BATCH, LENGTH, WARMUP, FLOOR, CLIP = 16, 256, 0.1, 0.1, 1.0
@@ -346,7 +357,7 @@ class Lab:
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.a.threads), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run([sys.executable, __file__, "--worker", json.dumps(spec)], capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
-            raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+            raise RunFailed(f"{name} failed:\n{done.stderr[-3000:]}")
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         print(name, {k: spec[k] for k in ("what", "rate", "seed", "steps") if k in spec}, found, f"{time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         return found
@@ -495,6 +506,7 @@ def plot(whole: dict[str, Any], path: Path) -> None:
         axes.set_xlabel(label)
         axes.set_ylabel("loss on held-out files (nats a byte)")
         axes.grid(alpha=0.3)
+        axes.margins(x=0.15)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -545,9 +557,13 @@ def main() -> None:
         columns = ("setting", "ordinary", "average", "overhead", "worst", "first", "optimizer", "period")
         print(table(columns, [[f"{v:.4g}" if isinstance(v := row[c], float) else v for c in columns] for row in rows]))
         return
-    lab, rows = Lab(a), []
+    lab, rows, broken = Lab(a), [], None
     for name in names:
-        rows.append(lab.row(name))
+        try:
+            rows.append(lab.row(name))
+        except RunFailed as error:
+            print(broken := error, file=sys.stderr)
+            continue
         if not a.quick:
             conditions = {**lab.common, "steps": lab.steps(), "grid": list(GRID), "seeds": list(SEEDS), "every": EVERY, **SHAPES[a.shape]}
             publish(a, a.shape, {"conditions": conditions, "rows": [rows[-1]]})
@@ -559,6 +575,8 @@ def main() -> None:
     for row in rows:
         if "refused" in row:
             print(f"{row['setting']} has no row: {row['refused']}")
+    if broken:
+        raise broken
 
 
 if __name__ == "__main__":
