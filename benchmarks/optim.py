@@ -254,7 +254,8 @@ def made(spec: dict[str, Any], steps: int) -> tuple[Any, Any, Any, Any]:
     import transformers
 
     from espalier import registry
-    from espalier.attach.attachment import attach, release_base, trainable_parameters
+    from espalier.anatomy.parameters import parameters
+    from espalier.attach.attachment import attach, release_base, targets_of, trainable_parameters
     from espalier.attach.course import Course
     from espalier.memory.joined_optimizer import build
 
@@ -263,13 +264,14 @@ def made(spec: dict[str, Any], steps: int) -> tuple[Any, Any, Any, Any]:
     model = transformers.AutoModelForCausalLM.from_config(config_of(spec["shape"]), dtype=torch.float32).to(dtype).train()
     owns = {h.name for h in registry.find(spec["optimizer"], "optimizer").hyperparameters}
     method = registry.make(spec["method"], registry.ATTACHED, **{k: v for k, v in spec["options"].items() if k not in owns})
-    attach(model, method)
+    own = {target.name for target in targets_of(model, method, method.targets)}
+    attach(model, method, full=[target.name for target in parameters(model) if target.name not in own])
     release_base(model)
     rule = registry.make(spec["optimizer"], "optimizer", **{k: v for k, v in spec["options"].items() if k in owns})
     rule.state = spec["state"]
     rule.check()
-    parameters = trainable_parameters(model)
-    return model, parameters, build(rule.build, parameters, spec["rate"], Course(model, steps).optimizer_options()), rule
+    trained = trainable_parameters(model)
+    return model, trained, build(rule.build, trained, spec["rate"], Course(model, steps).optimizer_options()), rule
 
 
 def tensors_in(value: Any) -> list[Any]:

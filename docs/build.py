@@ -359,13 +359,13 @@ def _unmeasured() -> list[str]:
     ]
 
 
-def choosing() -> str:
-    """The page ``docs/choosing.md``."""
+def choosing(tables: bool) -> str:
+    """The page ``docs/choosing.md``; ``tables``: whether there is a page of them to lead to."""
     lines = [
         "# Which one should I use?", "",
         "This page is written by `make docs` from the results of the benchmarks; do not edit it. Its rules follow from the tables, which are of small models "
         "on two cores: take them as where to begin, and compare on your own data. A difference counts where it is larger than the larger standard deviation "
-        "over three seeds." + (" All figures: [methods/compare.md](methods/compare.md)." if measurements() else ""), "",
+        "over three seeds." + (" All figures: [methods/compare.md](methods/compare.md)." if tables else ""), "",
         "## Which method adapts", "", *_rules_for_deltas(),
         "## When memory, or what was learnt before, matters most", "", *_rules_for_memory(),
         "## Which optimizer", "", *_rules_for_optimizers(),
@@ -392,7 +392,7 @@ def pages() -> dict[Path, str]:
     """Every page: its file and its text."""
     own = [info for info in registry.methods() if info.file.startswith("espalier/")]
     measured = measurements()
-    made = {ROOT / "docs" / "choosing.md": choosing()} | ({FOLDER / "compare.md": measured} if measured else {})
+    made = {ROOT / "docs" / "choosing.md": choosing(bool(measured))} | ({FOLDER / "compare.md": measured} if measured else {})
     for kind in dict.fromkeys(info.kind for info in own):
         found = [info for info in own if info.kind == kind]
         head = f"# {TITLES.get(kind, f'Methods of `{kind}/`')}\n\n"
