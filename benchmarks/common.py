@@ -84,6 +84,10 @@ def alone(path: Path) -> Iterator[None]:
         yield
 
 
+class RunFailed(SystemExit):
+    """A run broke; nothing is kept of it. Caught, the benchmark goes on with what else there is, and ends with this."""
+
+
 class Ledger:
     """What has been measured, by name; kept in a file, so that nothing is measured twice, and that several processes add to."""
 

@@ -39,7 +39,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, Ledger, alone, digest, machine, read_result, table, with_row, write_result
+from common import (
+    RESULTS,
+    Ledger,
+    RunFailed,
+    alone,
+    digest,
+    machine,
+    read_result,
+    table,
+    with_row,
+    write_result,
+)
 from peft_twins import PROMPTS, has_twin, twin
 
 KINDS = ("adapt", "select", "branch")
@@ -255,7 +266,7 @@ class Lab:
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.a.threads), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
-            raise SystemExit(f"{spec['system']} {spec['method']} failed:\n{done.stderr[-3000:]}")
+            raise RunFailed(f"{spec['system']} {spec['method']} failed:\n{done.stderr[-3000:]}")
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         loss = {part: round(s["after"]["loss"], 4) for part, s in found.get("scores", {}).items()}
         print(spec["system"], spec["method"], f"rate {spec['rate']:.2g} seed {spec['seed']}", loss or found, file=sys.stderr, flush=True)
@@ -409,7 +420,7 @@ def main() -> None:
         return
     systems = a.systems.split(",") if a.job != "packages" else ["ours"]
     work = chosen(a.methods, systems)
-    lab, rows = Lab(a), []
+    lab, rows, broken = Lab(a), [], None
     if a.speed:
         for info, system in work:
             speed = lab.speed(info, system)
@@ -419,7 +430,11 @@ def main() -> None:
         print(table(("system", "method", "tokens a second"), rows))
         return
     for info, system in work:
-        rows.append(lab.row(info, system))
+        try:
+            rows.append(lab.row(info, system))
+        except RunFailed as error:
+            print(broken := error, file=sys.stderr)
+            continue
         if not a.quick:
             publish(lab, rows[-1])
     columns = ("system", "method", "rate", "loss", "deviation", "accuracy", "forgetting", "trained", "bytes", "peak")
@@ -428,6 +443,8 @@ def main() -> None:
     for row in rows:
         if "refused" in row:
             print(f"{row['system']} {row['method']} has no row: {row['refused']}")
+    if broken:
+        raise broken
 
 
 if __name__ == "__main__":

@@ -48,7 +48,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, Ledger, alone, digest, machine, read_result, table, with_row, write_result
+from common import (
+    RESULTS,
+    Ledger,
+    RunFailed,
+    alone,
+    digest,
+    machine,
+    read_result,
+    table,
+    with_row,
+    write_result,
+)
 from step_cost import default_dtype
 
 BATCH, LENGTH, WARMUP, FLOOR, CLIP = 16, 256, 0.1, 0.1, 1.0
@@ -243,7 +254,8 @@ def made(spec: dict[str, Any], steps: int) -> tuple[Any, Any, Any, Any]:
     import transformers
 
     from espalier import registry
-    from espalier.attach.attachment import attach, release_base, trainable_parameters
+    from espalier.anatomy.parameters import parameters
+    from espalier.attach.attachment import attach, release_base, targets_of, trainable_parameters
     from espalier.attach.course import Course
     from espalier.memory.joined_optimizer import build
 
@@ -252,13 +264,14 @@ def made(spec: dict[str, Any], steps: int) -> tuple[Any, Any, Any, Any]:
     model = transformers.AutoModelForCausalLM.from_config(config_of(spec["shape"]), dtype=torch.float32).to(dtype).train()
     owns = {h.name for h in registry.find(spec["optimizer"], "optimizer").hyperparameters}
     method = registry.make(spec["method"], registry.ATTACHED, **{k: v for k, v in spec["options"].items() if k not in owns})
-    attach(model, method)
+    own = {target.name for target in targets_of(model, method, method.targets)}
+    attach(model, method, full=[target.name for target in parameters(model) if target.name not in own])
     release_base(model)
     rule = registry.make(spec["optimizer"], "optimizer", **{k: v for k, v in spec["options"].items() if k in owns})
     rule.state = spec["state"]
     rule.check()
-    parameters = trainable_parameters(model)
-    return model, parameters, build(rule.build, parameters, spec["rate"], Course(model, steps).optimizer_options()), rule
+    trained = trainable_parameters(model)
+    return model, trained, build(rule.build, trained, spec["rate"], Course(model, steps).optimizer_options()), rule
 
 
 def tensors_in(value: Any) -> list[Any]:
@@ -330,8 +343,10 @@ class Lab:
     def run(self, name: str, **more: Any) -> dict[str, Any]:
         """A run of a setting with what else it depends on."""
         setting = SETTINGS[name]
+        # no history is cut short by a new subspace where the state is looked at
+        every = EVERY if more["what"] == "train" else None
         spec = {
-            "optimizer": setting.optimizer, "state": setting.state, "method": setting.method, "options": options_of(name, self.a.shape, EVERY),
+            "optimizer": setting.optimizer, "state": setting.state, "method": setting.method, "options": options_of(name, self.a.shape, every),
             "shape": self.a.shape, **more,
         }  # fmt: skip
         code = [digest(self.registry.find(method).file) for method in dict.fromkeys((setting.optimizer, setting.method))]
@@ -344,7 +359,7 @@ class Lab:
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.a.threads), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run([sys.executable, __file__, "--worker", json.dumps(spec)], capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
-            raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+            raise RunFailed(f"{name} failed:\n{done.stderr[-3000:]}")
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         print(name, {k: spec[k] for k in ("what", "rate", "seed", "steps") if k in spec}, found, f"{time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         return found
@@ -493,6 +508,7 @@ def plot(whole: dict[str, Any], path: Path) -> None:
         axes.set_xlabel(label)
         axes.set_ylabel("loss on held-out files (nats a byte)")
         axes.grid(alpha=0.3)
+        axes.margins(x=0.15)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -543,9 +559,13 @@ def main() -> None:
         columns = ("setting", "ordinary", "average", "overhead", "worst", "first", "optimizer", "period")
         print(table(columns, [[f"{v:.4g}" if isinstance(v := row[c], float) else v for c in columns] for row in rows]))
         return
-    lab, rows = Lab(a), []
+    lab, rows, broken = Lab(a), [], None
     for name in names:
-        rows.append(lab.row(name))
+        try:
+            rows.append(lab.row(name))
+        except RunFailed as error:
+            print(broken := error, file=sys.stderr)
+            continue
         if not a.quick:
             conditions = {**lab.common, "steps": lab.steps(), "grid": list(GRID), "seeds": list(SEEDS), "every": EVERY, **SHAPES[a.shape]}
             publish(a, a.shape, {"conditions": conditions, "rows": [rows[-1]]})
@@ -557,6 +577,8 @@ def main() -> None:
     for row in rows:
         if "refused" in row:
             print(f"{row['setting']} has no row: {row['refused']}")
+    if broken:
+        raise broken
 
 
 if __name__ == "__main__":

@@ -32,7 +32,19 @@ from pathlib import Path
 from typing import Any
 
 import compare
-from common import RESULTS, SHAPES, alone, digest, machine, make_llama, read_result, table, with_row, write_result
+from common import (
+    RESULTS,
+    SHAPES,
+    RunFailed,
+    alone,
+    digest,
+    machine,
+    make_llama,
+    read_result,
+    table,
+    with_row,
+    write_result,
+)
 from step_cost import default_dtype
 
 STEPS = 5
@@ -121,7 +133,7 @@ def measured(lab: compare.Lab, info: Any, spec: dict[str, Any], given: dict[str,
         environment = {**os.environ, "OMP_NUM_THREADS": str(lab.a.threads), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
-            raise SystemExit(f"{info.name} failed:\n{done.stderr[-3000:]}")
+            raise RunFailed(f"{info.name} failed:\n{done.stderr[-3000:]}")
         found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         print(spec["what"], spec.get("system", ""), info.name, found, file=sys.stderr, flush=True)
         return found
@@ -218,6 +230,7 @@ def plot(content: dict[str, Any], path: Path) -> None:
         right.legend(fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3)
+    left.margins(x=0.15)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -242,7 +255,7 @@ def main() -> None:
         worker(json.loads(a.worker))
         return
     a.job, a.package = "package", "asyncio"
-    lab, todo = compare.Lab(a), work(a.methods)
+    lab, todo, broken = compare.Lab(a), work(a.methods), None
     columns = {
         "rows": ("system", "method", "rate", "loss", "deviation", "forgetting", "trained", "bytes"),
         "memory": ("system", "method", "trained", "peak", "imports"),
@@ -255,7 +268,12 @@ def main() -> None:
         for info, system in todo:
             if part == "forgetting" and (info.name not in FORGETTING or system != "ours"):
                 continue
-            rows.append({"rows": lambda i=info, s=system: lab.row(i, s), "memory": lambda i=info, s=system: memory_row(lab, i, s), "forgetting": lambda i=info: forgetting_row(lab, i)}[part]())
+            try:
+                made = lab.row(info, system) if part == "rows" else memory_row(lab, info, system) if part == "memory" else forgetting_row(lab, info)
+            except RunFailed as error:
+                print(broken := error, file=sys.stderr)
+                continue
+            rows.append(made)
             if not a.quick:
                 publish(lab, part, rows[-1])
                 if part == "rows":
@@ -265,6 +283,8 @@ def main() -> None:
         for row in rows:
             if "refused" in row:
                 print(f"{row.get('system', 'ours')} {row['method']} has no row: {row['refused']}")
+    if broken:
+        raise broken
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Write the pages of docs/methods: one per kind of method from the registry, and one of measurements.
+"""Write the pages of docs/methods, one per kind of method from the registry and one of measurements, and docs/choosing.md.
 
     python docs/build.py            # what `make docs` does
     python docs/build.py --check    # write nothing; exit code 1 when a page is not what it would write
 
 Only the methods of the package itself are listed, so that an installed plugin changes no page. Nothing here imports torch:
-the registry reads declarations from source. The page of measurements, ``compare.md``, is of what ``benchmarks/compare.py`` and
-``benchmarks/step_cost.py`` have put into ``benchmarks/results``; without those there is none.
+the registry reads declarations from source. The page of measurements, ``compare.md``, is of what ``benchmarks/compare.py``,
+``step_cost.py``, ``selections.py`` and ``optim.py`` have put into ``benchmarks/results``; without those there is none. ``docs/choosing.md`` says in a few rules what follows
+from them, and what has not been measured.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ TITLES = {
     "search": "Methods of `search/`: how a merge is chosen by data",
 }
 """Kind -> title of its page; any other kind that has methods gets a plain one."""
-COMPARED = ("adapt", "select", "branch")
+COMPARED = ("adapt", "select", "branch", "optim")
 """Kinds whose methods the benchmarks run against each other."""
 OPTION_OF = {
     "adapter": "--method", "brancher": "--method", "optimizer": "--optimizer", "compressor": "--method", "merger": "--method",
@@ -94,6 +95,7 @@ def _machine(found: dict[str, Any]) -> str:
     return ", ".join(f"{name} {found[name]}" for name in ("processor", "cores", "torch", "transformers", "peft") if name in found)
 
 
+OF = {"ours": "Espalier", "peft": "PEFT"}
 JOBS = {
     "package": "a package that seedling has not seen",
     "docstrings": "bodies of functions from their docstrings",
@@ -114,7 +116,7 @@ def _job(job: str, found: dict[str, Any]) -> str:
     columns = ["method", "of", "loss", "accuracy", "forgetting", "trained", "KiB", "peak MiB", "tokens/s", "rate"]
     text += _table(columns, [
         [
-            row["method"], {"ours": "Espalier", "peft": "PEFT"}[row["system"]], f"{row['loss']:.4f} ± {row['deviation']:.4f}",
+            row["method"], OF[row["system"]], f"{row['loss']:.4f} ± {row['deviation']:.4f}",
             "" if row["accuracy"] is None else f"{row['accuracy']:.3f}", "" if row["forgetting"] is None else f"{row['forgetting']:+.4f}",
             f"{row['trained']:,}", f"{row['bytes'] / 1024:,.1f}", f"{row['peak'] / 2**20:.0f}",
             f"{speed:,.0f}" if (speed := speeds.get(f"{row['system']} {row['method']}")) else "",
@@ -145,13 +147,243 @@ def _cost(shape: str, found: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
+def _selections(found: dict[str, Any]) -> list[str]:
+    """The peaks and the sequences of packages of ``benchmarks/selections.py``."""
+    parts = []
+    if rows := [row for row in found.get("memory", {}).get("rows", []) if "peak" in row]:
+        c = found["memory"]["conditions"]
+        text = f"## Memory of selections\n\nPeaks of training a random Llama of {c['shape'].replace('m', ' M')} parameters in {c['dtype']}, {c['batch']} times {c['length']} tokens "
+        text += f"at once, less what the imports took. {_machine(found['memory']['machine'])}.\n\n"
+        if (RESULTS / "select.png").exists():
+            text += "![loss against memory, and three packages in turn](../../benchmarks/results/select.png)\n\n"
+        parts.append(text + _table(["method", "of", "trained", "peak MiB"], [
+            [row["method"], OF[row["system"]], f"{row['trained']:,}", f"{row['peak'] / 2**20:.0f}"] for row in sorted(rows, key=lambda row: row["peak"])
+        ]))  # fmt: skip
+    if rows := [row for row in found.get("forgetting", {}).get("rows", []) if "losses" in row]:
+        text = "## Three packages in turn\n\nasyncio, email and xml, each delta over those before. Learnt: what the held-out loss on a package falls by while it is learnt; "
+        text += "forgotten: what the loss on the first two gains after their own training; own text: what the loss on seedling's own held-out text gains.\n\n"
+        names = ("learnt", "forgetting", "own")
+        parts.append(text + _table(["method", "learnt", "forgotten", "own text"], [
+            [row["method"], *(f"{row[name]:+.4f} ± {row[f'{name} deviation']:.4f}" for name in names)] for row in rows
+        ]))  # fmt: skip
+    return parts
+
+
+def _optimizers(found: dict[str, Any]) -> list[str]:
+    """The tables of ``benchmarks/optim.py``."""
+    parts, times = [], {row["setting"]: row for row in found.get("timing", {}).get("rows", [])}
+    for shape in ("3m", "9m"):
+        rows = sorted((row for row in found.get(shape, {}).get("rows", []) if "loss" in row), key=lambda row: row["loss"])
+        if not rows:
+            continue
+        c = found[shape]["conditions"]
+        text = f"## Optimizers, {rows[0]['trained'] / 1e6:.1f} M parameters\n\nA Llama over bytes, trained from nothing in {c['dtype']} for {c['steps']} steps of {c['batch']} times {c['length']} bytes, "
+        text += f"mean of {len(c['seeds'])} seeds. {_machine(found[shape]['machine'])}.\n\n"
+        if shape == "3m" and (RESULTS / "optim.png").exists():
+            text += "![loss against optimizer state and time of a step](../../benchmarks/results/optim.png)\n\n"
+        text += _table(["optimizer", "loss (nats a byte)", "state MiB", "predicted MiB", "numbers", "rate"], [
+            [
+                row["setting"], f"{row['loss']:.4f} ± {row['deviation']:.4f}", f"{row['state bytes'] / 2**20:.2f}", f"{row['predicted'] / 2**20:.2f}",
+                f"{row['trained']:,}", f"{row['rate']:.2g}" + (" (edge)" if row["edge"] else ""),
+            ]
+            for row in rows
+        ])  # fmt: skip
+        for row in found[shape]["rows"]:
+            text += f"\nWithout a row: {row['setting']}: {row['refused']}\n" if "refused" in row else ""
+        parts.append(text)
+    if judged := found.get("papers"):
+        text = "## What the papers say of optimizers, and what shows here\n\nOf the losses on the smaller model. \"As\" is within 2 %; a difference counts that is larger than the deviation over seeds.\n\n"
+        parts.append(text + _table(["paper", "says that the loss of", "is", "that of", "difference here", "shows here"], [
+            [j["paper"], j["of"], j["says"], j["than"], f"{j['difference']:+.4f} ± {j['deviation']:.4f}", "yes" if j["shows"] else "no"] for j in judged
+        ]))  # fmt: skip
+    if times:
+        c = found["timing"]["conditions"]
+        text = f"## Optimizers: the time of a step\n\nA whole training step of {c['tokens']:,} tokens on the shape {c['shape']}, {c['dtype']}, {c['threads']} threads, {c['rounds']} rounds; over that of "
+        text += f"fused AdamW, new subspaces averaged in. {_machine(found['timing']['machine'])}.\n\n"
+        parts.append(text + _table(["optimizer", "seconds", "over AdamW", "worst step", "first step"], [
+            [row["setting"], f"{row['average']:.3f}", f"{row['overhead']:+.1%}", f"{row['worst']:.3f}", f"{row['first']:.3f}"]
+            for row in sorted(times.values(), key=lambda row: row["average"])
+        ]))  # fmt: skip
+    return parts
+
+
+# -- which one should I use
+
+
+def _said(row: dict[str, Any], name: str, more: str = "") -> str:
+    return f"**{row[name]}** (loss {row['loss']:.4f} ± {row['deviation']:.4f}{more})"
+
+
+def _tied(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The best, and those that are no worse by more than the larger deviation over seeds, best first."""
+    best = min(rows, key=lambda row: row["loss"])
+    return sorted((row for row in rows if row["loss"] - best["loss"] <= max(row["deviation"], best["deviation"])), key=lambda row: row["loss"])
+
+
+def _front(rows: list[dict[str, Any]], cost: str) -> list[dict[str, Any]]:
+    """Those that no other beats in both loss and cost, cheapest first."""
+    kept: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda row: (row[cost], row["loss"])):
+        if not kept or row["loss"] < kept[-1]["loss"]:
+            kept.append(row)
+    return kept
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**10:,.1f} KiB"
+
+
+def _rules_for_deltas() -> list[str]:
+    """Which method adapts, by the job ``package`` of ``benchmarks/compare.py``."""
+    job = _results("compare").get("package", {})
+    rows = [row for row in job.get("rows", []) if row["system"] == "ours" and "loss" in row]
+    if not rows:
+        return ["Not measured yet: `python benchmarks/compare.py`.", ""]
+    kinds = {info.name: info.kind for info in registry.methods()}
+    base, lines = rows[0]["base loss"], []
+    best = _tied(rows)
+    lines.append(f"- The lowest loss, whatever it costs: {_said(best[0], 'method', f', from {base:.4f}')}." + (
+        f" No worse beyond the deviation over seeds: {', '.join(row['method'] for row in best[1:])}." if best[1:] else ""
+    ))  # fmt: skip
+    front = _front(rows, "bytes")
+    most = base - best[0]["loss"]
+    if most <= 0:
+        return ["No method has gained anything.", ""]
+    enough = next(row for row in front if base - row["loss"] >= 0.9 * most)
+    share = (base - enough["loss"]) / most
+    lines.append(f"- A small delta: {_said(enough, 'method')} has {share:.0%} of the best one's gain in {_size(enough['bytes'])}; the best has {_size(best[0]['bytes'])}.")
+    smallest = front[0]
+    lines.append(f"- The smallest delta on the front: {_said(smallest, 'method')}, {_size(smallest['bytes'])}, {(base - smallest['loss']) / most:.0%} of the best one's gain.")
+    kept = [row for row in rows if row["forgetting"] is not None and base - row["loss"] >= 0.9 * most]
+    if kept:
+        least = min(kept, key=lambda row: row["forgetting"])
+        lines.append(f"- What forgets least among those with nine tenths of the best one's gain: {_said(least, 'method')}, {least['forgetting']:+.4f} on seedling's own text.")
+        steps = {row["setting"]: row["to floor"] for row in _results("step_cost").get("70m", {}).get("rows", [])}
+        if timed := [row for row in kept if row["method"] in steps]:
+            fast = min(timed, key=lambda row: steps[row["method"]])
+            lines.append(f"- The cheapest step among these, on 70 M parameters: {_said(fast, 'method')}, {steps[fast['method']]:.2f} times that of a frozen model.")
+    for kind, what in (("adapt", "an update with tensors of its own"), ("select", "some of the model's own numbers"), ("branch", "a module beside the layers")):
+        if of := [row for row in rows if kinds.get(row["method"]) == kind]:
+            lines.append(f"- If it has to be {what}: {_said(min(of, key=lambda row: row['loss']), 'method')}.")
+    lines += ["", "Best for its size, smallest first:", ""]
+    lines.append(_table(["method", "loss", "delta", "trained"], [
+        [row["method"], f"{row['loss']:.4f} ± {row['deviation']:.4f}", _size(row["bytes"]), f"{row['trained']:,}"] for row in front
+    ]))  # fmt: skip
+    if edge := [row["method"] for row in rows if row["edge"]]:
+        lines += [f"Measured at the edge of the grid of learning rates, so perhaps better than shown: {', '.join(edge)}.", ""]
+    return lines
+
+
+def _rules_for_memory() -> list[str]:
+    """Which method or selection takes least memory, and which forgets least in a sequence."""
+    found = _results("select")
+    rows = sorted((row for row in found.get("memory", {}).get("rows", []) if "peak" in row), key=lambda row: row["peak"])
+    lines = []
+    if not rows:
+        lines.append("- The memory of selections is not measured yet: `python benchmarks/selections.py --parts memory`.")
+    ours = [row for row in rows if row["system"] == "ours"]
+    theirs = next((row for row in rows if (row["system"], row["method"]) == ("peft", "lora")), None)
+    if ours:
+        lines.append(f"- Least memory: **{ours[0]['method']}**, {ours[0]['peak'] / 2**20:.0f} MiB above the imports on {found['memory']['conditions']['shape'].replace('m', ' M')} parameters.")
+    if theirs:
+        for name in ("s2ft", "paca", "lisa", "hft", "full"):
+            if row := next((row for row in ours if row["method"] == name), None):
+                lines.append(f"- {name}: {row['peak'] / 2**20:.0f} MiB, {row['peak'] / theirs['peak']:.2f} of the {theirs['peak'] / 2**20:.0f} MiB of PEFT's LoRA.")
+    sequence = {row["method"]: row for row in found.get("forgetting", {}).get("rows", []) if "losses" in row}
+    if {"full", "hft"} <= sequence.keys():
+        full, half = sequence["full"], sequence["hft"]
+        spread = max(full["forgetting deviation"], half["forgetting deviation"])
+        gap = full["forgetting"] - half["forgetting"]
+        verdict = "less than" if gap > spread else "more than" if gap < -spread else "no less and no more, beyond the deviation over seeds, than"
+        lines.append(
+            f"- One task after another: HFT forgets {verdict} full tuning ({half['forgetting']:+.4f} against {full['forgetting']:+.4f}, ± {spread:.4f}), "
+            f"and learns {half['learnt']:.4f} against {full['learnt']:.4f}."
+        )
+    else:
+        lines.append("- Forgetting over a sequence of tasks is not measured yet: `python benchmarks/selections.py --parts forgetting`.")
+    return [*lines, ""]
+
+
+def _rules_for_optimizers() -> list[str]:
+    """Which optimizer, by ``benchmarks/optim.py``."""
+    found = _results("optim")
+    rows = [row for row in found.get("3m", {}).get("rows", []) if "loss" in row]
+    if not rows:
+        return ["Not measured yet: `python benchmarks/optim.py`.", ""]
+    times = {row["setting"]: row for row in found.get("timing", {}).get("rows", [])}
+
+    def cost(row: dict[str, Any]) -> str:
+        time = f", a step {times[row['setting']]['overhead']:+.1%}" if row["setting"] in times else ""
+        return f", {_size(row['state bytes'])} of state{time}"
+
+    best = _tied(rows)
+    lines = [f"- The lowest loss: {_said(best[0], 'setting', cost(best[0]))}." + (
+        f" No worse beyond the deviation over seeds: {', '.join(row['setting'] for row in best[1:])}." if best[1:] else ""
+    )]  # fmt: skip
+    near = [row for row in rows if row["loss"] <= 1.02 * best[0]["loss"]]
+    least = min(near, key=lambda row: row["state bytes"])
+    lines.append(f"- Least state within 2 % of the lowest loss: {_said(least, 'setting', cost(least))}.")
+    least = min(rows, key=lambda row: row["state bytes"])
+    lines.append(f"- Least state of all: {_said(least, 'setting', cost(least))}.")
+    if slow := [f"{name} {row['overhead']:+.1%}" for name, row in times.items() if row["overhead"] > 0.1]:
+        lines.append(f"- Steps of {found['timing']['conditions']['tokens']:,} tokens that take over 10 % longer than AdamW's: {', '.join(slow)}.")
+    elif not times:
+        lines.append("- The time of a step is not measured yet: `python benchmarks/optim.py --timing`.")
+    if larger := sorted((row for row in found.get("9m", {}).get("rows", []) if "loss" in row), key=lambda row: row["loss"]):
+        lines.append(f"- On three times as many parameters, best first: {', '.join(_said(row, 'setting', cost(row)) for row in larger)}.")
+    else:
+        lines.append("- Not measured yet on more parameters: `python benchmarks/optim.py --shape 9m`.")
+    if judged := found.get("papers"):
+        shows = sum(j["shows"] for j in judged)
+        lines.append(f"- Of {len(judged)} orderings that papers report of these, {shows} show here: [the table](methods/compare.md#what-the-papers-say-of-optimizers-and-what-shows-here).")
+    return [*lines, "", "Best for its state, least first:", "", _table(["optimizer", "loss (nats a byte)", "state"], [
+        [row["setting"], f"{row['loss']:.4f} ± {row['deviation']:.4f}", _size(row["state bytes"])] for row in _front(rows, "state bytes")
+    ])]  # fmt: skip
+
+
+def _unmeasured() -> list[str]:
+    """What of the registry, and in general, no benchmark has a figure of."""
+    done = {row["method"] for row in _results("compare").get("package", {}).get("rows", []) if "loss" in row}
+    tried = {row["setting"].removesuffix("-8bit") for row in _results("optim").get("3m", {}).get("rows", []) if "loss" in row}
+    own = [info for info in registry.methods() if info.file.startswith("espalier/")]
+    lines = []
+    if missing := [info.name for info in own if info.kind in ("adapt", "select", "branch") and info.name not in done]:
+        lines.append(f"- Methods without a loss: {', '.join(missing)}.")
+    if missing := [info.name for info in own if info.kind == "optim" and info.name not in tried]:
+        lines.append(f"- Optimizers without a loss: {', '.join(missing)}.")
+    return [
+        *lines,
+        "- Models beyond 9 million parameters by loss, and beyond 350 million by time and memory; GPUs; text that is not Python source; several processes.",
+        "- Other options than the defaults, but for the learning rate, which is chosen for each from a small grid; other numbers of steps.",
+        "",
+    ]
+
+
+def choosing(tables: bool) -> str:
+    """The page ``docs/choosing.md``; ``tables``: whether there is a page of them to lead to."""
+    lines = [
+        "# Which one should I use?", "",
+        "This page is written by `make docs` from the results of the benchmarks; do not edit it. Its rules follow from the tables, which are of small models "
+        "on two cores: take them as where to begin, and compare on your own data. A difference counts where it is larger than the larger standard deviation "
+        "over three seeds." + (" All figures: [methods/compare.md](methods/compare.md)." if tables else ""), "",
+        "## Which method adapts", "", *_rules_for_deltas(),
+        "## When memory, or what was learnt before, matters most", "", *_rules_for_memory(),
+        "## Which optimizer", "", *_rules_for_optimizers(),
+        "## What was not measured", "", *_unmeasured(),
+        "The methods and all their options: [methods.md](methods.md); optimizers: [optimizers.md](optimizers.md).", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
 def measurements() -> str:
     """The page of measurements; "" where there are none."""
     parts = [_job(job, found) for job, found in _results("compare").items() if "conditions" in found]
     parts += [_cost(shape, found) for shape, found in _results("step_cost").items()]
+    parts += _selections(_results("select"))
+    parts += _optimizers(_results("optim"))
     if not parts:
         return ""
-    head = "# How the methods compare\n\nThis page is written by `make docs` from the results of `benchmarks/compare.py` and `benchmarks/step_cost.py`, "
+    head = "# How the methods compare\n\nThis page is written by `make docs` from the results of `benchmarks/compare.py`, `step_cost.py`, `selections.py` and `optim.py`, "
     head += "which say what each column is and run it again; do not edit it.\n\n"
     return head + "\n".join(parts)
 
@@ -160,7 +392,7 @@ def pages() -> dict[Path, str]:
     """Every page: its file and its text."""
     own = [info for info in registry.methods() if info.file.startswith("espalier/")]
     measured = measurements()
-    made = {FOLDER / "compare.md": measured} if measured else {}
+    made = {ROOT / "docs" / "choosing.md": choosing(bool(measured))} | ({FOLDER / "compare.md": measured} if measured else {})
     for kind in dict.fromkeys(info.kind for info in own):
         found = [info for info in own if info.kind == kind]
         head = f"# {TITLES.get(kind, f'Methods of `{kind}/`')}\n\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -35,6 +36,44 @@ def anchors(page: Path) -> set[str]:
 def test_the_pages_of_methods_are_up_to_date() -> None:
     done = subprocess.run([sys.executable, str(ROOT / "docs" / "build.py"), "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def rules(results: Path) -> str:
+    """The page of which one to use, from a folder of results."""
+    spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
+    assert spec is not None and spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    build.RESULTS = results
+    page: str = build.choosing(False)
+    return page
+
+
+def test_which_one_to_use_says_what_was_not_measured(tmp_path: Path) -> None:
+    page = rules(tmp_path)
+    assert page.count("ot measured yet") == 4
+    assert "Optimizers without a loss: adabelief, adamw" in page
+
+
+def test_which_one_to_use_follows_from_the_tables(tmp_path: Path) -> None:
+    common = {"deviation": 0.01, "forgetting": 0.0, "edge": False, "system": "ours", "base loss": 3.0, "trained": 1}
+    rows = [
+        {**common, "method": "full", "loss": 2.0, "bytes": 1000 << 20},
+        {**common, "method": "lisa", "loss": 2.005, "bytes": 900 << 20},
+        {**common, "method": "lora", "loss": 2.05, "bytes": 1 << 20, "edge": True},
+        {**common, "method": "ia3", "loss": 2.5, "bytes": 1 << 10},
+        {**common, "method": "vera", "loss": 2.6, "bytes": 2 << 10},
+    ]
+    states = [{"setting": "adamw", "loss": 1.5, "deviation": 0.01, "state bytes": 800 << 20}]
+    states += [{"setting": "fira", "loss": 1.52, "deviation": 0.01, "state bytes": 300 << 20}, {"setting": "galore", "loss": 1.6, "deviation": 0.01, "state bytes": 299 << 20}]
+    (tmp_path / "compare.json").write_text(json.dumps({"package": {"rows": rows}}))
+    (tmp_path / "optim.json").write_text(json.dumps({"3m": {"rows": states}}))
+    page = rules(tmp_path)
+    assert "whatever it costs: **full** (loss 2.0000 ± 0.0100, from 3.0000). No worse beyond the deviation over seeds: lisa." in page
+    assert "A small delta: **lora** (loss 2.0500 ± 0.0100) has 95% of the best one's gain in 1.0 MiB" in page
+    assert "The smallest delta on the front: **ia3**" in page and "| vera |" not in page
+    assert "perhaps better than shown: lora." in page
+    assert "within 2 % of the lowest loss: **fira**" in page and "Least state of all: **galore**" in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
