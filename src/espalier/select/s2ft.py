@@ -80,6 +80,12 @@ class S2FT(Adapter):
                 of_kind, place = scores.setdefault(_kind(target, units), {}), _place(target)
                 if (score := self._score(target, units, weight, statistic, stream)) is not None:
                     of_kind[place] = of_kind[place] + score if self.selection != "random" and place in of_kind else score
+        for target in targets:
+            if missing := [units for units in _units(target) if _place(target) not in scores[_kind(target, units)]]:
+                raise EspalierError(
+                    f"selection is {self.selection!r}, which scores {missing[0].kind} by what reads them, and --targets has {target.name} alone of "
+                    f"theirs in block {target.block}; target attention.o or mlp.down too, or choose another selection"
+                )
         chosen: dict[tuple[Any, ...], dict[Any, torch.Tensor]] = {}
         for kind, of_kind in scores.items():
             if self.rank_by == "smallest":
@@ -90,11 +96,6 @@ class S2FT(Adapter):
             chosen[kind] = {place: largest_of_each(of_kind[place], int(mask.sum())) for place, mask in zip(ranked, masks, strict=True)}
         index = {}
         for target in targets:
-            if missing := [units for units in _units(target) if _place(target) not in chosen[_kind(target, units)]]:
-                raise EspalierError(
-                    f"selection is {self.selection!r}, which scores {missing[0].kind} by what reads them, and --targets has {target.name} alone of "
-                    f"theirs in block {target.block}; target attention.o or mlp.down too, or choose another selection"
-                )
             parts = [units.indices(chosen[_kind(target, units)][_place(target)]) for units in _units(target)]
             index[target.name] = torch.cat(parts, -1).sort(-1).values
         return index
