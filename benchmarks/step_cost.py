@@ -148,7 +148,7 @@ def our_step(model: Any, ids: Any, method: Any, alone: bool) -> Callable[[], Non
     course, optimizer, done = Course(model, STEPS), optimizer_of(parameters, method.learning_rate), iter(range(STEPS))
 
     def step() -> None:
-        course.begin(next(done), method.learning_rate)
+        course.begin(next(done), method.learning_rate, measure=lambda: float(model(input_ids=ids, labels=ids, use_cache=False).loss))
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss + course.penalty()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -32,7 +32,7 @@ def run(method: str, family: str, targets: str | None, bits: int | None, folder:
         course = Course(model, 2)
         losses = []
         for step in range(2):
-            course.begin(step, 0.1)
+            course.begin(step, 0.1, measure=lambda: float(model(mine, labels=mine).loss))
             if bits is None:
                 loss = model(mine, labels=mine).loss
                 (loss + course.penalty()).backward()
