@@ -16,6 +16,7 @@ from espalier.errors import EspalierError, at_least
 from espalier.kernels.philox import Stream
 from espalier.registry import adapter
 
+
 @adapter("perp", ids=(3,), paper="arXiv:2312.15230", learning_rate=5e-4, targets="linear,norm,bias?,head?", needs="pruned")
 class PERP(Adapter):
     """Retrain the biases, the norms, a LoRA of the head, and of every pruned matrix of a block an update that keeps its zeros zero.
@@ -85,6 +86,7 @@ class PERP(Adapter):
 
     def count(self, target: Target) -> int:
         return math.prod(target.lead) * self.rank * (target.outputs + target.inputs) if target.is_matrix else target.size
+
 
 def _is_pruned(target: Target) -> bool:
     """Whether it is a matrix of a block, as pruning takes them: not the embedding, nor the head."""
