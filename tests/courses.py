@@ -22,8 +22,8 @@ def run(
     make = optimizer or (lambda parameters, rate: torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.1))
     made = build(make, trainable_parameters(model), learning_rate, course.optimizer_options())
     for step in range(steps):
-        course.begin(step, learning_rate, made)
         x = tokens(seed=step)
+        course.begin(step, learning_rate, made, lambda x=x: float(model(x, labels=x).loss))
         loss = model(x, labels=x).loss + course.penalty()
         loss.backward()
         course.before_step()

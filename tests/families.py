@@ -122,6 +122,17 @@ def needed(method: str, model: PreTrainedModel, targets: str) -> dict[str, str]:
     return {"sources": _sources(type(model.config), json.dumps(model.config.to_dict(), sort_keys=True, default=str), targets)}
 
 
+@torch.no_grad()
+def fit_for(method: str, model: Any) -> Any:
+    """The model, pruned where the method declares that it needs that: of every matrix of its blocks a third is zero."""
+    if registry.find(method).settings.get("needs") == "pruned":
+        for target in parameters(model):
+            if target.is_matrix and target.block is not None:
+                weight = model.get_parameter(target.name)
+                weight[weight.abs() <= weight.abs().float().quantile(1 / 3)] = 0.0
+    return model
+
+
 @functools.cache
 def _sources(kind: type[PretrainedConfig], said: str, targets: str) -> str:
     """Two low-rank deltas of a model like this, of other ranks."""

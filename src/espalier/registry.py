@@ -308,10 +308,10 @@ def make(name: str, role: str | tuple[str, ...], **hyperparameters: Any) -> Any:
     return made
 
 
-def make_below(above: Any, name: str, role: str) -> Any:
-    """A method that another one stands on, which has the option ``rule`` for it.
+def make_below(above: Any, name: str, role: str, option: str = "rule") -> Any:
+    """A method that another one stands on, which has an option for it.
 
-    It has the hyperparameters of that one that both have; where it is not the default rule, only those that were given: what
+    It has the hyperparameters of that one that both have; where it is not that option's default, only those that were given: what
     is a good epsilon for one rule is none for another.
 
     Raises:
@@ -319,5 +319,5 @@ def make_below(above: Any, name: str, role: str) -> Any:
     """
     defaults = {f.name: f.default for f in dataclasses.fields(above)}
     both = [h.name for h in find(name, role).hyperparameters if h.name in defaults]
-    is_usual = name == defaults["rule"]
+    is_usual = name == defaults[option]
     return make(name, role, **{h: getattr(above, h) for h in both if is_usual or getattr(above, h) != defaults[h]})

@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 def run(method: str, family: str, targets: str | None, bits: int | None, folder: Path, rank: int) -> dict[str, float]:
     """Two steps in both ways; the largest differences of the losses and of the saved tensors."""
-    from families import statistics_of, tiny
+    from families import fit_for, statistics_of, tiny
 
+    from espalier import registry
     from espalier.attach.attachment import attach, trainable_parameters
     from espalier.attach.coded_base import quantize_base
     from espalier.attach.course import Course
@@ -32,7 +33,7 @@ def run(method: str, family: str, targets: str | None, bits: int | None, folder:
         course = Course(model, 2)
         losses = []
         for step in range(2):
-            course.begin(step, 0.1)
+            course.begin(step, 0.1, measure=lambda: float(model(mine, labels=mine).loss))
             if bits is None:
                 loss = model(mine, labels=mine).loss
                 (loss + course.penalty()).backward()
@@ -49,8 +50,8 @@ def run(method: str, family: str, targets: str | None, bits: int | None, folder:
             losses.append(float(loss))
         return losses
 
-    base = folder / f"base-{family}"
-    whole, sharded = (copy.deepcopy(tiny(family)).eval() for _ in range(2))
+    base = folder / f"base-{family}-{registry.find(method).settings.get('needs')}"
+    whole, sharded = (fit_for(method, copy.deepcopy(tiny(family))).eval() for _ in range(2))
     if rank == 0 and not base.exists():
         whole.save_pretrained(base)
     distributed.barrier()
@@ -90,7 +91,7 @@ def run(method: str, family: str, targets: str | None, bits: int | None, folder:
     (one, out_one), (two, out_two) = results
     left, right = read_safetensors(out_one / "delta.safetensors"), read_safetensors(out_two / "delta.safetensors")
     assert left.keys() == right.keys()
-    differences = [float((left[n].double() - right[n].double()).abs().max()) for n in left]
+    differences = [float((left[n].double() - right[n].double()).abs().max()) for n in left if left[n].numel()]
     return {"loss": float((one - two).abs().max()), "tensors": max(differences), "count": len(left), "held": held}
 
 

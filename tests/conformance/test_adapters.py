@@ -14,7 +14,7 @@ from pathlib import Path
 import loops
 import pytest
 import torch
-from families import config, needed, statistics_of, tiny
+from families import config, fit_for, needed, statistics_of, tiny
 
 from espalier import apply, registry
 from espalier.anatomy.target import Target
@@ -52,14 +52,14 @@ turns = pytest.mark.parametrize(("method", "place"), [(method, ROUTES[number % l
 pytestmark = [pytest.mark.room("adapt")]
 
 
-def fresh(place: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def fresh(place: str, method: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     family, _ = PLACES[place]
-    return copy.deepcopy(tiny(family)).to(dtype).eval()
+    return fit_for(method, copy.deepcopy(tiny(family)).to(dtype).eval())
 
 
-def shallow(place: str) -> torch.nn.Module:
+def shallow(place: str, method: str) -> torch.nn.Module:
     """A model of one block, for what is dear and asks nothing of a second."""
-    return copy.deepcopy(tiny(PLACES[place][0], num_hidden_layers=1)).eval()
+    return fit_for(method, copy.deepcopy(tiny(PLACES[place][0], num_hidden_layers=1)).eval())
 
 
 def put(model: torch.nn.Module, method: str, place: str) -> Attachment:
@@ -100,7 +100,7 @@ def logical(model: torch.nn.Module, target: Target) -> torch.Tensor:
 @everywhere
 @every_method
 def test_the_start_is_the_base_or_as_near_as_the_method_says(method: str, place: str) -> None:
-    model = fresh(place)
+    model = fresh(place, method)
     before = logits(model)
     attachment = put(model, method, place)
     bounds = {target.name: attachment.method.start_bound(target) for target in attachment.targets}
@@ -114,7 +114,7 @@ def test_the_start_is_the_base_or_as_near_as_the_method_says(method: str, place:
 @everywhere
 @every_method
 def test_the_trained_count_is_the_declared_formula(method: str, place: str) -> None:
-    model = fresh(place)
+    model = fresh(place, method)
     attachment = put(model, method, place)
     declared = sum(attachment.method.count(target) for target in attachment.targets)
     declared += attachment.method.count_shared(attachment.targets)
@@ -128,7 +128,7 @@ def test_the_trained_count_is_the_declared_formula(method: str, place: str) -> N
 @every_method
 def test_checkpoints_hold_what_is_computed_from_the_weight_and_not_trained(method: str) -> None:
     """A decomposition is not the same bits, nor always the same signs, with other threads or on another machine."""
-    model, other = fresh("linear"), fresh("linear")
+    model, other = fresh("linear", method), fresh("linear", method)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(torch.linspace(0.5, -1.5, parameter.shape[-1]))
@@ -143,8 +143,8 @@ def test_checkpoints_hold_what_is_computed_from_the_weight_and_not_trained(metho
 def test_planning_counts_the_same_and_draws_no_random_number(method: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers that nobody sees would make planning as slow as starting; a method draws from the streams that it is given."""
     family, targets = PLACES[place]
-    attachment = put(shallow(place), method, place)
-    made = registry.make(method, "adapter", **needed(method, shallow(place), targets))
+    attachment = put(shallow(place, method), method, place)
+    made = registry.make(method, "adapter", **needed(method, shallow(place, method), targets))
     monkeypatch.setattr(philox, "philox", lambda *arguments: pytest.fail("a number was drawn"))
     step = trace_step(
         config(family, num_hidden_layers=1), made, {"targets": targets}, dtype=torch.float32, tokens=8, sequence_length=8,
@@ -158,14 +158,14 @@ def test_planning_counts_the_same_and_draws_no_random_number(method: str, place:
 
 @spread
 def test_gradients_reach_something_in_one_step_and_everything_in_two(method: str, place: str) -> None:
-    model = fresh(place)
+    model = fresh(place, method)
     put(model, method, place)
     loops.assert_all_move_in_two_steps(model, loss_of)
 
 
 @spread
 def test_training_leaves_the_base_bit_identical_and_detaching_gives_it_back(method: str, place: str) -> None:
-    model = fresh(place)
+    model = fresh(place, method)
     before, outputs = {n: p.clone() for n, p in model.named_parameters()}, logits(model)
     classes = {n: type(m) for n, m in model.named_modules()}
     put(model, method, place)
@@ -182,7 +182,7 @@ def test_training_leaves_the_base_bit_identical_and_detaching_gives_it_back(meth
 @every_method
 def test_linear_equals_the_dense_product(method: str, place: str, dtype: torch.dtype) -> None:
     """Error at most 4 times the plain dense product's own, both against float64."""
-    model = fresh(place, dtype)
+    model = fresh(place, method, dtype)
     attachment = put(model, method, place)
     randomize(model)
     with torch.no_grad():
@@ -206,7 +206,7 @@ def test_linear_equals_the_dense_product(method: str, place: str, dtype: torch.d
 @everywhere
 @every_method
 def test_gradients_of_the_accelerated_route_are_those_of_the_weight_route(method: str, place: str) -> None:
-    model = fresh(place)
+    model = fresh(place, method)
     attachment = put(model, method, place)
     randomize(model)
     for target, update in live_updates(attachment).values():
@@ -234,7 +234,7 @@ def test_gradients_of_the_accelerated_route_are_those_of_the_weight_route(method
 
 @spread
 def test_saving_and_loading_is_exact(method: str, place: str, tmp_path: Path) -> None:
-    model = fresh(place)
+    model = fresh(place, method)
     model.save_pretrained(tmp_path / "base")
     attachment = put(model, method, place)
     randomize(model)
@@ -251,7 +251,7 @@ def test_saving_and_loading_is_exact(method: str, place: str, tmp_path: Path) ->
 
 @turns
 def test_a_scale_of_zero_restores_the_base(method: str, place: str, tmp_path: Path) -> None:
-    model = fresh(place)
+    model = fresh(place, method)
     outputs = logits(model)
     model.save_pretrained(tmp_path / "base")
     put(model, method, place)
@@ -270,7 +270,7 @@ def test_merged_equals_unmerged(method: str, place: str, dtype: torch.dtype, tmp
     """The applied checkpoint, loaded by transformers, does what base and delta do, to the rounding of its dtype."""
     from transformers import AutoModelForCausalLM
 
-    model = fresh(place, dtype)
+    model = fresh(place, method, dtype)
     before = logits(model)
     model.save_pretrained(tmp_path / "base")
     put(model, method, place)
@@ -288,7 +288,7 @@ def test_merged_equals_unmerged(method: str, place: str, dtype: torch.dtype, tmp
 def test_recomputation_changes_nothing(method: str, place: str) -> None:
     results = []
     for recompute in (False, True):
-        model = fresh(place)
+        model = fresh(place, method)
         put(model, method, place)
         randomize(model)
         if recompute:
@@ -308,7 +308,7 @@ def test_recomputation_changes_nothing(method: str, place: str) -> None:
 @turns
 def test_it_compiles_whole(method: str, place: str) -> None:
     torch._dynamo.reset()
-    model = shallow(place)
+    model = shallow(place, method)
     put(model, method, place)
     randomize(model)
     expected = model(ids(model)).logits
@@ -320,7 +320,7 @@ def test_it_compiles_whole(method: str, place: str) -> None:
 
 @every_method
 def test_further_steps_leave_the_number_of_live_tensors_flat(method: str) -> None:
-    model = shallow("non-square")
+    model = shallow("non-square", method)
     put(model, method, "non-square")
     loops.assert_live_tensors_stay_flat(model, loss_of)
 
@@ -328,7 +328,7 @@ def test_further_steps_leave_the_number_of_live_tensors_flat(method: str) -> Non
 @spread
 def test_the_chunked_loss_gives_the_gradients_of_the_models_own(method: str, place: str) -> None:
     """Also where the update is on the head, whose gradient is made chunk by chunk."""
-    model = fresh(place)
+    model = fresh(place, method)
     put(model, method, place)
     randomize(model)
     x = ids(model, rows=1)
@@ -347,7 +347,7 @@ def test_the_chunked_loss_gives_the_gradients_of_the_models_own(method: str, pla
 
 @every_method
 def test_two_deltas_make_a_chain_that_equals_applying_them_in_order(method: str, tmp_path: Path) -> None:
-    model = fresh("linear")
+    model = fresh("linear", method)
     model.save_pretrained(tmp_path / "base")
     put(model, "lora", "linear")
     randomize(model)
@@ -366,7 +366,7 @@ def test_two_deltas_make_a_chain_that_equals_applying_them_in_order(method: str,
 
 @every_method
 def test_bfloat16_training_moves_float32_tensors(method: str) -> None:
-    model = fresh("linear", torch.bfloat16)
+    model = fresh("linear", method, torch.bfloat16)
     attachment = put(model, method, "linear")
     assert {p.dtype for p in trainable_parameters(model).values()} == {torch.float32}
     loss_of(model).backward()

@@ -158,6 +158,22 @@ def made(sparse: bool) -> Maker:
     return make
 
 
+@matrices
+def masked_low_rank(n: Numbers, outputs: int, inputs: int) -> Made:
+    kept = torch.rand(outputs * inputs, generator=n.generator) < n.pick(0.0, 0.5, 1.0)
+    rank = n.pick(1, 3, 4)
+    tensors = {"B": n.floats(outputs, rank), "A": n.floats(rank, inputs) / 2, "mask": pack_bits(kept)}
+    return additive(tensors, lambda B, A, mask: torch.einsum("or,ri->oi", B, A) * kept.reshape(outputs, inputs))
+
+
+@matrices
+def scaled_low_rank(n: Numbers, outputs: int, inputs: int) -> Made:
+    rank = n.pick(1, 3, 4)
+    tensors = {"B": n.floats(outputs, rank), "A": n.floats(rank, inputs) / 2}
+    exact = wide(tensors)
+    return tensors, {}, lambda weight: weight * torch.einsum("or,ri->oi", exact["B"], exact["A"])
+
+
 def pooled(n: Numbers, shape: tuple[int, ...]) -> Made:
     *lead, outputs, inputs = shape if len(shape) <= 3 else (shape[0], math.prod(shape[1:]))
     shards, rank = n.divisor(outputs, inputs), 3
@@ -518,6 +534,8 @@ ENTRIES: dict[str, Maker] = {
     "low_rank": low_rank,
     "made": made(sparse=False),
     "made of factors and entries": made(sparse=True),
+    "masked_low_rank": masked_low_rank,
+    "scaled_low_rank": scaled_low_rank,
     "pooled": pooled,
     "bank": bank,
     "columns": columns,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import needed, statistics_of, tiny, tokens
+from families import fit_for, needed, statistics_of, tiny, tokens
 
 import espalier
 from espalier import registry
@@ -31,7 +31,7 @@ def put(model: torch.nn.Module, method: str, name: str, targets: str, seed: int)
 
 
 def targets_of(method: str, family: str) -> str:
-    model = tiny(family)
+    model = fit_for(method, tiny(family))
     for targets in (PLACES[family], "linear", "bias", "norm"):
         try:
             attach(copy.deepcopy(model), method, targets=targets, statistics=statistics_of(model), **needed(method, model, targets))
@@ -50,7 +50,7 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 @every_method
 def test_a_mixed_batch_is_separate_batches_row_by_row(method: str, family: str) -> None:
     """Also the gradients, of two methods on one batch, with rows of the base and of both."""
-    model, ids = tiny(family), tokens(rows=5)
+    model, ids = fit_for(method, tiny(family)), tokens(rows=5)
     put(model, method, "a", targets_of(method, family), 1)
     put(model, "lora", "b", "mlp", 2)
     trained = {n: p.requires_grad_() for n, p in model.named_parameters() if "espalier" in n}
@@ -79,7 +79,7 @@ def test_a_mixed_batch_is_separate_batches_row_by_row(method: str, family: str) 
 @every_method
 def test_strengths_of_0_and_1_disabling_and_removing_are_exact(method: str, family: str) -> None:
     """Bit for bit what was there before; a strength of a half lies between."""
-    model, ids = tiny(family), tokens()
+    model, ids = fit_for(method, tiny(family)), tokens()
     base = logits(model, ids)
     put(model, method, "a", targets_of(method, family), 1)
     there = logits(model, ids)

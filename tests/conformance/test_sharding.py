@@ -18,7 +18,7 @@ PLACES = [
     ("gpt_neox", "attention.qkv"),
     ("qwen3_moe", "experts"),
 ]
-METHODS = [info.name for info in registry.methods() if info.role == "adapter" and "needs" not in info.settings]
+METHODS = [info.name for info in registry.methods() if info.role == "adapter" and info.settings.get("needs") != "sources"]
 BRANCHES = [info.name for info in registry.methods() if info.role == "brancher" and "needs" not in info.settings]
 CASES = [(method, *place) for number, method in enumerate(METHODS) for place in (PLACES if number % 4 == 0 else (PLACES[0], PLACES[3]))]
 """Every method on the linear, lookup and experts routes; each fourth on the rest, which differ from these in their layout."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from espalier.anatomy.target import Target
 from espalier.errors import EspalierError, suggestion
@@ -59,6 +59,8 @@ _SITES = {
     "mlp.gate": "mlp", "mlp.up": "mlp",
 }  # fmt: skip
 
+FUSED: dict[str, Literal["blocks", "heads"]] = {"gpt2": "blocks", "phi3": "blocks", "gpt_neox": "heads"}
+"""Family -> rows of its fused q, k, v: all of q, then k, then v; or head after head, each with its q, k, v."""
 LINEAR = ("attention", "mlp", "experts")
 """What the keyword ``linear`` stands for: every matrix of the blocks but routers."""
 
@@ -123,6 +125,18 @@ def _route(owner: nn.Module, local: str, ndim: int) -> tuple[str, bool]:
     return "weight", False
 
 
+def _heads(config: Any, role: str, shape: tuple[int, ...]) -> tuple[int, int, str]:
+    """Query heads, rows or columns of each, and the layout of a fused matrix, of one of an attention's; zeros for any other."""
+    heads = getattr(config, "num_attention_heads", None) or 0
+    if not heads or role not in ("attention.q", "attention.k", "attention.v", "attention.qkv", "attention.o") or len(shape) != 2:
+        return 0, 0, ""
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    along = shape[1] if role == "attention.o" else shape[0]
+    known = along % size == 0 and (role not in ("attention.q", "attention.o") or along == heads * size)
+    layout = FUSED.get(config.model_type, "") if role == "attention.qkv" else ""
+    return (heads, size, layout) if known and (layout or role != "attention.qkv") else (0, 0, "")
+
+
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter under each of its names, in the order of ``model.named_parameters()``.
 
@@ -139,6 +153,7 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def parameters(model: nn.Module) -> list[Target]:
     """All parameters of a transformers model, in the order of ``named_parameters``, tied ones once."""
     modules = dict(model.named_modules(remove_duplicate=False))  # a module in two places has two names
+    config = model.config.get_text_config() if hasattr(model, "config") else None  # type: ignore[operator, union-attr]
     names: dict[int, list[str]] = {}
     tensors = {}
     for name, parameter in named_parameters(model):
@@ -161,7 +176,8 @@ def parameters(model: nn.Module) -> list[Target]:
         interleaved = not getattr(places[0][1], "is_concatenated", True)
         gate_up = ("interleaved" if interleaved else "concatenated") if roles[0].endswith(".gate_up") else ""
         ways = tuple(route for route, _ in routes)
-        found.append(Target(aliases[0], tuple(aliases), roles, block, shape, transposed, ways, gate_up, site))
+        attention = _heads(config, roles[0], shape)
+        found.append(Target(aliases[0], tuple(aliases), roles, block, shape, transposed, ways, gate_up, site, *attention))
     return found
 
 
@@ -183,8 +199,8 @@ def select(targets: Iterable[Target], patterns: Sequence[str], option: str = "--
     """The targets that any of the patterns names.
 
     A pattern is a role (``mlp``, ``attention.q``, ``embedding``, ``norm``, ``attention.q.bias``), one of the
-    keywords ``linear`` (attention, mlp and experts), ``bias`` and ``all``, or a glob over parameter names. ``option`` is what
-    an error calls them.
+    keywords ``linear`` (attention, mlp and experts), ``bias`` and ``all``, or a glob over parameter names. With a ``?`` behind
+    it a pattern may match nothing, as long as another one matches. ``option`` is what an error calls them.
 
     Raises:
         EspalierError: when a pattern matches nothing, naming the roles that the model has.
@@ -192,15 +208,15 @@ def select(targets: Iterable[Target], patterns: Sequence[str], option: str = "--
     targets = list(targets)
     chosen: set[str] = set()
     for pattern in patterns:
-        matched = [target.name for target in targets if _matches(target, pattern)]
-        if not matched:
+        matched = [target.name for target in targets if _matches(target, pattern.removesuffix("?"))]
+        chosen.update(matched)
+        if not matched and not (pattern.endswith("?") and (chosen or pattern != patterns[-1])):
             roles = sorted({role for target in targets for role in target.roles})
             heads = sorted({role.split(".")[0] for role in roles} | set(roles))
             hint = suggestion(pattern, [known for known in (*heads, "linear", "all", "bias") if known != pattern])
             if pattern in ("attention.q", "attention.k", "attention.v") and "attention.qkv" in roles:
                 hint = "; this model keeps q, k and v in one matrix: use attention.qkv"
             raise EspalierError(f"{option} {pattern!r} matches no parameter of this model{hint} (roles: {', '.join(roles)})")
-        chosen.update(matched)
     if not patterns:
         raise EspalierError(f"{option} is empty; name roles such as attention,mlp or globs of parameter names")
     return [target for target in targets if target.name in chosen]

@@ -1,8 +1,8 @@
 """The anatomy of a transformers model, whatever its family: blocks, attention heads, channels, and what moves together.
 
 Everything is read off the roles and logical shapes of :func:`espalier.anatomy.parameters.parameters` and the
-config; nothing is traced and no weight is looked at, so models on the meta device have an anatomy too. The one
-table here says how the families that fuse q, k and v lay out the rows, which no shape tells. Not covered:
+config; nothing is traced and no weight is looked at, so models on the meta device have an anatomy too. How
+the families that fuse q, k and v lay out the rows, which no shape tells, is in a table of ``parameters.py``. Not covered:
 encoder-decoders, attention with latent or gated projections, state-space blocks, blocks that share parameters;
 they are refused by name.
 
@@ -18,16 +18,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from espalier.anatomy.parameters import BLOCK, parameters
+from espalier.anatomy.parameters import BLOCK, FUSED, parameters
 from espalier.anatomy.target import Target
 from espalier.errors import EspalierError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-_FUSED: dict[str, Literal["blocks", "heads"]] = {"gpt2": "blocks", "phi3": "blocks", "gpt_neox": "heads"}
-"""Family -> rows of its fused q, k, v: all of q, then k, then v; or head after head, each with its q, k, v."""
 
 
 @dataclass(frozen=True)
@@ -402,9 +399,9 @@ class _Reader:
         fused = self.one(inside, path, "attention.qkv")
         layout: Literal["separate", "blocks", "heads"] = "separate"
         if fused is not None:
-            if self.config.model_type not in _FUSED:
+            if self.config.model_type not in FUSED:
                 self.refuse(f"keeps q, k and v in one matrix ({fused.weight}) whose layout is not known")
-            q, k, v, layout = fused, fused, fused, _FUSED[self.config.model_type]
+            q, k, v, layout = fused, fused, fused, FUSED[self.config.model_type]
             key_value_heads = (self.shape(fused)[0] // size - heads) // 2
             rows = [self.shape(fused)[0]]
             expected = [(heads + 2 * key_value_heads) * size]

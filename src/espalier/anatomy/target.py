@@ -21,6 +21,10 @@ class Target:
         routes: how products reach it, one per name: ``linear``, ``lookup``, ``experts`` or ``weight``.
         gate_up: how a matrix that fuses gate and up lays out its rows: ``concatenated``, ``interleaved``, or "".
         site: the input that it reads; siblings (q, k and v; gate and up) share one, for shared choices.
+        heads: query heads of the attention that a matrix is of, 0 where that is not known; each has ``head_dim`` rows or columns.
+        head_dim: see ``heads``.
+        qkv: how a matrix that fuses q, k and v lays out its rows: ``blocks`` (all of q, all of k, all of v), ``heads`` (q, k and v of
+            head 0, then of head 1, ...), or "" where there is none or that is not known.
     """
 
     name: str
@@ -32,6 +36,9 @@ class Target:
     routes: tuple[str, ...]
     gate_up: str
     site: str
+    heads: int = 0
+    head_dim: int = 0
+    qkv: str = ""
 
     @property
     def role(self) -> str:

@@ -405,7 +405,7 @@ def release_base(model: nn.Module) -> None:
         for slot in attachment.slots.values():
             owner, local = _owner(model, slot.target.name)
             alone = len(owner.__dict__["_espalier"].get(local, ())) == 1  # what stands below it reads the base
-            if not (alone and slot.update().ignores_base and slot.target.names):
+            if slot.method.needs_base or not (alone and slot.update().ignores_base and slot.target.names):
                 continue
             empty = nn.Parameter(torch.empty_like(stored(model, slot.target.name), device="meta"), requires_grad=False)
             for alias in slot.target.names:

@@ -17,7 +17,8 @@ The loop of ``tune`` drives a course; in one's own loop it goes like this::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class Course:
 
     def __init__(self, model: nn.Module, steps: int) -> None:
         self.steps = steps
+        self._model = model
         self._moment = Moment(0, steps)
         self._attached = list(attachments(model).values())
         self._driven = [group for attached in self._attached for group in _by_method(attached.parts)]
@@ -73,15 +75,19 @@ class Course:
         for method, parts in self._driven:
             method.check_run(parts, self.steps)
 
-    def begin(self, step: int, learning_rate: float = 0.0, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def begin(
+        self, step: int, learning_rate: float = 0.0, optimizer: torch.optim.Optimizer | None = None, measure: Callable[[], float] | None = None
+    ) -> None:
         """A step begins, before its forward pass.
 
         Args:
             optimizer: forgets its state of what is frozen, where a method asks for that.
+            measure: gives the mean loss of the step's batch, of this process's part of it; for methods that compare losses.
         """
         self._moment = Moment(step, self.steps, learning_rate)
         self._masks.clear()
         for method, parts in self._driven:
+            method.before_forward(parts, self._moment, functools.partial(self._measured, measure) if measure else None)
             for part in parts:
                 still = method.frozen(part, self._moment)
                 for local, parameter in part._parameters.items():
@@ -90,6 +96,22 @@ class Course:
                         if method.forgets and optimizer is not None and not parameter.requires_grad:
                             optimizer.state.pop(parameter, None)
                 self._masks += [(getattr(part, local), mask) for local, mask in still.items() if isinstance(mask, torch.Tensor)]
+
+    def _measured(self, measure: Callable[[], float]) -> float:
+        """A loss in evaluation mode, without gradients, averaged over processes; every module's mode is then as it was."""
+        modes = [(module, module.training) for module in self._model.modules()]
+        self._model.eval()
+        try:
+            with torch.no_grad():
+                loss = torch.tensor(float(measure()), dtype=torch.float64)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            loss = loss.to(next(self._model.parameters()).device)
+            torch.distributed.all_reduce(loss)
+            loss /= torch.distributed.get_world_size()
+        return float(loss)
 
     def penalty(self) -> torch.Tensor | float:
         """What the methods add to the loss of this step; 0 where none does."""

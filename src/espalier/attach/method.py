@@ -114,6 +114,14 @@ class Method:
             EspalierError: when what the method promises (a budget) cannot be reached in them.
         """
 
+    def before_forward(self, parts: Sequence[Any], moment: Moment, measure: Callable[[], float] | None) -> None:
+        """Called when a step begins, before :meth:`frozen`.
+
+        Args:
+            measure: gives the mean loss of the step's batch as the model is now, in evaluation mode and without gradients, the
+                same on every process; ``None`` where the loop cannot.
+        """
+
     def penalty(self, parts: Sequence[Any]) -> torch.Tensor | None:
         """What is added to each step's loss, 0-d."""
         return None
@@ -122,10 +130,12 @@ class Method:
         """Tensor name -> which of its entries do not move in this step: a mask that broadcasts, or ``True``.
 
         What is frozen keeps its bits, whatever momentum and decay the optimizer has; a tensor that is frozen whole
-        gets no gradient. Depends on the moment alone.
+        gets no gradient. Depends on the moment alone, or on what :meth:`before_forward` drew.
         """
         return {}
 
+    needs_base: ClassVar[bool] = False
+    """Whether a run reads the base's values even of parameters whose updates replace them."""
     forgets: ClassVar[bool] = False
     """Whether the optimizer forgets its state of a tensor that is frozen whole, so that it begins anew when it moves again."""
 

@@ -58,7 +58,8 @@ def export(folder: Path, delta: Delta, targets: Mapping[str, Target], base: str,
         made = _factors(update, targets[name])
         if isinstance(made, str):
             return made
-        factors[name.removesuffix(".weight")] = made
+        if len(made.A):  # of rank 0 it does nothing, and PEFT has no such thing
+            factors[name.removesuffix(".weight")] = made
     if len({f.magnitude is None for f in factors.values()}) > 1:
         return "only some of its parts have a magnitude"
     if not factors:

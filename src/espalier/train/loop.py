@@ -7,6 +7,7 @@ no method and no family.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -130,6 +131,16 @@ def accumulate(
     return loss, total
 
 
+def mean_loss(model: nn.Module, batches: list[Batch], label_smoothing: float = 0.0) -> float:
+    """The mean loss per target token of a step's micro-batches, of a model as it is now."""
+    total, loss = max(1, sum(batch.target_count for batch in batches)), 0.0
+    for batch in batches:
+        if batch.task:
+            choose_task(model, batch.task)
+        loss += float(run_batch(model, batch, 1.0 / total, label_smoothing=label_smoothing).detach())
+    return loss
+
+
 _ADVICE = "Nothing of this step was kept; try a lower --learning-rate, or --dtype fp32"
 
 
@@ -196,10 +207,10 @@ def train(
             )
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("rate", 1.0)
-            course.begin(step, rate, optimizer)
             begin = dataclasses.replace(state.cursor)
             step_batches = order.batches(state.cursor, settings.batch_tokens, settings.micro_tokens, settings.padded, settings.pad_token)
             batches = [batch.to(device) for batch in step_batches]
+            course.begin(step, rate, optimizer, functools.partial(mean_loss, model, batches, settings.label_smoothing))
             loss, targets = accumulate(model, batches, settings.resident_between, settings.label_smoothing)
             if isinstance(penalty := course.penalty(), torch.Tensor) and math.isfinite(loss):
                 penalty.backward()

@@ -13,6 +13,7 @@ from espalier.delta.forms.kronecker import Kronecker
 from espalier.delta.forms.low_rank import LowRank, Pooled
 from espalier.delta.forms.made import Made
 from espalier.delta.forms.magnitude import Magnitude
+from espalier.delta.forms.masked import MaskedLowRank, ScaledLowRank, bitmaps
 from espalier.delta.forms.output_map import OutputMap
 from espalier.delta.forms.permute import Permute
 from espalier.delta.forms.quantized import Quantized
@@ -44,6 +45,7 @@ __all__ = [
     "LowRank",
     "Made",
     "Magnitude",
+    "MaskedLowRank",
     "OutputMap",
     "Permute",
     "Pooled",
@@ -51,6 +53,7 @@ __all__ = [
     "RandomBases",
     "Replace",
     "Rows",
+    "ScaledLowRank",
     "Seeded",
     "SeededLowRank",
     "SingularScale",
@@ -61,6 +64,7 @@ __all__ = [
     "Tiled",
     "Tucker",
     "Update",
+    "bitmaps",
     "compact",
     "form",
     "register_form",
