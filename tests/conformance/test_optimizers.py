@@ -22,6 +22,7 @@ import torch
 from espalier import registry
 from espalier.data.batches import Cursor
 from espalier.errors import EspalierError
+from espalier.kernels.codes import codebook
 from espalier.memory import stored_state
 from espalier.memory.rule import BUCKET, Rule
 from espalier.train import checkpoint
@@ -321,7 +322,7 @@ def test_eight_bits_are_near_and_keep_zero() -> None:
         given = numbers if signed else numbers.square()
         codes, scale = stored_state.encode(given, "8bit", signed, None)  # type: ignore[arg-type]
         back = stored_state.decode(codes, scale, signed)
-        assert codes.dtype == torch.uint8 and len(stored_state.codebook(signed).unique()) == 256
+        assert codes.dtype == torch.uint8 and len(codebook(signed).unique()) == 256
         blocks = torch.nn.functional.pad(given - back, (0, -10_000 % stored_state.BLOCK)).view(-1, stored_state.BLOCK)
         assert bool((blocks.abs().amax(-1) <= 0.018 * scale).all())
     assert not bool(stored_state.decode(*stored_state.encode(torch.zeros(300), "8bit", True, None), True).any())  # type: ignore[arg-type]
