@@ -67,7 +67,7 @@ def test_every_code_and_every_number_of_sixteen_bits_is_coded_alike() -> None:
         given = torch.cat([table, shares, shares.nextafter(torch.tensor(2.0)).clamp_max(1)])
         given = torch.nn.functional.pad(given, (0, -len(given) % (BLOCK - 1))).view(-1, BLOCK - 1)
         given = torch.cat([torch.ones(len(given), 1), given], 1).flatten()  # every block has the scale 1
-        plain, scale = codes.plain_encode(given, signed)
+        plain, _ = codes.plain_encode(given, signed)
         assert torch.equal(plain, fast.encode(given, signed)[0])
         assert torch.equal(codes.plain_encode(table, signed)[0], torch.arange(256, dtype=torch.uint8)) or not signed
 
