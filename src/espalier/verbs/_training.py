@@ -327,7 +327,12 @@ class Job:
             step, working = traced(micro, recompute, chunk), traced(micro, True, chunk).peak
             state = self.optimizer_method.state_bytes(step.shapes)
             load = self._load_bytes(step, starting)
-            return planning.predict(resident_memory(), load, step, working, state, self.device.type == "cpu", looking)
+            parts = planning.predict(resident_memory(), load, step, working, state, self.device.type == "cpu", looking)
+            if self.device.type == "cpu" and step.trained >= 1 << 16 and (a["state"] != "fp32" or self.gradients == "none"):
+                parts["libraries"] += planning.COMPILED
+            if self.gradients != "all":
+                parts["step"] += min(planning.MOVING, 20 * step.trained)
+            return parts
 
         self.request = self._request()
         looking, starting = 0, 0
