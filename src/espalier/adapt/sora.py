@@ -62,6 +62,8 @@ class SoRA(Adapter):
     def optimizer_options(self) -> Mapping[str, Mapping[str, float]]:
         return {"gate": {"weight_decay": 0.0}}
 
+    reads_gradients = False
+
     def after_step(self, parts: Sequence[Any], moment: Moment, before: Any) -> None:
         last = self.threshold if self.last_threshold is None else self.last_threshold
         threshold = self.threshold + (last - self.threshold) * (moment.step + 1) / moment.steps

@@ -187,6 +187,10 @@ class Composed(Branch):
         """Of the shared tensors; a part's are those of its own method."""
         return {name: options for method in self.made for name, options in method.optimizer_options().items()}
 
+    def check_without_gradients(self, what: str, has_penalty: bool = True) -> None:
+        for method in self.made:
+            method.check_without_gradients(what, has_penalty)
+
     def task_names(self) -> Sequence[str]:
         return list(dict.fromkeys(name for method in self.made for name in method.task_names()))
 

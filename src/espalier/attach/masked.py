@@ -40,6 +40,8 @@ class Masked(Adapter):
     def export(self, part: Any, pool: Any) -> Replace:
         return Replace(part.values.to(part.base_dtype))
 
+    reads_gradients = False
+
     def after_step(self, parts: Sequence[Any], moment: Moment, before: Any) -> None:
         for part in parts:
             local(part.values).masked_fill_(~local(like(part.values, part.live)), 0.0)

@@ -19,6 +19,7 @@ import torch
 
 from espalier.anatomy.target import Target
 from espalier.delta.forms import Update
+from espalier.errors import EspalierError
 from espalier.kernels.philox import Stream
 
 Tensors = dict[str, torch.Tensor]
@@ -139,8 +140,27 @@ class Method:
     forgets: ClassVar[bool] = False
     """Whether the optimizer forgets its state of a tensor that is frozen whole, so that it begins anew when it moves again."""
 
+    reads_gradients: ClassVar[bool] = True
+    """Whether :meth:`before_step` or :meth:`after_step` look at gradients: then the method does not go with ways of training
+    that never have all of them (updates during the backward pass, zeroth-order optimizers); else the gradients may be absent."""
+
+    def check_without_gradients(self, what: str, has_penalty: bool = True) -> None:
+        """Refuse a way of training, called ``what``, that never has all gradients of a step, where the method needs them.
+
+        Args:
+            has_penalty: whether a penalty needs them.
+
+        Raises:
+            EspalierError: naming the method and why.
+        """
+        own = type(self)
+        looks = own.reads_gradients and (own.before_step is not Method.before_step or own.after_step is not Method.after_step)
+        if looks or (has_penalty and own.penalty is not Method.penalty):
+            why = "looks at the gradients of a whole step" if looks else "adds a penalty to the loss of a whole step"
+            raise EspalierError(f"{what} does not go with {self.name}, which {why}; leave it out, or take another method")
+
     def before_step(self, parts: Sequence[Any], moment: Moment) -> Any:
-        """Called when gradients are there (clipped) and the optimizer has not moved anything."""
+        """Called when gradients are there (clipped, but see :attr:`reads_gradients`) and the optimizer has not moved anything."""
 
     def after_step(self, parts: Sequence[Any], moment: Moment, before: Any) -> None:
         """Called after the optimizer, with the gradients still there, and with what :meth:`before_step` returned."""

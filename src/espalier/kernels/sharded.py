@@ -15,6 +15,16 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def total(tensor: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes of what each found in its own part of a tensor; of one that is not sharded, the part."""
+    if not hasattr(tensor, "full_tensor"):
+        return part
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    placements = [Partial() if placement.is_shard() else Replicate() for placement in tensor.placements]  # type: ignore[attr-defined]
+    return DTensor.from_local(part, tensor.device_mesh, placements).full_tensor()  # type: ignore[attr-defined]
+
+
 def put(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Give a tensor, which may be sharded, a value that is the same on every process."""
     tensor.copy_(like(tensor, value))

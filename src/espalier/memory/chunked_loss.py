@@ -121,4 +121,6 @@ def chunked_cross_entropy(
     Returns:
         A 0-d float32 tensor; summed in float64.
     """
+    if not torch.is_grad_enabled():
+        leaves = ()  # that they could have gradients would make some
     return _ChunkedCrossEntropy.apply(project, targets, scale, chunk, entropy, label_smoothing, confidence, hidden, *leaves)

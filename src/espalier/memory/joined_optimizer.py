@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from espalier.memory.rule import Ruled, keep_dtypes
+from espalier.memory.rule import Ruled, evaluated, keep_dtypes
+from espalier.memory.zeroth_order import ZerothOrder
 
 
 class Joined(torch.optim.Optimizer):
@@ -40,9 +42,30 @@ class Joined(torch.optim.Optimizer):
         if any(isinstance(part, Ruled) for part in self.parts):
             keep_dtypes(self, state_dict)
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def hold(self, parameter: torch.nn.Parameter) -> bool:
+        """See :meth:`Ruled.hold`."""
+        owner = next(part for part in self.parts if any(parameter is p for group in part.param_groups for p in group["params"]))
+        return owner.hold(parameter) if isinstance(owner, Ruled) else False
+
+    @property
+    def zeroth_order(self) -> bool:
+        """Whether the parts evaluate the closure themselves, each for its own parameters."""
+        return any(getattr(part, "zeroth_order", False) for part in self.parts)
+
+    @property
+    def slope(self) -> float:
+        """See :class:`ZerothOrder`."""
+        return math.hypot(*(part.slope for part in self.parts if isinstance(part, ZerothOrder)))
+
+    def step(self, closure: Any = None) -> Any:
+        """Let every part move what it has; returns what the closure does, where there is one."""
+        if self.zeroth_order:
+            losses = [part.step(closure) for part in self.parts]
+            return losses[0]
+        loss = evaluated(closure)
         for part in self.parts:
             part.step()
+        return loss
 
 
 Build = Callable[[dict[str, torch.nn.Parameter], float], torch.optim.Optimizer]

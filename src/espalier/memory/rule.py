@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,11 +31,15 @@ BUCKET = 1 << 22
 
 Tensors = list[torch.Tensor]
 Shape = tuple[int, ...]
+Turn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Of slices (n,) of a parameter and of its gradient, in float32: what takes the gradient's place."""
 
 
 class Rule(abc.ABC):
     """An optimizer method. Subclasses are declared with ``@optimizer`` and give :attr:`slots` and :meth:`directions`."""
 
+    zeroth_order: ClassVar[bool] = False
+    """Whether it needs losses and no gradients: ``step`` is then given a closure that evaluates the loss, several times."""
     slots: ClassVar[Mapping[str, bool]] = {}
     """State tensors that are like the gradient: name to whether they have negative numbers."""
     state: Precision = "fp32"
@@ -78,9 +82,13 @@ class Rule(abc.ABC):
         self.slots = inner.slots  # type: ignore[misc]
         return inner
 
-    def transformed(self, parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-        """What takes the place of a gradient before anything else sees it. Default: itself."""
-        return gradient
+    def turned(self, parameter: torch.Tensor, gradient: torch.Tensor) -> Turn | None:
+        """What takes the place of a gradient before anything else sees it, slice by slice. Default: ``None``, itself.
+
+        Args:
+            parameter, gradient: whole, and perhaps sharded; what is computed over all of them is computed here.
+        """
+        return None
 
     def build(self, parameters: Mapping[str, torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
         """The optimizer over named parameters; decay acts on those of two or more dimensions."""
@@ -124,6 +132,14 @@ class Part:
         return int(self.state[f"{self.prefix}step"])
 
 
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """The loss that a closure given to ``step`` evaluates anew, with its gradients; ``None`` where there is no closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 def keep_dtypes(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Give tensors of state that torch has loaded, and made of the dtype of their parameter, the dtype and numbers that were saved."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -152,8 +168,13 @@ class Ruled(torch.optim.Optimizer):
         keep_dtypes(self, state_dict)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
+    def step(self, closure: Any = None) -> Any:
+        """Move every parameter that has a gradient; returns what the closure does, where there is one."""
+        loss = evaluated(closure)
+        self._move_all()
+        return loss
+
+    def _move_all(self) -> None:
         for group in self.param_groups:
             held: list[tuple[torch.Tensor, Part]] = []
             size = 0
@@ -169,13 +190,24 @@ class Ruled(torch.optim.Optimizer):
             if held:
                 self._move(held, group)
 
+    def hold(self, parameter: torch.nn.Parameter) -> bool:
+        """Add the gradient to a sum that the next step takes in, where the optimizer has a smaller form of it that adds up.
+
+        Returns:
+            Whether that was done; else the gradient is needed whole.
+        """
+        return False
+
     def _parts(self, parameter: torch.nn.Parameter) -> Iterator[tuple[torch.Tensor, Part]]:
         """Slices of a parameter, (n,) views of it, and what they are moved by."""
-        state, weight = self._begun(parameter), local(parameter).view(-1)
-        gradient = local(self.rule.transformed(parameter, parameter.grad)).reshape(-1)  # type: ignore[arg-type]
+        assert parameter.grad is not None
+        state, weight, gradient = self._begun(parameter), local(parameter).view(-1), local(parameter.grad).reshape(-1)
+        turn = self.rule.turned(parameter, parameter.grad)
         for begin in range(0, len(weight), BUCKET):
-            some = gradient[begin : begin + BUCKET].float()
-            yield weight[begin : begin + BUCKET], Part(self.names[id(parameter)], state, parameter.numel(), len(weight), begin, some)
+            own, some = weight[begin : begin + BUCKET], gradient[begin : begin + BUCKET].float()
+            if turn is not None:
+                some = turn(own.float(), some)
+            yield own, Part(self.names[id(parameter)], state, parameter.numel(), len(weight), begin, some)
 
     def _begun(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
         state: dict[str, torch.Tensor] = self.state[parameter]

@@ -155,6 +155,11 @@ class LowDimensional(Rule):
     has_rest = False
     """whether anything is done with S"""
 
+    def adds_up(self) -> bool:
+        """Whether parts of a gradient may be summed as what is seen of them: the subspace does not depend on the gradient, and
+        nothing is done with the rest."""
+        return self.choice == "random" and not self.has_rest
+
     def rest(
         self, rest: torch.Tensor, reduced: torch.Tensor, direction: torch.Tensor, kind: Kind, state: dict[str, torch.Tensor]
     ) -> torch.Tensor:
@@ -199,6 +204,8 @@ class Projected(Ruled):
         split = [name for some, _ in groups for name, p in some.items() if rule.splits(name, tuple(p.shape))]
         self.offsets = {name: place * rule.every // len(split) if rule.staggered else 0 for place, name in enumerate(sorted(split))}
         """When in a period the subspace of a matrix is chosen anew: one after the other, so that no step waits for all."""
+        self._held: dict[str, torch.Tensor] = {}
+        """What there is of R so far, of gradients that come in parts."""
         self._split: dict[str, tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor, Kind]] = {}
 
     def _parts(self, parameter: torch.nn.Parameter) -> Iterator[tuple[torch.Tensor, Part]]:
@@ -206,10 +213,11 @@ class Projected(Ruled):
         if name not in self.offsets:
             yield from super()._parts(parameter)
             return
-        state, kind = self._begun(parameter), rule.kind(tuple(parameter.shape))
         gradient = self._gradient(parameter)
-        self._refresh(name, gradient, state, kind)
+        state, kind, held = self._opened(parameter, gradient), rule.kind(tuple(parameter.shape)), self._held.pop(name, None)
         reduced = down(kind, gradient, state["basis"])
+        if held is not None:
+            reduced += held
         self._split[name] = (parameter, gradient, reduced, kind)
         seen = rule.preconditioned(reduced, state).reshape(-1)
         yield local(parameter), Part(name, state, len(seen), len(seen), 0, seen)
@@ -221,7 +229,25 @@ class Projected(Ruled):
     def _gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """What is split: (out, in), float32."""
         assert parameter.grad is not None
-        return whole(self.rule.transformed(parameter, parameter.grad)).float()
+        return whole(parameter.grad).float()
+
+    def _opened(self, parameter: torch.nn.Parameter, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The state of a split parameter in the step that is under way: with its subspace."""
+        name = self.names[id(parameter)]
+        if name in self._held:
+            return self.state[parameter]
+        state = self._begun(parameter)
+        self._refresh(name, gradient, state, self.rule.kind(tuple(parameter.shape)))
+        return state
+
+    def hold(self, parameter: torch.nn.Parameter) -> bool:
+        name = self.names[id(parameter)]
+        if name not in self.offsets or not self.rule.adds_up():
+            return False
+        gradient = self._gradient(parameter)
+        reduced = down(self.rule.kind(tuple(parameter.shape)), gradient, self._opened(parameter, gradient)["basis"])
+        self._held[name] = self._held[name].add_(reduced) if name in self._held else reduced.clone()
+        return True
 
     def _refresh(self, name: str, gradient: torch.Tensor, state: dict[str, torch.Tensor], kind: Kind) -> None:
         """Choose the subspace anew when it is time, and say what becomes of the slots."""

@@ -45,6 +45,9 @@ class GradNormLoRP(LowDimensional):
     weight_decay: float = 0.0
     """decoupled decay per unit of learning rate, at least 0"""
 
+    def adds_up(self) -> bool:
+        return False  # there is a second sum, of the lengths' gradients
+
     def more_bytes(self, shape: Shape, reduced: int) -> int:
         return 4 * len(self.slots) * shape[0]
 
@@ -59,15 +62,14 @@ class _Normalized(Projected):
         super().__init__(*arguments)
         self._lengths: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        super().step(closure)
-        with torch.no_grad():
-            for parameter, lengths in self._lengths:
-                moved = whole(parameter.detach()).float()
-                norms = moved.norm(dim=1, keepdim=True)
-                # a row of zeros has no length to keep, and takes that of its first step
-                has_length = (norms > 0) & (lengths[:, None] != 0)
-                put(parameter, torch.where(has_length, moved * (lengths[:, None] / norms.clamp_min(1e-30)), moved))
+    def _move_all(self) -> None:
+        super()._move_all()
+        for parameter, lengths in self._lengths:
+            moved = whole(parameter.detach()).float()
+            norms = moved.norm(dim=1, keepdim=True)
+            # a row of zeros has no length to keep, and takes that of its first step
+            has_length = (norms > 0) & (lengths[:, None] != 0)
+            put(parameter, torch.where(has_length, moved * (lengths[:, None] / norms.clamp_min(1e-30)), moved))
         self._lengths.clear()
 
     def _parts(self, parameter: torch.nn.Parameter) -> Iterator[tuple[torch.Tensor, Part]]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from espalier.errors import at_least
-from espalier.kernels.sharded import whole
-from espalier.memory.rule import Rule, Tensors
+from espalier.kernels.sharded import local, total
+from espalier.memory.rule import Rule, Tensors, Turn
 from espalier.registry import optimizer
+
+SLICE = 1 << 20
+"""Numbers that are summed at once, in float64."""
 
 
 @optimizer("perpgrad", ids=(255,), paper="arXiv:2501.04697")
@@ -38,16 +41,22 @@ class PerpGrad(Rule):
         at_least("most", self.most, 1)
         self.inner = self.standing_on(self.rule)
 
-    def transformed(self, parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    def turned(self, parameter: torch.Tensor, gradient: torch.Tensor) -> Turn | None:
         if parameter.ndim < 2:
-            return gradient
-        weight, gradient = parameter.detach().float(), gradient.float()
-        size, along, before = (float(whole((a * b).sum())) for a, b in ((weight, weight), (weight, gradient), (gradient, gradient)))
+            return None
+        weights, gradients = (local(t.detach()).reshape(-1).split(SLICE) for t in (parameter, gradient))
+
+        def sums(of: Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]]) -> list[float]:
+            parts = [torch.stack([p.sum(dtype=torch.float64) for p in of(w.float(), g.float())]) for w, g in zip(weights, gradients, strict=True)]
+            return total(parameter, torch.stack(parts).sum(0)).tolist()
+
+        size, along, before = sums(lambda w, g: (w * w, w * g, g * g))
         if size <= 0:
-            return gradient
-        made = gradient - weight * (along / size)
-        after = float(whole((made * made).sum()))
-        return made * min((before / after) ** 0.5 if after > 0 else 1.0, self.most)
+            return None
+        share = along / size
+        (after,) = sums(lambda w, g: ((g - w * share).square(),))
+        factor = min((before / after) ** 0.5 if after > 0 else 1.0, self.most)
+        return lambda weight, gradient: (gradient - weight * share).mul_(factor)
 
     def directions(self, gradients: Tensors, state: Mapping[str, Tensors], steps: Sequence[int]) -> Tensors:
         return self.inner.directions(gradients, state, steps)

@@ -18,6 +18,11 @@ SPREAD = 2.0
 beside the activations that it keeps, that is, what it holds when it recomputes them (measured: ``benchmarks/budget.py``)."""
 LIBRARIES = 96 << 20
 """Bytes that torch's CPU libraries take at their first use (thread pools, compiled kernels; measured)."""
+COMPILED = 128 << 20
+"""Bytes that numba and its compiler take, which the coding of optimizer state and large draws of random numbers import (measured: 122 MiB)."""
+MOVING = 80 << 20
+"""Bytes of a step of an optimizer for what it works on at once: five times ``memory.rule.BUCKET`` in float32. Where parameters are moved
+after the backward pass, its activations are gone by then, and this is below the peak."""
 MARGIN = 0.1
 """Share that is kept free: the peaks of ``benchmarks/budget.py`` lie up to 8 % above the rest of the prediction."""
 DEFAULT_MICRO = 4096

@@ -15,7 +15,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -29,7 +29,11 @@ from espalier.attach.tasks import choose_task, tasks_of
 from espalier.delta.forms import Update
 from espalier.errors import EspalierError
 from espalier.kernels.philox import Numberless
+from espalier.memory.in_backward import InBackward
 from espalier.memory.training_form import training_form
+
+Gradients = Literal["all", "few", "none"]
+"""How many gradients of a step are there at once: of all parameters, of those that are being moved, or none."""
 
 
 def _even_counts(numbers: torch.Tensor, weights: Any = None, minlength: int = 0) -> torch.Tensor:
@@ -134,6 +138,7 @@ def trace_step(
     recompute: bool,
     chunk: int,
     base_bits: int | None = None,
+    gradients: Gradients = "all",
     over: Sequence[Mapping[str, Update]] = (),
 ) -> Traced:
     """Run one step of ``tokens`` tokens without data, packed where the family can be, else padded, as classifiers are.
@@ -145,12 +150,13 @@ def trace_step(
         tokens: a multiple of ``sequence_length``; windows are taken to be that long.
         chunk: tokens whose logits are held at a time.
         base_bits: of the codes that the frozen weights are kept as, if they are.
+        gradients: how many of the step's are there at once.
         over: updates of the frozen deltas that the method stands on, innermost first.
 
     Raises:
         EspalierError: when transformers cannot make the model of the config.
     """
-    arguments = (config, method, options, dtype, tokens, sequence_length, recompute, chunk, base_bits, over)
+    arguments = (config, method, options, dtype, tokens, sequence_length, recompute, chunk, base_bits, gradients, over)
     if classifies(config):
         return _trace(*arguments, padded=True)
     try:
@@ -161,7 +167,7 @@ def trace_step(
 
 def _trace(
     config: Any, method: Any, options: dict[str, Any], dtype: torch.dtype, tokens: int, sequence_length: int,
-    recompute: bool, chunk: int, base_bits: int | None, over: Sequence[Mapping[str, Update]], padded: bool,
+    recompute: bool, chunk: int, base_bits: int | None, gradients: Gradients, over: Sequence[Mapping[str, Update]], padded: bool,
 ) -> Traced:  # fmt: skip
     import transformers
 
@@ -191,7 +197,9 @@ def _trace(
             inputs = {"position_ids": ids, "segment_lengths": (sequence_length,) * rows}
         model.train()
         ledger = _Ledger([*model.parameters(), *model.buffers()])
-        with training_form(model, chunk=chunk, recompute=recompute, padded=padded), ledger:
+        freeing = InBackward(trainable_parameters(model), lambda some: None) if gradients == "few" else contextlib.nullcontext()
+        with training_form(model, chunk=chunk, recompute=recompute, padded=padded), torch.set_grad_enabled(gradients != "none"), freeing, ledger:
             loss = model(input_ids=ids, targets=ids[:, 0] if classifies(config) else ids.reshape(-1), scale=1.0, **inputs)
-            loss.backward()
+            if gradients != "none":
+                loss.backward()
     return Traced(total, shapes, ledger.peak)

@@ -60,7 +60,7 @@ from espalier.memory.joined_optimizer import build
 from espalier.memory.meter import format_bytes, parse_bytes, peak_memory, release_free_memory, resident_memory
 from espalier.memory.training_form import training_form
 from espalier.plan import memory as planning
-from espalier.plan.trace import Traced, trace_step
+from espalier.plan.trace import Gradients, Traced, trace_step
 from espalier.train import session
 from espalier.train.laws import knee, step_law
 from espalier.train.loop import Settings
@@ -79,7 +79,7 @@ class Job:
         arguments["learning_rate"] = _rate(arguments["learning_rate"])
         self.a = {
             "targets": None, "full": "rest" if verb == "pretrain" else None, "add_tokens": None, "dropout": 0.0, "floor": 0.0, "label_smoothing": 0.0, "model": None, "trainable": None, "base_bits": None,
-            "over": None,
+            "over": None, "update_in_backward": False,
             **arguments,
         }  # fmt: skip
         self.display = Display(arguments["quiet"])
@@ -134,12 +134,38 @@ class Job:
         self.optimizer_method.state = self.a["state"]
         self.optimizer_method.check()
         self.method = registry.make(name, registry.ATTACHED, **{k: v for k, v in options.items() if k in own or k not in theirs})
+        self._check_gradients()
         self.hyperparameters = {key: _plain(getattr(self.optimizer_method, key)) for key in sorted(theirs)}
         self.hyperparameters |= {key: _plain(getattr(self.method, key)) for key in sorted(own)}
         self._own = own
         self.a["targets"] = self.a["targets"] or self.method.targets
         if self.a["learning_rate"] is None:
             self.a["learning_rate"] = self.method.learning_rate
+
+    def _check_gradients(self) -> None:
+        """How many of a step's gradients are there at once, and what cannot be had without all of them.
+
+        Raises:
+            EspalierError: naming the option or the method.
+        """
+        a, is_blind = self.a, getattr(self.optimizer_method, "zeroth_order", False)
+        self.gradients: Gradients = "none" if is_blind else "few" if a["update_in_backward"] else "all"
+        if is_blind and a["update_in_backward"]:
+            raise EspalierError(f"{a['optimizer']} has no backward pass; leave out --update-in-backward")
+        if self.gradients == "all":
+            return
+        what = "--update-in-backward" if a["update_in_backward"] else f"--optimizer {a['optimizer']}"
+        if a["clip"]:
+            raise EspalierError(f"{what} never has the gradients of all parameters, so their norm cannot be clipped (clip is {a['clip']:g}); give --clip 0")
+        self.method.check_without_gradients(what, has_penalty=not is_blind)
+        adds_up = getattr(self.optimizer_method, "adds_up", lambda: False)()
+        if a["update_in_backward"] and not adds_up:
+            if a["micro_batch_size"] not in (None, a["batch_size"]):
+                raise EspalierError(
+                    f"--update-in-backward with --optimizer {a['optimizer']} needs whole gradients, so micro_batch_size, which is {a['micro_batch_size']}, must be "
+                    f"that of the batch, {a['batch_size']}; or take galore --choice random or frugal --rest-rule none, whose gradients add up in a small form"
+                )
+            a["micro_batch_size"] = a["batch_size"]
 
     # -- the run's folder
 
@@ -294,14 +320,19 @@ class Job:
             return trace_step(
                 self.config, self.method, options, dtype=self.dtype, tokens=micro,
                 sequence_length=a["sequence_length"], recompute=recompute, chunk=chunk, base_bits=a["base_bits"],
-                over=[dict(delta.updates) for delta in self.over],
+                gradients=self.gradients, over=[dict(delta.updates) for delta in self.over],
             )  # fmt: skip
 
         def price(micro: int, recompute: bool, chunk: int) -> dict[str, int]:
             step, working = traced(micro, recompute, chunk), traced(micro, True, chunk).peak
             state = self.optimizer_method.state_bytes(step.shapes)
             load = self._load_bytes(step, starting)
-            return planning.predict(resident_memory(), load, step, working, state, self.device.type == "cpu", looking)
+            parts = planning.predict(resident_memory(), load, step, working, state, self.device.type == "cpu", looking)
+            if self.device.type == "cpu" and step.trained >= 1 << 16 and (a["state"] != "fp32" or self.gradients == "none"):
+                parts["libraries"] += planning.COMPILED
+            if self.gradients != "all":
+                parts["step"] += min(planning.MOVING, 20 * step.trained)
+            return parts
 
         self.request = self._request()
         looking, starting = 0, 0
@@ -466,7 +497,7 @@ class Job:
             steps=a["steps"], batch_tokens=a["batch_size"] * a["sequence_length"], micro_tokens=self.plan.micro_tokens,
             learning_rate=a["learning_rate"], schedule=a["schedule"], warmup=round(a["warmup"] * a["steps"]),
             floor=a["floor"], decay=a["cooldown"], clip=a["clip"], label_smoothing=a["label_smoothing"], checkpoint_every=a["checkpoint_every"], evaluate_every=a["eval_every"],
-            padded=self.padded, pad_token=self.task.pad_token,
+            padded=self.padded, pad_token=self.task.pad_token, in_backward=a["update_in_backward"],
             resident_between=planning.resident_between(self.budget, self.plan) if self.budget else 0,
             knee=knee(a["learning_rate"], a["batch_size"]) / (a["batch_size"] * a["sequence_length"]) if a["schedule"] == "power" else None,
         )  # fmt: skip

@@ -27,6 +27,7 @@ def pretrain(
     optimizer: str = "adamw",
     state: Literal["fp32", "bf16", "8bit"] = "fp32",
     clip: float = 1.0,
+    update_in_backward: bool = False,
     eval_data: list[str] | None = None,
     eval_every: int = 0,
     checkpoint_every: int = 200,
@@ -64,6 +65,7 @@ def pretrain(
         optimizer: the optimizer (see `espalier methods --kind optim`)
         state: how its state is stored: fp32, bf16 rounded at random, or 8 bits in blocks of 256 (tensors of 4,096 numbers or more)
         clip: largest norm of the gradient; 0: no clipping
+        update_in_backward: move each parameter as soon as its gradient is there, and free that; needs --clip 0 and one micro-batch a step
         eval_data: held-out data measured at the end; may be given several times
         eval_every: also measure every so many steps; 0: never
         checkpoint_every: steps between checkpoints; 0: only at the start

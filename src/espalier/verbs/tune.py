@@ -28,6 +28,7 @@ def tune(
     optimizer: str = "adamw",
     state: Literal["fp32", "bf16", "8bit"] = "fp32",
     clip: float = 1.0,
+    update_in_backward: bool = False,
     label_smoothing: float = 0.0,
     dropout: float = 0.0,
     eval_data: list[str] | None = None,
@@ -69,6 +70,7 @@ def tune(
         optimizer: the optimizer (see `espalier methods --kind optim`)
         state: how its state is stored: fp32, bf16 rounded at random, or 8 bits in blocks of 256 (tensors of 4,096 numbers or more)
         clip: largest norm of the gradient; 0: no clipping
+        update_in_backward: move each parameter as soon as its gradient is there, and free that; needs --clip 0 and one micro-batch a step
         label_smoothing: share of every target that is spread over the whole vocabulary, in [0, 1); of the training loss only
         dropout: probability of dropping entries of the updates' inputs, in [0, 1)
         eval_data: held-out data measured before and after; may be given several times
