@@ -28,3 +28,22 @@ def like(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
     # each process takes its own part of its own copy: nothing is sent, so processes need not come here in one order
     return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def mean_over(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The mean of a value over the processes that share a sharded tensor: what becomes of its gradient. Else the value."""
+    return torch.stack(from_each(tensor, value)).mean(0) if hasattr(tensor, "full_tensor") else value
+
+
+def from_each(tensor: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    """A value of every process that shares a sharded tensor, in one order on all of them; else the value alone."""
+    found = [value]
+    for dimension in range(tensor.device_mesh.ndim) if hasattr(tensor, "full_tensor") else ():
+        group = tensor.device_mesh.get_group(dimension)  # type: ignore[attr-defined]
+        gathered = []
+        for one in found:
+            parts = [torch.empty_like(one) for _ in range(torch.distributed.get_world_size(group))]
+            torch.distributed.all_gather(parts, one.contiguous(), group)
+            gathered += parts
+        found = gathered
+    return found

@@ -40,6 +40,12 @@ class Joined(torch.optim.Optimizer):
         if any(isinstance(part, Ruled) for part in self.parts):
             keep_dtypes(self, state_dict)
 
+    def renew(self, parameter: torch.nn.Parameter, *anew: Any) -> None:
+        """See :meth:`Ruled.renew`; torch's own optimizers have nothing to be told."""
+        owner = next(part for part in self.parts if any(parameter is p for group in part.param_groups for p in group["params"]))
+        if hasattr(owner, "renew"):
+            owner.renew(parameter, *anew)
+
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for part in self.parts:
             part.step()

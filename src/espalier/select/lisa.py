@@ -29,7 +29,7 @@ class LISA(WholeTensors):
     every: int = 20
     """steps between draws, at least 1"""
 
-    forgets = True
+    state_policy = "drop"
 
     def check(self) -> None:
         at_least("layers", self.layers, 1)

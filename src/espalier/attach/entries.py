@@ -1,0 +1,101 @@
+"""What methods that train single entries of matrices share: how many, at which positions, and supports that change in a run.
+
+The values are a packed leaf over a read-only base: nothing outside the support can move, and the optimizer's state is as
+small as the support. Where the support changes, a value stays in its place in the leaf as long as its entry is in
+the support, so that state stays with it, sharded or not; ``slot`` says where the values of ascending positions are.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from espalier.anatomy.support import Support
+from espalier.anatomy.target import Target
+from espalier.attach.method import Adapter, Renewed, Tensors
+from espalier.delta.forms import Sparse, compact
+from espalier.delta.selection import kept
+from espalier.errors import at_least, within
+from espalier.kernels.philox import Stream
+from espalier.kernels.sharded import put, whole
+
+
+class Entries(Adapter):
+    """``W' = W + S``, S sparse, its values zero at the start. Subclasses have the fields ``density`` and ``rank``, and say where."""
+
+    density: float
+    rank: int | None
+    moves: ClassVar[bool] = False
+    """Whether the support changes in the course of a run."""
+    even = True
+    """Whether every expert has as many entries."""
+    kept = ("index",)
+
+    def check(self) -> None:
+        within("density", self.density, 0, 1)
+        if self.rank is not None:
+            at_least("rank", self.rank, 1)
+
+    def each(self, target: Target) -> int:
+        """How many entries of each matrix train."""
+        size = target.outputs * target.inputs
+        return kept(size, self.density) if self.rank is None else min(self.rank * (target.outputs + target.inputs), size)
+
+    def count(self, target: Target) -> int:
+        return math.prod(target.lead) * self.each(target)
+
+    def start(self, target: Target, weight: torch.Tensor, stream: Stream) -> Tensors:
+        """At positions that are drawn uniformly, as many in each matrix."""
+        size = target.outputs * target.inputs
+        drawn = [e * size + stream.choice(size, self.each(target)) for e in range(math.prod(target.lead))]
+        return self.at(torch.cat(drawn), target)
+
+    def start_from(self, finding: Support | None, target: Target, weight: torch.Tensor, stream: Stream) -> Tensors:
+        """At the positions of a support."""
+        return self.start(target, weight, stream) if finding is None else self.at(finding.positions(target), target)
+
+    def at(self, positions: torch.Tensor, target: Target) -> Tensors:
+        """The tensors of a support, by its ascending positions."""
+        integer = torch.int32 if target.size < 2**31 else torch.int64
+        tensors: Tensors = {"values": nn.Parameter(torch.zeros(len(positions))), "index": positions.to(integer)}
+        return tensors | ({"slot": torch.arange(len(positions), dtype=integer)} if self.moves else {})
+
+    def values(self, part: Any) -> torch.Tensor:
+        """The values in the order of their positions."""
+        return part.values[part.slot.long()] if self.moves else part.values
+
+    def update(self, part: Any, context: Any) -> Sparse:
+        sparse = Sparse(self.values(part), part.index, part.target.shape, part.gain)
+        sparse.even = self.even
+        return sparse
+
+    def export(self, part: Any, pool: Any) -> Sparse:
+        where = compact(part.index, part.target.size)
+        return Sparse(self.values(part), where.get("index"), part.target.shape, part.gain, mask=where.get("mask"))
+
+    def exchange(self, part: Any, gone: torch.Tensor, grown: torch.Tensor, **known: Any) -> Renewed:
+        """Let entries leave the support, back to the base, and as many others take their slots, from zero on.
+
+        Args:
+            gone: numbers of entries, in the order of their positions, (m,).
+            grown: positions, (m,).
+            **known: as :class:`Renewed` takes it; values of ``grown`` (m,).
+        """
+        slots = part.slot.long()
+        free, index = slots[gone], torch.empty_like(part.index)
+        index[slots] = part.index
+        index[free] = grown.to(index.dtype)
+        ascending = index.sort()
+        part.index.copy_(ascending.values)
+        part.slot.copy_(ascending.indices)
+        places = torch.zeros(len(index), dtype=torch.bool, device=index.device)
+        places[free] = True
+        put(part.values, whole(part.values).masked_fill(places, 0.0))
+        spread = {
+            name: torch.zeros(len(index), device=index.device).index_put((free,), value) if isinstance(value, torch.Tensor) else value
+            for name, value in known.items()
+        }
+        return Renewed(part, "values", places, **spread)
