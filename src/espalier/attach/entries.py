@@ -7,7 +7,10 @@ the support, so that state stays with it, sharded or not; ``slot`` says where th
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +20,7 @@ from espalier.anatomy.support import Support
 from espalier.anatomy.target import Target
 from espalier.attach.method import Adapter, Renewed, Tensors
 from espalier.delta.forms import Sparse, compact
-from espalier.delta.selection import kept
+from espalier.delta.selection import across, kept, largest_mask
 from espalier.errors import at_least, within
 from espalier.kernels.philox import Stream
 from espalier.kernels.sharded import put, whole
@@ -70,6 +73,8 @@ class Entries(Adapter):
     def update(self, part: Any, context: Any) -> Sparse:
         sparse = Sparse(self.values(part), part.index, part.target.shape, part.gain)
         sparse.even = self.even
+        if (look := getattr(part, "look", None)) is not None and torch.is_grad_enabled():
+            sparse.watch = functools.partial(look, part, self.each(part.target))
         return sparse
 
     def export(self, part: Any, pool: Any) -> Sparse:
@@ -99,3 +104,41 @@ class Entries(Adapter):
             for name, value in known.items()
         }
         return Renewed(part, "values", places, **spread)
+
+
+Score = Callable[[Target], torch.Tensor]
+"""Gives a number, at least 0, for every entry of a target: of its shape."""
+
+
+def best_of_each(score: Score, count: Callable[[Target], int], smallest: bool = False) -> Support:
+    """The entries of each matrix with the largest scores (or smallest), exactly ``count`` of each; of equal ones the first (last)."""
+
+    def mask(target: Target) -> torch.Tensor:
+        scores = score(target).reshape(-1, target.outputs * target.inputs)
+        k = count(target)
+        found = ~largest_mask(scores, scores.shape[1] - k) if smallest else largest_mask(scores, k)
+        return found.view(target.shape)
+
+    return Support(mask)
+
+
+def best_of_all(score: Score, targets: Sequence[Target], count: int, smallest: bool = False) -> Support:
+    """The entries of all targets together with the largest scores (or smallest), exactly ``count``; of equal ones the first (last).
+
+    Scores are gone through three times here, a target at a time.
+    """
+    total = sum(target.size for target in targets)
+    cut = across(lambda: (score(target).flatten() for target in targets), count=total - count if smallest else count)
+    ties: dict[str, int] = {}
+    left = cut.ties
+    for target in targets:
+        ties[target.name] = left
+        left = max(0, left - int((score(target).abs().float() == cut.threshold).sum()))
+
+    def mask(target: Target) -> torch.Tensor:
+        positions = dataclasses.replace(cut, ties=ties[target.name]).take(score(target).flatten())
+        found = torch.zeros(target.size, dtype=torch.bool, device=positions.device)
+        found[positions] = True
+        return (~found if smallest else found).view(target.shape)
+
+    return Support(mask)

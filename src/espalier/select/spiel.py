@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -10,12 +9,12 @@ from typing import Any, Literal
 import torch
 
 from espalier.anatomy.target import Target
+from espalier.attach import candidates
 from espalier.attach.entries import Entries
 from espalier.attach.method import Moment, Renewed, Tensors
-from espalier.delta.forms import Sparse
 from espalier.delta.selection import largest
 from espalier.errors import EspalierError, at_least, within
-from espalier.kernels.sharded import from_each, mean_over, whole
+from espalier.kernels.sharded import whole
 from espalier.registry import adapter
 
 
@@ -65,65 +64,25 @@ class SpIEL(Entries):
         if self.growth == "momentum":
             experts = math.prod(target.lead)
             return tensors | {"rows": torch.zeros(experts, target.outputs), "columns": torch.zeros(experts, target.inputs)}
-        count = len(positions)  # candidates: positions in each expert's matrix, -1 for none
-        return tensors | {"candidates": torch.full((count,), -1), "sums": torch.zeros(count), "squares": torch.zeros(count)}
+        count = len(positions)
+        return tensors | candidates.none(count) | {"sums": torch.zeros(count), "squares": torch.zeros(count)}
 
     def begin(self, parts: Sequence[Any], moment: Moment) -> None:
         place = moment.step % self.every
         for part in parts if self.growth == "gradient" else ():
-            part.watch = self._propose if place == 0 else self._gather if place <= self.collect else None
-            part.found = torch.zeros_like(part.sums) if part.watch is not None else None
+            candidates.watch(part, self.each(part.target), candidates.propose if place == 0 else candidates.gather if place <= self.collect else None)
             if place == 0:
-                part.candidates.fill_(-1)
                 part.sums.zero_()
                 part.squares.zero_()
-
-    def update(self, part: Any, context: Any) -> Sparse:
-        sparse = super().update(part, context)
-        watch = getattr(part, "watch", None)
-        sparse.watch = functools.partial(watch, part) if watch is not None and torch.is_grad_enabled() else None
-        return sparse
-
-    @torch.no_grad()
-    def _propose(self, part: Any, gradient: torch.Tensor, expert: int | None = None) -> None:
-        """Let the largest of one product's gradients be candidates, together with those that there are."""
-        k = self.each(part.target)
-        for number, one in enumerate(gradient.flatten(-2).reshape(-1, part.target.outputs * part.target.inputs)):
-            own = part.candidates.view(-1, k)[number if expert is None else expert]
-            scores = part.found.view(-1, k)[number if expert is None else expert]
-            best = largest(one.abs(), k)
-            _merge(own, scores, best, one[best].float())
-
-    @torch.no_grad()
-    def _gather(self, part: Any, gradient: torch.Tensor, expert: int | None = None) -> None:
-        """Add up what the candidates get of one product's gradient."""
-        k = self.each(part.target)
-        for number, one in enumerate(gradient.flatten(-2).reshape(-1, part.target.outputs * part.target.inputs)):
-            e = number if expert is None else expert
-            own = part.candidates.view(-1, k)[e]
-            part.found.view(-1, k)[e] += torch.where(own >= 0, one[own.clamp(min=0)].float(), 0.0)
 
     def before_step(self, parts: Sequence[Any], moment: Moment) -> None:
         for part in parts:
             if self.growth == "momentum":
                 self._accumulate(part)
                 continue
-            if part.watch == self._propose:
-                self._agree(part)
-            elif part.watch == self._gather:
-                gradient = mean_over(part.values, part.found)
+            if (gradient := candidates.settle(part, self.each(part.target))) is not None:
                 part.sums += gradient
                 part.squares += gradient.square()
-            part.watch = part.found = None
-
-    def _agree(self, part: Any) -> None:
-        """Make the candidates of all processes one list, the same on each."""
-        first, *others = zip(*(from_each(part.values, t) for t in (part.candidates, part.found)), strict=True)
-        own, scores = (t.clone().view(-1, self.each(part.target)) for t in first)
-        for positions, values in others:
-            for expert in range(len(own)):
-                _merge(own[expert], scores[expert], *(t.view_as(own)[expert] for t in (positions, values)))
-        part.candidates.copy_(own.view(-1))
 
     def _accumulate(self, part: Any) -> None:
         """SM3's accumulators of rows and columns."""
@@ -172,10 +131,10 @@ class SpIEL(Entries):
     def _grow(self, part: Any, expert: int, local: torch.Tensor, staying: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions in an expert's matrix that may come in, the best first, and the numbers of their candidates."""
         if self.growth == "gradient":
-            candidates, sums = (t.view(-1, self.each(part.target))[expert] for t in (part.candidates, part.sums))
-            eligible = ((candidates >= 0) & (sums != 0) & ~torch.isin(candidates, staying)).nonzero().squeeze(-1)
+            places, sums = (t.view(-1, self.each(part.target))[expert] for t in (part.candidates, part.sums))
+            eligible = ((places >= 0) & (sums != 0) & ~torch.isin(places, staying)).nonzero().squeeze(-1)
             best = eligible[sums[eligible].abs().argsort(descending=True, stable=True)[:most]]
-            return candidates[best], best
+            return places[best], best
         rows, columns, inputs = part.rows[expert], part.columns[expert], part.target.inputs
         scores, places = rows.new_zeros(0), local.new_zeros(0)
         for begin in range(0, len(rows), max(1, (1 << 20) // inputs)):  # a running top-k, a tile of the outer product at a time
@@ -192,12 +151,3 @@ class SpIEL(Entries):
         for part in parts:
             if len(part.index.unique()) != self.count(part.target):
                 raise EspalierError(f"{part.target.name} ended with {len(part.index.unique())} entries; it should have {self.count(part.target)}")
-
-
-def _merge(own: torch.Tensor, scores: torch.Tensor, positions: torch.Tensor, values: torch.Tensor) -> None:
-    """Take further candidates in, in place: what both have is added up, and of all the largest stay, ascending."""
-    union, where = torch.cat((own, positions)).unique(return_inverse=True)
-    sums = torch.zeros(len(union), device=values.device).index_add(0, where, torch.cat((scores, values)))
-    best = largest(torch.where(union >= 0, sums.abs(), -1.0), min(len(own), len(union)))
-    own.fill_(-1)[: len(best)] = union[best]
-    scores.zero_()[: len(best)] = sums[best]
