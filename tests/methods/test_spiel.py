@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +239,23 @@ def test_momentums_accumulators_bound_the_squares_and_score_rows_and_columns() -
 def test_a_period_too_short_for_its_phase_is_refused() -> None:
     with pytest.raises(EspalierError, match="every is 5; it must be at least 7"):
         registry.make("spiel", "adapter", every=5)
+
+
+@pytest.mark.slow
+def test_two_processes_choose_the_same_entries_and_train_them_as_one_does(tmp_path: Path) -> None:
+    """Candidates are of all processes: with the same rows on both they are those of one, with others the same on both."""
+    worker = Path(__file__).with_name("spiel_worker.py")
+    processes = [
+        subprocess.Popen([sys.executable, str(worker), str(rank), str(tmp_path)], env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1].decode() for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
+    one, two = (json.loads((tmp_path / f"report{rank}.json").read_text()) for rank in range(2))
+    assert one == two
+    for case, found in enumerate(one):
+        for name, (index, values) in found.items():
+            if name.startswith("sharded") and case in (0, 3):
+                there = found[name.replace("sharded", "whole")]
+                assert index == there[0]
+                torch.testing.assert_close(torch.tensor(values), torch.tensor(there[1]), rtol=1e-3, atol=2e-5)

@@ -85,7 +85,7 @@ class Course:
         self._optimizer = optimizer
         self._masks.clear()
         for method, parts in self._driven:
-            method.begin(parts, self._moment)
+            method.before_forward(parts, self._moment)
             for part in parts:
                 still = method.frozen(part, self._moment)
                 for local, parameter in part._parameters.items():

@@ -35,7 +35,7 @@ class Entries(Adapter):
     """Whether the support changes in the course of a run."""
     even = True
     """Whether every expert has as many entries."""
-    kept = ("index",)
+    kept: ClassVar[tuple[str, ...]] = ("index",)
 
     def check(self) -> None:
         within("density", self.density, 0, 1)
@@ -99,7 +99,7 @@ class Entries(Adapter):
         places = torch.zeros(len(index), dtype=torch.bool, device=index.device)
         places[free] = True
         put(part.values, whole(part.values).masked_fill(places, 0.0))
-        spread = {
+        spread: dict[str, Any] = {
             name: torch.zeros(len(index), device=index.device).index_put((free,), value) if isinstance(value, torch.Tensor) else value
             for name, value in known.items()
         }

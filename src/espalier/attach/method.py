@@ -153,7 +153,7 @@ class Method:
     :class:`Renewed` says, where the optimizer knows how.
     """
 
-    def begin(self, parts: Sequence[Any], moment: Moment) -> None:
+    def before_forward(self, parts: Sequence[Any], moment: Moment) -> None:
         """Called before the forward passes of a step."""
 
     def before_step(self, parts: Sequence[Any], moment: Moment) -> Any:

@@ -38,8 +38,9 @@ def mean_over(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 def from_each(tensor: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
     """A value of every process that shares a sharded tensor, in one order on all of them; else the value alone."""
     found = [value]
-    for dimension in range(tensor.device_mesh.ndim) if hasattr(tensor, "full_tensor") else ():
-        group = tensor.device_mesh.get_group(dimension)  # type: ignore[attr-defined]
+    mesh = getattr(tensor, "device_mesh", None)
+    for dimension in range(mesh.ndim) if mesh is not None else ():
+        group = mesh.get_group(dimension)
         gathered = []
         for one in found:
             parts = [torch.empty_like(one) for _ in range(torch.distributed.get_world_size(group))]

@@ -151,10 +151,16 @@ def age_anew(state: dict[str, torch.Tensor], mask: torch.Tensor, steps: int) -> 
     ages[mask] = float(steps)
 
 
-def corrections(decay: float, steps: Sequence[Any]) -> list[Any]:
-    """``1 - decay^t``, by which a moving average that began at zero is too small, for each of some tensors (see :meth:`Rule.directions`)."""
+def corrections(decay: float, steps: Sequence[Any], root: bool = False) -> list[Any]:
+    """``1 - decay^t``, by which a moving average that began at zero is too small, for each of some tensors (see :meth:`Rule.directions`).
+
+    Args:
+        root: give its square root.
+    """
     found = [1 - decay**step for step in steps]
-    return [torch.as_tensor(c) for c in found] if any(isinstance(c, torch.Tensor) for c in found) else found
+    if not any(isinstance(c, torch.Tensor) for c in found):
+        return [math.sqrt(c) for c in found] if root else found
+    return [torch.as_tensor(c).sqrt() if root else torch.as_tensor(c) for c in found]
 
 
 class Ruled(torch.optim.Optimizer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,7 +38,7 @@ class AdaBelief(Rule):
         torch._foreach_addcmul_(variances, off, off, 1 - self.beta2)
         torch._foreach_add_(variances, self.epsilon)
         roots = torch._foreach_sqrt(variances)
-        torch._foreach_div_(roots, [c.sqrt() if isinstance(c, torch.Tensor) else math.sqrt(c) for c in corrections(self.beta2, steps)])
+        torch._foreach_div_(roots, corrections(self.beta2, steps, root=True))
         torch._foreach_add_(roots, self.epsilon)
         torch._foreach_mul_(roots, corrections(self.beta1, steps))
         return list(torch._foreach_div(means, roots))

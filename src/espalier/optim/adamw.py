@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,7 +70,7 @@ class AdamW(Rule):
         torch._foreach_mul_(squares, self.beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - self.beta2)
         roots = torch._foreach_sqrt(squares)
-        torch._foreach_div_(roots, [c.sqrt() if isinstance(c, torch.Tensor) else math.sqrt(c) for c in corrections(self.beta2, steps)])
+        torch._foreach_div_(roots, corrections(self.beta2, steps, root=True))
         torch._foreach_add_(roots, self.epsilon)
         torch._foreach_mul_(roots, corrections(self.beta1, steps))
         return list(torch._foreach_div(means, roots))

@@ -67,7 +67,7 @@ class SpIEL(Entries):
         count = len(positions)
         return tensors | candidates.none(count) | {"sums": torch.zeros(count), "squares": torch.zeros(count)}
 
-    def begin(self, parts: Sequence[Any], moment: Moment) -> None:
+    def before_forward(self, parts: Sequence[Any], moment: Moment) -> None:
         place = moment.step % self.every
         for part in parts if self.growth == "gradient" else ():
             candidates.watch(part, self.each(part.target), candidates.propose if place == 0 else candidates.gather if place <= self.collect else None)

@@ -84,9 +84,10 @@ class Sparse(AtSupport):
         return put(weight, positions, (weight.reshape(-1)[positions].to(values.dtype) + values).to(weight.dtype))
 
     def unbind(self) -> list[Update]:
-        experts = super().unbind()
-        for number, expert in enumerate(experts if self.watch is not None else ()):
-            expert.watch = functools.partial(self.watch, expert=number)  # type: ignore[attr-defined, arg-type]
+        experts, watch = super().unbind(), self.watch
+        if watch is not None:
+            for number, expert in enumerate(experts):
+                expert.watch = functools.partial(watch, expert=number)  # type: ignore[attr-defined]
         return experts
 
     @property
