@@ -24,7 +24,7 @@ class SpIEL(Entries):
 
     The first support is drawn. With ``growth="gradient"`` (SpIEL-AG) the first step of a phase proposes the k entries of each matrix
     with the largest gradients; over the next ``collect`` steps theirs are summed up, and those with the largest sums come in. All of the
-    first support may be replaced in the first phase (with the linear schedule), later the share ``rate (1 - t / T)``. What goes returns
+    first support may be replaced in the first phase (with the linear decline), later the share ``rate (1 - t / T)``. What goes returns
     to the base; what comes starts at zero, with Adam's moments and age from its summed gradients, so that every entry
     has its own bias correction. With ``growth="momentum"`` (SpIEL-MA) nothing is summed up: SM3's accumulators of rows and
     columns, R_i = max_j u and C_j = max_i u of ``u = min(R_i, C_j) + g^2``, score an entry by R_i C_j.
@@ -46,7 +46,7 @@ class SpIEL(Entries):
     """steps over which gradients of candidates are summed, at least 1"""
     rate: float = 0.2
     """share of the entries that may be replaced at the start of the run, in [0, 1]; falls to 0"""
-    schedule: Literal["linear", "cosine"] = "linear"
+    decline: Literal["linear", "cosine"] = "linear"
     """how it falls"""
 
     moves = True
@@ -98,8 +98,8 @@ class SpIEL(Entries):
         if done % self.every != ((self.collect + 1) % self.every if self.growth == "gradient" else 0):
             return []
         share = done / moment.steps
-        rate = self.rate * (1 - share if self.schedule == "linear" else (1 + math.cos(math.pi * share)) / 2)
-        if self.growth == "gradient" and done == self.collect + 1 and self.schedule == "linear":
+        rate = self.rate * (1 - share if self.decline == "linear" else (1 + math.cos(math.pi * share)) / 2)
+        if self.growth == "gradient" and done == self.collect + 1 and self.decline == "linear":
             rate = 1.0
         return [renewed for part in parts if (renewed := self._replace(part, rate)) is not None]
 
