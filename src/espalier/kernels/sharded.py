@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -38,8 +40,8 @@ def mean_over(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 def from_each(tensor: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
     """A value of every process that shares a sharded tensor, in one order on all of them; else the value alone."""
     found = [value]
-    mesh = getattr(tensor, "device_mesh", None)
-    for dimension in range(mesh.ndim) if mesh is not None else ():
+    mesh: Any = getattr(tensor, "device_mesh", None)
+    for dimension in () if mesh is None else range(mesh.ndim):
         group = mesh.get_group(dimension)
         gathered = []
         for one in found:

@@ -54,7 +54,8 @@ class Masked(Entries):
             raise EspalierError(f"support {self.support} says which entries train; leave score, scope and rank out")
         if self.score == "random" and self.scope == "model":
             raise EspalierError("score random draws the share of each matrix; leave scope out")
-        self._delta = store.load(Path(self.support), mapped=True) if self.support else None
+        # made here, where numbers may be looked at: planning has none
+        self._delta = dict(store.load(Path(self.support), mapped=True).updates) if self.support else None
 
     def wanted(self) -> Wanted | None:
         return Wanted(self.score, tokens=self.tokens) if self.score in ("gradient", "fisher") else None
@@ -63,7 +64,7 @@ class Masked(Entries):
         """The delta's updates of some targets, by their names."""
         assert self._delta is not None
         by_name = {alias: target for target in targets for alias in target.names}
-        there = gathered(self._delta.updates, {alias: target.shape for alias, target in by_name.items()})
+        there = gathered(self._delta, {alias: target.shape for alias, target in by_name.items()})
         return {by_name[at.name].name: there[name] for name in there if (at := place(name, by_name)) is not None and at.expert is None}
 
     def selected(self, targets: Sequence[Target], seed: int) -> Sequence[Target]:
