@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from courses import run
-from families import statistics_of, tiny
+from families import tiny
 
 from espalier import diff, registry
 from espalier.attach.attachment import attach, attachments, settle, stored
@@ -16,9 +16,15 @@ from espalier.attach.load import load_model
 from espalier.errors import EspalierError
 
 
+def drawn(model: torch.nn.Module, name: str) -> torch.Tensor:
+    """A gradient as the statistics give it: as the model stores the parameter."""
+    generator = torch.Generator().manual_seed(len(name))
+    return torch.randn(model.get_parameter(name).shape, generator=generator, dtype=torch.float64)
+
+
 def masked(family: str = "llama", **options: Any) -> tuple[torch.nn.Module, list[Any]]:
     model = tiny(family)
-    attach(model, "masked", name="d", statistics=statistics_of(model), **options)
+    attach(model, "masked", name="d", statistics=lambda name, which: drawn(model, name), **options)
     return model, attachments(model)["d"].parts
 
 
@@ -64,9 +70,10 @@ def test_scores_of_the_data_are_those_of_the_gradient(score: str, family: str) -
     """A statistic is as the model stores the parameter, and supports are in the logical shape."""
     model = tiny(family)
     targets = "mlp.down"
+
     def statistic(name: str, which: str) -> torch.Tensor:
         assert which == score
-        return torch.randn(model.get_parameter(name).shape, generator=torch.Generator().manual_seed(len(name)), dtype=torch.float64)
+        return drawn(model, name)
 
     assert registry.make("masked", "adapter", score=score, tokens=99).wanted().tokens == 99
     attach(model, "masked", name="d", targets=targets, score=score, statistics=statistic)
@@ -74,6 +81,28 @@ def test_scores_of_the_data_are_those_of_the_gradient(score: str, family: str) -
         scores = statistic(part.target.name, score).abs()
         scores = scores.transpose(-1, -2) if part.target.transposed else scores
         assert set(part.index.tolist()) == set(scores.flatten().topk(len(part.index)).indices.tolist())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_gradients_choose_anew_and_what_goes_returns_to_the_base(family: str) -> None:
+    model, parts = masked(family, score="gradient", every=3, density=0.05)
+    seen: list[list[dict[int, float]]] = []
+
+    def note(step: int) -> None:
+        seen.append([dict(zip(p.index.tolist(), p.method.values(p).tolist(), strict=True)) for p in parts])
+
+    run(model, 8, note)
+    for step, now in enumerate(seen):
+        for part, values, before in zip(parts, now, seen[max(step - 1, 0)], strict=True):
+            assert len(values) == part.method.count(part.target)
+            new = set(values) - set(before)
+            assert bool(new) <= (step in (3, 6)) and all(values[i] == 0 for i in new)
+            base = stored(model, part.target.name)
+            outside = torch.ones(base.numel(), dtype=torch.bool)
+            outside[part.index.long()] = False
+            if step == 7:
+                assert torch.equal(part.update().apply(base).flatten()[outside], base.flatten()[outside])
+    assert any(set(a) != set(b) for a, b in zip(seen[2], seen[3], strict=True))
 
 
 def test_as_many_entries_as_lora_of_a_rank() -> None:
@@ -106,6 +135,8 @@ def test_retraining_inside_the_support_of_a_delta_leaves_the_complement_bit_iden
 
 
 def test_what_has_no_meaning_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EspalierError, match="only the gradients of each matrix choose anew"):
+        registry.make("masked", "adapter", every=3)
     with pytest.raises(EspalierError, match="leave scope out"):
         registry.make("masked", "adapter", score="random", scope="model")
     tiny("llama").save_pretrained(tmp_path / "base")

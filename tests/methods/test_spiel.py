@@ -182,6 +182,17 @@ def test_state_of_other_precision_takes_seeds_and_ages_too(state: str) -> None:
     assert {6.0, 2.0} <= set(kept["age"].tolist()) <= {7.0, 6.0, 2.0}, "of the start, of the first phase, and of the second"
 
 
+def test_optimizers_that_know_no_ages_forget_the_state_of_what_comes() -> None:
+    model, parts = spiel()
+    course, optimizer = Course(model, 20), torch.optim.AdamW(trainable_parameters(model).values(), lr=0.01)
+    before = [part.index.tolist() for part in parts]
+    steps(model, optimizer, course, range(3))
+    for part, was in zip(parts, before, strict=True):
+        new = torch.tensor([i not in was for i in part.index.tolist()])
+        moments = optimizer.state[part.values]["exp_avg"][part.slot.long()]
+        assert new.any() and not moments[new].any() and moments[~new].all()
+
+
 @pytest.mark.parametrize("growth", ["gradient", "momentum"])
 @pytest.mark.parametrize("stop", [1, 2, 3, 7])
 def test_it_resumes_to_the_same_bits_in_the_middle_of_a_phase(growth: str, stop: int, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ class Entries(Adapter):
 
     density: float
     rank: int | None
-    moves: ClassVar[bool] = False
+    moves = False
     """Whether the support changes in the course of a run."""
     even = True
     """Whether every expert has as many entries."""
@@ -81,26 +81,46 @@ class Entries(Adapter):
         where = compact(part.index, part.target.size)
         return Sparse(self.values(part), where.get("index"), part.target.shape, part.gain, mask=where.get("mask"))
 
-    def exchange(self, part: Any, gone: torch.Tensor, grown: torch.Tensor, **known: Any) -> Renewed:
-        """Let entries leave the support, back to the base, and as many others take their slots, from zero on.
+    def matrices(self, part: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(values, positions in it), in the order of the positions, of the matrix of each expert, or of the only one."""
+        k, size = self.each(part.target), part.target.outputs * part.target.inputs
+        values = whole(part.values)[part.slot.long()].view(-1, k)
+        return [(value, index - expert * size) for expert, (value, index) in enumerate(zip(values, part.index.long().view(-1, k), strict=True))]
+
+    def exchange(self, part: Any, plans: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], **known: Any) -> Renewed | None:
+        """Let entries leave the support, back to the base, and as many others take their places, from zero on.
 
         Args:
-            gone: numbers of entries, in the order of their positions, (m,).
-            grown: positions, (m,).
-            **known: as :class:`Renewed` takes it; values of ``grown`` (m,).
+            plans: for each matrix, the numbers of its entries that may leave, the first first; positions in it that may come,
+                likewise, and the number of each among the matrix's k of ``known``. What may leave and come stays as it is.
+            **known: as :class:`Renewed` takes it; numbers (matrices * k,).
+
+        Returns:
+            What is another number now; ``None`` where nothing is.
         """
+        k, size = self.each(part.target), part.target.outputs * part.target.inputs
+        gone, grown, of = [], [], []
+        for expert, ((doubtful, new, source), (_, local)) in enumerate(zip(plans, self.matrices(part), strict=True)):
+            fresh = ~torch.isin(new, local)
+            leaving = doubtful[~torch.isin(local[doubtful], new)][: int(fresh.sum())]
+            gone.append(leaving + expert * k)
+            grown.append(new[fresh][: len(leaving)] + expert * size)
+            of.append(source[fresh][: len(leaving)] + expert * k)
+        if not sum(map(len, gone)):
+            return None
         slots = part.slot.long()
-        free, index = slots[gone], torch.empty_like(part.index)
+        free, index = slots[torch.cat(gone)], torch.empty_like(part.index)
         index[slots] = part.index
-        index[free] = grown.to(index.dtype)
+        index[free] = torch.cat(grown).to(index.dtype)
         ascending = index.sort()
         part.index.copy_(ascending.values)
         part.slot.copy_(ascending.indices)
         places = torch.zeros(len(index), dtype=torch.bool, device=index.device)
         places[free] = True
         put(part.values, whole(part.values).masked_fill(places, 0.0))
+        come = torch.cat(of)
         spread: dict[str, Any] = {
-            name: torch.zeros(len(index), device=index.device).index_put((free,), value) if isinstance(value, torch.Tensor) else value
+            name: torch.zeros(len(index), device=index.device).index_put((free,), value[come]) if isinstance(value, torch.Tensor) else value
             for name, value in known.items()
         }
         return Renewed(part, "values", places, **spread)

@@ -11,8 +11,9 @@ import torch
 from espalier.anatomy.layout import place
 from espalier.anatomy.support import Support
 from espalier.anatomy.target import Target
+from espalier.attach import candidates
 from espalier.attach.entries import Entries, best_of_all, best_of_each
-from espalier.attach.method import Wanted
+from espalier.attach.method import Moment, Renewed, Tensors, Wanted
 from espalier.delta import store
 from espalier.delta.forms import Update
 from espalier.delta.gather import gathered
@@ -28,6 +29,8 @@ class Masked(Entries):
     of the empirical Fisher information (FISH mask, arXiv:2111.09839); smallest magnitudes, or a draw. Exactly the share ``density`` of
     each matrix, or of all together. With ``support``, the entries that another delta changes: the subnetwork of a run of
     reinforcement learning (arXiv:2505.11711), trained again without the rest, is ``--support`` its delta from ``espalier diff``.
+    With ``every``, gradients choose anew in the run: those of one step, the largest of each matrix. What stays keeps its value and
+    its place in the optimizer's state; what goes returns to the base; what comes starts at zero with a state of its own age.
     """
 
     score: Literal["magnitude", "smallest", "gradient", "fisher", "random"] = "magnitude"
@@ -44,11 +47,20 @@ class Masked(Entries):
     """by how much an entry must have changed there, more than this; at least 0"""
     tokens: int = 16384
     """tokens of the training data whose gradients are scores"""
+    every: int = 0
+    """steps between choices by the gradients of a step, where these are scores; 0: there is one choice, before the run"""
+
+    state_policy = "drop"
+    kept = ("index", "slot", "candidates")
 
     def check(self) -> None:
         super().check()
         at_least("tokens", self.tokens, 1)
         at_least("tolerance", self.tolerance, 0)
+        at_least("every", self.every, 0)
+        if self.every and (self.scope == "model" or self.score not in ("gradient", "fisher") or self.support):
+            raise EspalierError(f"every is {self.every}, but only the gradients of each matrix choose anew: scores gradient or fisher, scope matrix, no support")
+        self.moves = self.every > 0
         self.even = self.scope == "matrix" and not self.support
         if self.support and (self.score, self.scope, self.rank) != ("magnitude", "matrix", None):
             raise EspalierError(f"support {self.support} says which entries train; leave score, scope and rank out")
@@ -108,6 +120,30 @@ class Masked(Entries):
             return found.transpose(-1, -2) if target.transposed else found
 
         return score
+
+    def at(self, positions: torch.Tensor, target: Target) -> Tensors:
+        return super().at(positions, target) | (candidates.none(len(positions)) if self.every else {})
+
+    def before_forward(self, parts: Sequence[Any], moment: Moment) -> None:
+        for part in parts if self.every else ():
+            candidates.watch(part, self.each(part.target), candidates.propose if self._chooses(moment) else None)
+
+    def _chooses(self, moment: Moment) -> bool:
+        return self.every > 0 and moment.step > 0 and moment.step % self.every == 0
+
+    def before_step(self, parts: Sequence[Any], moment: Moment) -> None:
+        for part in parts if self._chooses(moment) else ():
+            candidates.settle(part, self.each(part.target))
+
+    def reselect(self, parts: Sequence[Any], moment: Moment) -> list[Renewed]:
+        return [renewed for part in parts if self._chooses(moment) and (renewed := self._choose(part)) is not None]
+
+    def _choose(self, part: Any) -> Renewed | None:
+        plans = []
+        for (values, _), new in zip(self.matrices(part), part.candidates.view(-1, self.each(part.target)), strict=True):
+            new = new[new >= 0]  # none of an expert that no token went to
+            plans.append((values.abs().argsort(stable=True), new, torch.zeros_like(new)))
+        return self.exchange(part, plans)
 
     def count(self, target: Target) -> int:
         if self._delta is None:

@@ -104,29 +104,17 @@ class SpIEL(Entries):
         return [renewed for part in parts if (renewed := self._replace(part, rate)) is not None]
 
     def _replace(self, part: Any, rate: float) -> Renewed | None:
-        k, size = self.each(part.target), part.target.outputs * part.target.inputs
-        values, index = whole(part.values)[part.slot.long()].view(-1, k), part.index.long().view(-1, k)
-        gone, grown, of = [], [], []
-        for expert, (value, here) in enumerate(zip(values, index, strict=True)):
-            local = here - expert * size
-            doubtful = value.abs().argsort(stable=True)[: int(rate * k)]  # smallest first
-            free = torch.ones(k, dtype=torch.bool, device=here.device)
+        k = self.each(part.target)
+        plans = []
+        for expert, (values, local) in enumerate(self.matrices(part)):
+            doubtful = values.abs().argsort(stable=True)[: int(rate * k)]  # smallest first
+            free = torch.ones(k, dtype=torch.bool, device=local.device)
             free[doubtful] = False
-            staying = local[free]
-            new, source = self._grow(part, expert, local, staying, len(doubtful))
-            stays = torch.isin(local[doubtful], new)  # what would go and come is left as it is
-            fresh = ~torch.isin(new, local)
-            leaving = doubtful[~stays][: int(fresh.sum())]
-            gone.append(leaving + expert * k)
-            grown.append(new[fresh][: len(leaving)] + expert * size)
-            of.append(source[fresh][: len(leaving)] + expert * k)
+            plans.append((doubtful, *self._grow(part, expert, local, local[free], len(doubtful))))
         known: Mapping[str, Any] = {}
-        if not sum(map(len, gone)):
-            return None
         if self.growth == "gradient":
-            come, steps = torch.cat(of), self.collect
-            known = {"gradients": part.sums[come] / steps, "squares": part.squares[come] / steps, "steps": steps}
-        return self.exchange(part, torch.cat(gone), torch.cat(grown), **known)
+            known = {"gradients": part.sums / self.collect, "squares": part.squares / self.collect, "steps": self.collect}
+        return self.exchange(part, plans, **known)
 
     def _grow(self, part: Any, expert: int, local: torch.Tensor, staying: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions in an expert's matrix that may come in, the best first, and the numbers of their candidates."""
