@@ -131,14 +131,11 @@ class Masked(Entries):
     def _chooses(self, moment: Moment) -> bool:
         return self.every > 0 and moment.step > 0 and moment.step % self.every == 0
 
-    def before_step(self, parts: Sequence[Any], moment: Moment) -> None:
-        for part in parts if self._chooses(moment) else ():
-            candidates.settle(part, self.each(part.target))
-
     def reselect(self, parts: Sequence[Any], moment: Moment) -> list[Renewed]:
         return [renewed for part in parts if self._chooses(moment) and (renewed := self._choose(part)) is not None]
 
     def _choose(self, part: Any) -> Renewed | None:
+        candidates.settle(part, self.each(part.target))
         plans = []
         for (values, _), new in zip(self.matrices(part), part.candidates.view(-1, self.each(part.target)), strict=True):
             new = new[new >= 0]  # none of an expert that no token went to
