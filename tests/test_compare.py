@@ -25,6 +25,7 @@ from espalier.delta.forms import Columns, Dense, Diagonal, LowRank, Replace, Spa
 from espalier.delta.store import Delta, Layout
 from espalier.errors import EspalierError
 from espalier.exchange.conversion import BaseWeights
+from espalier.kernels.philox import Stream
 
 BASE = {"base": {"name": "x", "fingerprint": "sha256:0"}, "method": "made"}
 properties = settings(deadline=None, max_examples=150)
@@ -118,6 +119,16 @@ def test_factors_and_positions_are_enough_for_parameters_that_no_memory_holds() 
     found = conflicts(one, two)["w"]
     assert found.jaccard == common / (len(here) + len(there) - common) and found.sign_agreement == 0
     assert found.density_a == len(here) / size**2
+    assert found.a_in_b == common / len(here) and found.b_in_a == common / len(there)
+
+
+def test_two_random_supports_meet_as_often_as_chance_has_it() -> None:
+    """Overlap of independent random supports converges to the other's density."""
+    entries = 300 * 400
+    supports = [Stream(seed, "support").choice(entries, count) for seed, count in ((0, entries // 10), (1, entries // 4))]
+    found = conflicts(*(delta({"w": Sparse(torch.ones(len(s)), s, (300, 400))}) for s in supports))["w"]
+    assert found.a_in_b == pytest.approx(found.density_b, abs=0.02) and found.b_in_a == pytest.approx(found.density_a, abs=0.01)
+    assert (found.density_a, found.density_b) == (0.1, 0.25)
 
 
 # equality

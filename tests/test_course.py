@@ -115,7 +115,7 @@ def test_each_method_of_a_composition_is_driven_for_its_own_parts() -> None:
 
 def test_nothing_that_a_branch_may_do_is_lost_in_a_composition() -> None:
     """Every function of the contract is handed on by it, asked of a site's own method, or of itself alone; a new one belongs to one of these."""
-    in_a_run = {"check_run", "penalty", "frozen", "before_step", "after_step", "finish", "report"}
+    in_a_run = {"check_run", "penalty", "frozen", "before_forward", "before_step", "after_step", "reselect", "finish", "report"}
     at_a_site = {"start", "start_measured", "gain", "tensors", "branch", "machine"}
     its_own = {"check", "stored"}
     contract = {name for name, _ in inspect.getmembers(Branch, inspect.isfunction) if not name.startswith("_")}

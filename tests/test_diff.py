@@ -194,6 +194,28 @@ def test_the_effective_rank_is_that_of_the_update(tmp_path: Path) -> None:
     assert 1 <= ranks["one"] < 2.5 and 30 < ranks["flat"] < 53  # 1 and 40, from 16 random probes
 
 
+def test_ranks_are_measured_where_they_are_asked_for(tmp_path: Path) -> None:
+    """rank_ratio = matrix_rank(dW) / min(shape), with a threshold of its own: rounding to bf16 counts as rank otherwise."""
+    base = {"low": randn(60, 40, dtype=torch.float32), "full": randn(60, 40, dtype=torch.float32), "experts": randn(2, 60, 40, dtype=torch.float32)}
+    moves = {name: randn(*t.shape, seed=1, dtype=torch.float32) for name, t in base.items()}
+    moves["low"] = randn(60, 4, seed=2, dtype=torch.float32) @ randn(4, 40, seed=3, dtype=torch.float32) + 1e-6 * moves["low"]
+    moves["experts"][1] = 0
+    tuned = {name: t + moves[name] for name, t in base.items()}
+    models = str(write(tmp_path / "b", base)), str(write(tmp_path / "t", tuned))
+    found = {t["name"]: t for t in diff(*models, str(tmp_path / "d"), ranks=True, quiet=True)["tensors"]}
+    assert found["low"]["rank_ratio"] == 4 / 40 and found["full"]["rank_ratio"] == 1 and found["experts"]["rank_ratio"] == 1
+    s = torch.linalg.svdvals(moves["full"])
+    assert found["full"]["stable_rank"] == pytest.approx(float(s.square().sum() / s[0] ** 2), rel=1e-3) and 1 <= found["low"]["stable_rank"] <= 4
+    assert {t["rank_ratio"] for t in diff(*models, str(tmp_path / "e"), quiet=True)["tensors"]} == {None}
+
+
+def test_nothing_has_changed_from_a_model_to_itself(tmp_path: Path) -> None:
+    """sparsity(t, t) = 1, in both counts."""
+    model = str(write(tmp_path / "b", {"w": randn(8, 8)}))
+    result = diff(model, model, str(tmp_path / "d"), ranks=True, quiet=True)
+    assert result["unchanged"] == result["unchanged_to_1e-5"] == 1 and result["tensors"] == []
+
+
 def test_small_moves_are_counted_as_the_paper_counts_them(tmp_path: Path) -> None:
     base = {"w": torch.zeros(10, 10)}
     tuned = {"w": torch.zeros(10, 10)}

@@ -345,3 +345,37 @@ def test_a_part_of_a_magnitude_can_be_detached_and_moved() -> None:
     assert isinstance(moved, Magnitude) and moved.form == "magnitude"
     assert moved.magnitude is update.tensors()["magnitude"] and not moved.tensors()["inner.B"].any()
     assert update.tensors()["inner.B"].any()
+
+
+def test_a_product_with_many_entries_keeps_no_dense_weight_and_shows_its_gradient_once() -> None:
+    """What is between the two passes: the input and the values. In the backward pass one dense gradient, which a method may see."""
+    shape = (40, 30)
+    index = torch.randperm(1200)[:500].sort().values
+    weight, x = torch.randn(shape), torch.randn(7, 3, 30, requires_grad=True)
+    for base in (DenseBase(weight), None):
+        update, values = Sparse(torch.randn(500, requires_grad=True), index, shape, 0.5), []
+        update.watch = lambda gradient, seen=values: seen.append(gradient)
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t.numel()) or t, lambda t: t):
+            y = update.matmul(x) if base is None else update.linear(x, base)
+        assert max(kept) <= max(x.numel(), 500) < weight.numel()
+        target = torch.randn_like(y)
+        got = torch.autograd.grad((y * target).sum(), (x, update.values))
+        dense = torch.zeros(shape) if base is None else weight.clone()
+        leaf = dense.view(-1).index_add(0, index, 0.5 * update.values.detach()).view(shape).requires_grad_()
+        of_x, of_weight = torch.autograd.grad((x @ leaf.T * target).sum(), (x, leaf))
+        torch.testing.assert_close(got, (of_x, 0.5 * of_weight.flatten()[index]), rtol=1e-4, atol=1e-5)
+        (seen,) = values
+        torch.testing.assert_close(seen, of_weight, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_of_every_expert_is_shown_with_its_number() -> None:
+    update = Sparse(torch.zeros(4, requires_grad=True), torch.tensor([1, 5, 14, 20]), (2, 3, 4))
+    seen: dict[int | None, torch.Tensor] = {}
+    update.watch = lambda gradient, expert=None: seen.update({expert: gradient})
+    x, weight = torch.randn(5, 4), torch.randn(2, 3, 4)
+    for number, expert in enumerate(update.unbind()):
+        expert.linear(x, DenseBase(weight[number])).sum().backward()
+    update.apply(weight).sum().backward()
+    assert set(seen) == {0, 1, None} and seen[None].shape == (2, 3, 4)
+    torch.testing.assert_close(seen[1], x.sum(0).expand(3, 4))

@@ -25,7 +25,8 @@ import torch
 from torch import nn
 
 from espalier.attach.attachment import attachments, trainable_parameters
-from espalier.attach.method import Method, Moment
+from espalier.attach.method import Method, Moment, Renewed
+from espalier.kernels import sharded
 from espalier.kernels.sharded import put, whole
 
 
@@ -42,6 +43,7 @@ class Course:
         self._masks: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._still: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._before: list[Any] = []
+        self._optimizer: torch.optim.Optimizer | None = None
         self._modules = {id(m): name for name, m in model.named_modules()}
 
     def optimizer_options(self) -> dict[str, dict[str, float]]:
@@ -81,10 +83,11 @@ class Course:
         """A step begins, before its forward pass.
 
         Args:
-            optimizer: forgets its state of what is frozen, where a method asks for that.
+            optimizer: forgets its state of what is frozen or becomes another number, where a method asks for that.
             measure: gives the mean loss of the step's batch, of this process's part of it; for methods that compare losses.
         """
         self._moment = Moment(step, self.steps, learning_rate)
+        self._optimizer = optimizer
         self._masks.clear()
         for method, parts in self._driven:
             method.before_forward(parts, self._moment, functools.partial(self._measured, measure) if measure else None)
@@ -93,7 +96,7 @@ class Course:
                 for local, parameter in part._parameters.items():
                     if id(parameter) in self._names:
                         parameter.requires_grad_(still.get(local) is not True)
-                        if method.forgets and optimizer is not None and not parameter.requires_grad:
+                        if method.state_policy != "keep" and optimizer is not None and not parameter.requires_grad:
                             optimizer.state.pop(parameter, None)
                 self._masks += [(getattr(part, local), mask) for local, mask in still.items() if isinstance(mask, torch.Tensor)]
 
@@ -140,6 +143,9 @@ class Course:
         self._still.clear()
         for (method, parts), before in zip(self._driven, self._before, strict=True):
             method.after_step(parts, self._moment, before)
+            for renewed in method.reselect(parts, self._moment):
+                if method.state_policy != "keep" and self._optimizer is not None:
+                    _renew(self._optimizer, renewed, method.state_policy == "seed")
         self._before.clear()
 
     @torch.no_grad()
@@ -156,6 +162,23 @@ class Course:
     def report(self) -> dict[str, Any]:
         """What the methods say of the run that is done, by name."""
         return {key: value for method, parts in self._driven for key, value in method.report(parts, self.steps).items()}
+
+
+def _renew(optimizer: torch.optim.Optimizer, renewed: Renewed, seeded: bool) -> None:
+    """Let the optimizer's state of renewed numbers begin anew; ours count the steps of these from there on, and take seeds."""
+    parameter = getattr(renewed.part, renewed.name)
+    seeds = (renewed.gradients, renewed.squares, renewed.steps) if seeded else (None, None, 0)
+    if bool(renewed.places.all()) and seeds[0] is None:
+        optimizer.state.pop(parameter, None)
+    elif parameter not in optimizer.state:
+        return
+    elif hasattr(optimizer, "renew"):
+        optimizer.renew(parameter, renewed.places, *seeds)
+    else:
+        places = sharded.local(sharded.like(parameter, renewed.places)).reshape(-1)
+        for value in optimizer.state[parameter].values():
+            if isinstance(value, torch.Tensor) and value.ndim and sharded.local(value).numel() == len(places):
+                sharded.local(value).view(-1)[places] = 0
 
 
 def _by_method(parts: Sequence[Any]) -> list[tuple[Method, list[Any]]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -46,6 +46,26 @@ class Moment:
     step: int
     steps: int
     learning_rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class Renewed:
+    """Places of one trained tensor of a part that from now on hold other numbers, and what is known of these.
+
+    Args:
+        part: the part.
+        name: of the tensor.
+        places: which, a mask of its shape; the same on every process.
+        gradients, squares: means of the new numbers' gradients and of their squares, of the tensor's shape; ``None``: unknown.
+        steps: over how many steps.
+    """
+
+    part: Any
+    name: str
+    places: torch.Tensor
+    gradients: torch.Tensor | None = None
+    squares: torch.Tensor | None = None
+    steps: int = 0
 
 
 class Method:
@@ -137,8 +157,12 @@ class Method:
 
     needs_base: ClassVar[bool] = False
     """Whether a run reads the base's values even of parameters whose updates replace them."""
-    forgets: ClassVar[bool] = False
-    """Whether the optimizer forgets its state of a tensor that is frozen whole, so that it begins anew when it moves again."""
+    state_policy: ClassVar[Literal["keep", "drop", "seed"]] = "keep"
+    """What becomes of the optimizer's state of a tensor that is frozen whole, and of numbers that :meth:`reselect` gives away.
+
+    ``keep``: nothing. ``drop``: it is forgotten, so that they begin anew. ``seed``: the same, but they begin with what
+    :class:`Renewed` says, where the optimizer knows how.
+    """
 
     reads_gradients: ClassVar[bool] = True
     """Whether :meth:`before_step` or :meth:`after_step` look at gradients: then the method does not go with ways of training
@@ -164,6 +188,10 @@ class Method:
 
     def after_step(self, parts: Sequence[Any], moment: Moment, before: Any) -> None:
         """Called after the optimizer, with the gradients still there, and with what :meth:`before_step` returned."""
+
+    def reselect(self, parts: Sequence[Any], moment: Moment) -> Sequence[Renewed]:
+        """Called after :meth:`after_step`: a support may change here. Says which places now hold other numbers than before."""
+        return ()
 
     def finish(self, parts: Sequence[Any]) -> None:
         """Called after the last step.

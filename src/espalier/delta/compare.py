@@ -48,6 +48,7 @@ class Conflict:
         density_a, density_b: share of the entries that are not zero, their supports.
         jaccard: entries in both supports, of those in either.
         sign_agreement: share of the entries in both supports whose signs agree.
+        a_in_b, b_in_a: share of one support that is in the other; by chance it is the other's density (arXiv:2505.11711).
         column_angles, row_angles: principal angles, in radians and ascending, between the column spaces and between the
             row spaces of two updates of low rank; one list for a matrix, one for each of fused experts.
     """
@@ -59,6 +60,8 @@ class Conflict:
     density_b: float
     jaccard: float | None
     sign_agreement: float | None
+    a_in_b: float | None
+    b_in_a: float | None
     column_angles: list[list[float]] | None
     row_angles: list[list[float]] | None
 
@@ -321,7 +324,7 @@ def _conflict(name: str, deltas: Sequence[Delta], weights: Weights | None) -> Co
         columns, rows = ([principal_angles(a[side], b[side]).tolist() for a, b in pairs] for side in (0, 1))
     return Conflict(
         norm_a, norm_b, _cosine(gram), of_a / entries, of_b / entries, both / either if either else None,
-        agreeing / both if both else None, columns, rows,
+        agreeing / both if both else None, both / of_a if of_a else None, both / of_b if of_b else None, columns, rows,
     )  # fmt: skip
 
 

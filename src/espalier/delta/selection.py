@@ -79,8 +79,8 @@ class Cut:
         return chosen.nonzero().squeeze(-1)
 
 
-def across(vectors: Callable[[], Iterable[torch.Tensor]], density: float) -> Cut:
-    """The cut that keeps exactly that share of all numbers of ``vectors``, if as many are not zero.
+def across(vectors: Callable[[], Iterable[torch.Tensor]], density: float = 1.0, count: int | None = None) -> Cut:
+    """The cut that keeps exactly that share of all numbers of ``vectors``, if as many are not zero; or ``count`` of them, zeros too.
 
     They are gone through twice, one at a time.
 
@@ -98,7 +98,7 @@ def across(vectors: Callable[[], Iterable[torch.Tensor]], density: float) -> Cut
         entries += vector.numel()
         nonzero += int(numpy.count_nonzero(magnitudes))
     std = math.sqrt(max(squares / max(entries, 1) - (total / max(entries, 1)) ** 2, 0.0))
-    wanted = min(kept(entries, density), nonzero)
+    wanted = min(kept(entries, density), nonzero) if count is None else count
     if not wanted:
         return Cut(math.inf, 0, std, 0.0)
     upper, above = _bin_of(counts, wanted)

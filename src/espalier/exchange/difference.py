@@ -41,6 +41,9 @@ from espalier.kernels.philox import Stream
 SMALL = 1e-5
 """Entries that moved by no more count as unchanged in the measure of arXiv:2505.11711, section 3."""
 PROBES = 16
+RANK = 1e-3
+"""A singular value counts into the rank of an update where it is more than this share of the largest: what is below is mostly the
+rounding of checkpoints of 16 bits."""
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -54,6 +57,8 @@ class Change:
         effective_rank: (sum s^2)^2 / (sum s^4) over the update's singular values s, estimated from products with
             ``PROBES`` random signs; a convolution's as that of the matrix (out, in * kh * kw). None where the tensor is no
             matrix: of one dimension, or of three, which are as many matrices as there are experts.
+        rank_ratio: share of the singular values of the update that are more than :data:`RANK` of the largest.
+        stable_rank: (sum s^2) / max s^2. Both are ``None`` unless asked for, means over the experts of a tensor of three dimensions.
     """
 
     name: str
@@ -65,6 +70,8 @@ class Change:
     base_norm: float = 0.0
     largest: float = 0.0
     effective_rank: float | None = None
+    rank_ratio: float | None = None
+    stable_rank: float | None = None
     form: str = ""
 
     def as_json(self) -> dict[str, Any]:
@@ -79,6 +86,8 @@ class Change:
             "relative_norm": self.norm / self.base_norm if self.base_norm else None,
             "largest": self.largest,
             "effective_rank": self.effective_rank,
+            "rank_ratio": self.rank_ratio,
+            "stable_rank": self.stable_rank,
         }
 
 
@@ -175,6 +184,18 @@ class Pair:
         return change
 
 
+    def find_ranks(self, change: Change) -> None:
+        """Fill in the ranks of the update of a matrix that changed, which is in memory for that."""
+        if not change.changed or not self.is_matrix(change.name) or 0 in self.shape(change.name):
+            return
+        sides = (self.logical(side, change.name) for side in (self.base, self.tuned))
+        old, new = (side.to(torch.float64 if change.dtype == "F64" else torch.float32) for side in sides)
+        squares = torch.linalg.svdvals(new.sub_(old)).double().square()  # (..., min(out, in)), descending
+        squares = squares[squares[..., 0] > 0]  # an expert that did not change has none
+        change.rank_ratio = float((RANK**2 * squares[..., :1] < squares).double().mean())
+        change.stable_rank = float((squares.sum(-1) / squares[..., 0]).mean())
+
+
 def _spec(directory: ModelDirectory, name: str) -> tuple[str, tuple[int, ...]]:
     info = directory.info(name)
     return info.dtype, info.shape
@@ -235,8 +256,12 @@ def _without_prefixes(name: str) -> Iterator[str]:
         yield name
 
 
-def measure(pair: Pair, progress: Callable[[int], Any]) -> list[Change]:
-    """The first pass over everything, which hashes both models as it goes."""
+def measure(pair: Pair, progress: Callable[[int], Any], ranks: bool = False) -> list[Change]:
+    """The first pass over everything, which hashes both models as it goes.
+
+    Args:
+        ranks: find the ranks of the updates of matrices too, one matrix after another.
+    """
     jobs = sorted(pair.common, key=lambda n: -pair.base.info(n).nbytes)
     changes, done = [], 0
     with one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
@@ -245,6 +270,8 @@ def measure(pair: Pair, progress: Callable[[int], Any]) -> list[Change]:
             progress(done := done + pair.base.info(change.name).nbytes)
         rest = [(h, n) for h in pair.hashes for n in h.directory if n not in h]
         list(pool.map(lambda job: job[0].complete(job[1]), rest))
+    for change in changes if ranks else ():
+        pair.find_ranks(change)
     return sorted(changes, key=lambda change: change.name)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -38,3 +40,23 @@ def like(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
     # each process takes its own part of its own copy: nothing is sent, so processes need not come here in one order
     return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def mean_over(tensor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The mean of a value over the processes that share a sharded tensor: what becomes of its gradient. Else the value."""
+    return torch.stack(from_each(tensor, value)).mean(0) if hasattr(tensor, "full_tensor") else value
+
+
+def from_each(tensor: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    """A value of every process that shares a sharded tensor, in one order on all of them; else the value alone."""
+    found = [value]
+    mesh: Any = getattr(tensor, "device_mesh", None)
+    for dimension in () if mesh is None else range(mesh.ndim):
+        group = mesh.get_group(dimension)
+        gathered = []
+        for one in found:
+            parts = [torch.empty_like(one) for _ in range(torch.distributed.get_world_size(group))]
+            torch.distributed.all_gather(parts, one.contiguous(), group)
+            gathered += parts
+        found = gathered
+    return found

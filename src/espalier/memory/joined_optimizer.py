@@ -57,6 +57,12 @@ class Joined(torch.optim.Optimizer):
         """See :class:`ZerothOrder`."""
         return math.hypot(*(part.slope for part in self.parts if isinstance(part, ZerothOrder)))
 
+    def renew(self, parameter: torch.nn.Parameter, *anew: Any) -> None:
+        """See :meth:`Ruled.renew`; torch's own optimizers have nothing to be told."""
+        owner = next(part for part in self.parts if any(parameter is p for group in part.param_groups for p in group["params"]))
+        if hasattr(owner, "renew"):
+            owner.renew(parameter, *anew)
+
     def step(self, closure: Any = None) -> Any:
         """Let every part move what it has; returns what the closure does, where there is one."""
         if self.zeroth_order:

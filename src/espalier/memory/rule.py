@@ -22,7 +22,7 @@ import torch
 from espalier import registry
 from espalier.errors import EspalierError, at_least, one_of
 from espalier.kernels.philox import Stream
-from espalier.kernels.sharded import local
+from espalier.kernels.sharded import like, local
 from espalier.memory import stored_state
 from espalier.memory.stored_state import Precision
 
@@ -60,14 +60,19 @@ class Rule(abc.ABC):
         at_least("weight_decay", self.weight_decay, 0)
 
     @abc.abstractmethod
-    def directions(self, gradients: Tensors, state: Mapping[str, Tensors], steps: Sequence[int]) -> Tensors:
+    def directions(self, gradients: Tensors, state: Mapping[str, Tensors], steps: Sequence[Any]) -> Tensors:
         """The directions to go against, for a rate of 1; slots are changed in place, gradients may be.
 
         Args:
             gradients: float32.
             state: of each slot, float32, a tensor for each gradient, zero at first.
-            steps: how many steps each has taken with its slots, this one included.
+            steps: how many steps each has taken with its slots, this one included; a tensor like the gradient where each of
+                its numbers has an age of its own.
         """
+
+    def seeds(self, gradients: torch.Tensor, squares: torch.Tensor, steps: int) -> Mapping[str, torch.Tensor]:
+        """The slots of numbers whose gradients and squares of gradients had these means over so many steps. Default: zeros."""
+        return {}
 
     def standing_on(self, name: str) -> Rule:
         """The rule of another optimizer, with hyperparameters of this one; its slots become those of this one.
@@ -131,6 +136,12 @@ class Part:
         """How many steps the slots have taken, this one included."""
         return int(self.state[f"{self.prefix}step"])
 
+    @property
+    def age(self) -> int | torch.Tensor:
+        """The same, or how many each number has taken, (n,), where some are younger than the parameter."""
+        ages = None if self.prefix else self.state.get("age")
+        return self.step if ages is None else ages[self.begin : self.begin + len(self.gradient)]
+
 
 def evaluated(closure: Callable[[], Any] | None) -> Any:
     """The loss that a closure given to ``step`` evaluates anew, with its gradients; ``None`` where there is no closure."""
@@ -148,6 +159,24 @@ def keep_dtypes(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any])
         for key, value in state_dict["state"].get(number, {}).items():
             if isinstance(value, torch.Tensor) and key != "step":
                 optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
+
+
+def age_anew(state: dict[str, torch.Tensor], mask: torch.Tensor, steps: int) -> None:
+    """Give some numbers of a parameter an age in steps, and the others, where they have none of their own, the parameter's."""
+    ages = state.setdefault("age", torch.full(mask.shape, float(state["step"]), device=mask.device))
+    ages[mask] = float(steps)
+
+
+def corrections(decay: float, steps: Sequence[Any], root: bool = False) -> list[Any]:
+    """``1 - decay^t``, by which a moving average that began at zero is too small, for each of some tensors (see :meth:`Rule.directions`).
+
+    Args:
+        root: give its square root.
+    """
+    found = [1 - decay**step for step in steps]
+    if not any(isinstance(c, torch.Tensor) for c in found):
+        return [math.sqrt(c) for c in found] if root else found
+    return [torch.as_tensor(c).sqrt() if root else torch.as_tensor(c) for c in found]
 
 
 class Ruled(torch.optim.Optimizer):
@@ -212,7 +241,29 @@ class Ruled(torch.optim.Optimizer):
     def _begun(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
         state: dict[str, torch.Tensor] = self.state[parameter]
         state["step"] = state.get("step", torch.zeros(())) + 1
+        if "age" in state:
+            state["age"] += 1
         return state
+
+    @torch.no_grad()
+    def renew(
+        self, parameter: torch.nn.Parameter, places: torch.Tensor, gradients: torch.Tensor | None, squares: torch.Tensor | None, steps: int
+    ) -> None:
+        """Let other numbers stand at some places of a parameter: their state begins anew, and their age.
+
+        Args:
+            places: which, a mask of the parameter's shape.
+            gradients, squares, steps: as :meth:`Rule.seeds` takes them, of the parameter's shape; ``None``: nothing is known.
+        """
+        state, mask = self.state[parameter], local(like(parameter, places)).reshape(-1)
+        seeds = self.rule.seeds(gradients, squares, steps) if gradients is not None and squares is not None else {}
+        for slot, signed in self.rule.slots.items():
+            if slot in state:
+                part = Part(self.names[id(parameter)], state, parameter.numel(), len(mask), 0, mask.float())
+                numbers = self._load(part, slot, signed)
+                numbers[mask] = local(like(parameter, seeds[slot])).reshape(-1)[mask] if slot in seeds else 0.0
+                self._store(part, slot, signed, numbers)
+        age_anew(state, mask, steps if seeds else 0)
 
     def _move(self, pairs: list[tuple[torch.Tensor, Part]], group: Mapping[str, Any]) -> None:
         weights, parts = [weight for weight, _ in pairs], [part for _, part in pairs]
@@ -224,7 +275,7 @@ class Ruled(torch.optim.Optimizer):
     def _directions(self, parts: list[Part]) -> Tensors:
         """The rule's directions, and its state after them."""
         slots = {slot: [self._load(part, slot, signed) for part in parts] for slot, signed in self.rule.slots.items()}
-        directions = self.rule.directions([part.gradient for part in parts], slots, [part.step for part in parts])
+        directions = self.rule.directions([part.gradient for part in parts], slots, [part.age for part in parts])
         for slot, signed in self.rule.slots.items():
             for part, numbers in zip(parts, slots[slot], strict=True):
                 self._store(part, slot, signed, numbers)

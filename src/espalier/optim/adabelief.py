@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-from espalier.memory.rule import Rule, Tensors
+from espalier.memory.rule import Rule, Tensors, corrections
 from espalier.registry import optimizer
 
 
@@ -30,7 +30,7 @@ class AdaBelief(Rule):
 
     slots = {"exp_avg": True, "exp_avg_var": False}
 
-    def directions(self, gradients: Tensors, state: Mapping[str, Tensors], steps: Sequence[int]) -> Tensors:
+    def directions(self, gradients: Tensors, state: Mapping[str, Tensors], steps: Sequence[Any]) -> Tensors:
         means, variances = state["exp_avg"], state["exp_avg_var"]
         torch._foreach_lerp_(means, gradients, 1 - self.beta1)
         off = torch._foreach_sub(gradients, means)
@@ -38,7 +38,7 @@ class AdaBelief(Rule):
         torch._foreach_addcmul_(variances, off, off, 1 - self.beta2)
         torch._foreach_add_(variances, self.epsilon)
         roots = torch._foreach_sqrt(variances)
-        torch._foreach_div_(roots, [math.sqrt(1 - self.beta2**step) for step in steps])
+        torch._foreach_div_(roots, corrections(self.beta2, steps, root=True))
         torch._foreach_add_(roots, self.epsilon)
-        torch._foreach_mul_(roots, [1 - self.beta1**step for step in steps])
+        torch._foreach_mul_(roots, corrections(self.beta1, steps))
         return list(torch._foreach_div(means, roots))

@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-from espalier.memory.rule import Rule, Tensors
+from espalier.kernels.sharded import like, local
+from espalier.memory.rule import Rule, Tensors, age_anew, corrections
 from espalier.registry import optimizer
+
+
+class _Fused(torch.optim.AdamW):
+    """Torch's fused kernel; parameters of which some numbers are younger than others go by the rule."""
+
+    def __init__(self, rule: AdamW, groups: Any, **options: Any) -> None:
+        self.rule = rule
+        super().__init__(groups, **options)
+
+    @torch.no_grad()
+    def renew(
+        self, parameter: torch.nn.Parameter, places: torch.Tensor, gradients: torch.Tensor | None, squares: torch.Tensor | None, steps: int
+    ) -> None:
+        """See :meth:`espalier.memory.rule.Ruled.renew`."""
+        state, mask = self.state[parameter], local(like(parameter, places))
+        seeds = self.rule.seeds(gradients, squares, steps) if gradients is not None and squares is not None else {}
+        for slot in self.rule.slots:
+            local(state[slot])[mask] = local(like(parameter, seeds[slot]))[mask] if seeds else 0.0
+        age_anew(state, mask, steps if seeds else 0)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        aged = [(group, p, p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None and "age" in self.state[p]]
+        for _, parameter, _ in aged:
+            parameter.grad = None
+        result = super().step(closure)
+        for group, parameter, gradient in aged:
+            parameter.grad, state = gradient, self.state[parameter]
+            for key in ("step", "age"):
+                state[key] += 1
+            slots = {slot: [local(state[slot])] for slot in self.rule.slots}
+            (direction,) = self.rule.directions([local(gradient)], slots, [state["age"]])
+            local(parameter).mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
+        return result
 
 
 @optimizer("adamw", ids=(), paper="arXiv:1711.05101")
@@ -29,19 +64,22 @@ class AdamW(Rule):
 
     slots = {"exp_avg": True, "exp_avg_sq": False}
 
-    def directions(self, gradients: Tensors, state: Mapping[str, Tensors], steps: Sequence[int]) -> Tensors:
+    def directions(self, gradients: Tensors, state: Mapping[str, Tensors], steps: Sequence[Any]) -> Tensors:
         means, squares = state["exp_avg"], state["exp_avg_sq"]
         torch._foreach_lerp_(means, gradients, 1 - self.beta1)
         torch._foreach_mul_(squares, self.beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - self.beta2)
         roots = torch._foreach_sqrt(squares)
-        torch._foreach_div_(roots, [math.sqrt(1 - self.beta2**step) for step in steps])
+        torch._foreach_div_(roots, corrections(self.beta2, steps, root=True))
         torch._foreach_add_(roots, self.epsilon)
-        torch._foreach_mul_(roots, [1 - self.beta1**step for step in steps])
+        torch._foreach_mul_(roots, corrections(self.beta1, steps))
         return list(torch._foreach_div(means, roots))
+
+    def seeds(self, gradients: torch.Tensor, squares: torch.Tensor, steps: int) -> Mapping[str, torch.Tensor]:
+        return {"exp_avg": (1 - self.beta1**steps) * gradients, "exp_avg_sq": (1 - self.beta2**steps) * squares}
 
     def build(self, parameters: Mapping[str, torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
         if self.state != "fp32":
             return super().build(parameters, learning_rate)
         groups = [{"params": list(some.values()), "weight_decay": decay} for some, decay in self._groups(parameters)]
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=(self.beta1, self.beta2), eps=self.epsilon, fused=True)
+        return _Fused(self, groups, lr=learning_rate, betas=(self.beta1, self.beta2), eps=self.epsilon, fused=True)

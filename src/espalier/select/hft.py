@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
-
-import torch
-from torch import nn
 
 from espalier.anatomy.target import Target
-from espalier.attach.method import Adapter, Tensors
-from espalier.delta.forms import Replace
+from espalier.attach.whole_tensors import WholeTensors
 from espalier.errors import within
 from espalier.kernels.philox import Stream
 from espalier.registry import adapter
 
 
 @adapter("hft", ids=(9,), paper="arXiv:2404.18466", learning_rate=2e-5, targets="all", size="")
-class HFT(Adapter):
+class HFT(WholeTensors):
     """Train half of the matrices of attention, half of those of the feed-forward part and half of the norms of every block.
 
     ``W' = V`` as in ``full``, for the chosen ones; what is in no block (embeddings, head, last norm) trains always. Of a kind's
@@ -32,9 +27,6 @@ class HFT(Adapter):
 
     def check(self) -> None:
         within("share", self.share, 0, 1)
-
-    def accepts(self, target: Target) -> bool:
-        return True
 
     def selected(self, targets: Sequence[Target], seed: int) -> Sequence[Target]:
         kinds: dict[str, dict[int, list[Target]]] = {}
@@ -53,15 +45,3 @@ class HFT(Adapter):
                 order.sort(key=lambda name: Stream(seed, f"half of {name}").key)
                 chosen |= set(order[: math.floor(exact[block]) + (block in drawn[:more])])
         return [target for target in targets if target.name in chosen]
-
-    def start(self, target: Target, weight: torch.Tensor, stream: Stream) -> Tensors:
-        return {"values": nn.Parameter(weight.clone(memory_format=torch.contiguous_format))}
-
-    def update(self, part: Any, context: Any) -> Replace:
-        return Replace(part.values)
-
-    def export(self, part: Any, pool: Any) -> Replace:
-        return Replace(part.values.to(part.base_dtype))
-
-    def count(self, target: Target) -> int:
-        return target.size

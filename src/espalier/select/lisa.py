@@ -6,18 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from espalier.anatomy.target import Target
-from espalier.attach.method import Adapter, Moment, Tensors
-from espalier.delta.forms import Replace
+from espalier.attach.method import Moment, Tensors
+from espalier.attach.whole_tensors import WholeTensors
 from espalier.errors import at_least
 from espalier.kernels.philox import Stream
 from espalier.registry import adapter
 
 
 @adapter("lisa", ids=(160,), paper="arXiv:2403.17919", learning_rate=2e-5, targets="all", size="")
-class LISA(Adapter):
+class LISA(WholeTensors):
     """Train embeddings, head and last norm always, and of the L blocks ``layers`` at a time, drawn anew every ``every`` steps.
 
     ``W' = V`` as in ``full``. Every block has its turn with probability layers / L in each period; gradients are not reweighted. The
@@ -30,14 +29,11 @@ class LISA(Adapter):
     every: int = 20
     """steps between draws, at least 1"""
 
-    forgets = True
+    state_policy = "drop"
 
     def check(self) -> None:
         at_least("layers", self.layers, 1)
         at_least("every", self.every, 1)
-
-    def accepts(self, target: Target) -> bool:
-        return True
 
     def survey(
         self, targets: Sequence[Target], weight: Callable[[Target], torch.Tensor], statistic: Callable[[str, str], torch.Tensor] | None
@@ -45,11 +41,8 @@ class LISA(Adapter):
         blocks = sorted({target.block for target in targets if target.block is not None})
         return {target.name: [blocks.index(target.block), len(blocks)] for target in targets if target.block is not None}
 
-    def start(self, target: Target, weight: torch.Tensor, stream: Stream) -> Tensors:
-        return self.start_from(None, target, weight, stream)
-
     def start_from(self, finding: list[int] | None, target: Target, weight: torch.Tensor, stream: Stream) -> Tensors:
-        made: Tensors = {"values": nn.Parameter(weight.clone(memory_format=torch.contiguous_format))}
+        made = self.start(target, weight, stream)
         if finding is not None:  # which block of how many, and what turns are drawn from
             made["place"] = torch.tensor([*finding, int(stream.named("turns of the layers").integers32(1))])
         return made
@@ -60,12 +53,3 @@ class LISA(Adapter):
         place, blocks, key = part.place.tolist()
         turns = Stream(key, "turns").at(moment.step // self.every * blocks).permutation(blocks)[: self.layers]
         return {"values": place not in turns.tolist()}
-
-    def update(self, part: Any, context: Any) -> Replace:
-        return Replace(part.values)
-
-    def export(self, part: Any, pool: Any) -> Replace:
-        return Replace(part.values.to(part.base_dtype))
-
-    def count(self, target: Target) -> int:
-        return target.size

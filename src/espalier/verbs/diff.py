@@ -17,6 +17,7 @@ def diff(
     bits: int | None = None,
     group: int | None = None,
     seed: int | None = None,
+    ranks: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Write the delta that makes one checkpoint into another, without having either in memory.
@@ -35,12 +36,14 @@ def diff(
         bits: of quantized, 1 to 8; default: 4
         group: of quantized: entries that share a scale; default: 64
         seed: of lowrank: of its random numbers; default: 0
+        ranks: measure the rank of every matrix's update too, which takes its singular values: minutes for a large model
         quiet: print nothing but the result
 
     Returns:
-        `out`, `bytes`, `unchanged` (share of all entries whose bits are equal), `added`, `removed`, `relaid` (tensors that the
+        `out`, `bytes`, `unchanged` (share of all entries whose bits are equal), `unchanged_to_1e-5` (share of those of floating
+        point that moved by at most that), `added`, `removed`, `relaid` (tensors that the
         base has in another layout), `files`, and `tensors`: for each that changed its `form`, `dtype`, how many `entries`
-        `changed` and moved less than 1e-5, norms, effective rank, and for approximating forms the relative `error` of the
+        `changed` and moved less than 1e-5, norms, effective rank, with `ranks` the stable rank and the share of the singular values above 0.1 % of the largest, and for approximating forms the relative `error` of the
         update (Frobenius norms).
 
     Raises:
@@ -63,13 +66,16 @@ def diff(
     pair = difference.Pair(ModelDirectory(resolve_model(base)), ModelDirectory(resolve_model(tuned)))
     size = pair.tuned.nbytes()
     with display.bar("comparing", max(size >> 20, 1), "MiB") as update:
-        changes = difference.measure(pair, lambda done: update(done >> 20))
+        changes = difference.measure(pair, lambda done: update(done >> 20), ranks)
     errors: dict[str, float] = {}
     with atomic_directory(target) as temporary, display.bar("writing", max(size >> 20, 1), "MiB") as update:
         errors = difference.write(pair, changes, to, options, (base, tuned), temporary, target, lambda done: update(done >> 20))
         nbytes = sum(file.stat().st_size for file in temporary.rglob("*") if file.is_file())
     entries = sum(c.entries for c in changes)
     unchanged = 1 - sum(c.changed for c in changes) / entries if entries else 1.0
+    floating = [c for c in changes if c.small is not None]
+    numbers = sum(c.entries for c in floating)
+    still = sum(c.small or 0 for c in floating) / numbers if numbers else 1.0
     tensors = [{**c.as_json(), "error": errors.get(c.name)} for c in changes if c.changed]
     if not quiet:
         display.table(
@@ -89,6 +95,7 @@ def diff(
         "out": str(target),
         "bytes": nbytes,
         "unchanged": unchanged,
+        "unchanged_to_1e-5": still,
         "added": [n for n in pair.whole if n not in pair.base],
         "removed": pair.removed,
         "relaid": sorted(pair.relaid),

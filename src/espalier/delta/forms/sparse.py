@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.nn import functional
 
@@ -23,11 +27,34 @@ from espalier.delta.forms.update import (
 )
 
 
+class _Product(torch.autograd.Function):
+    """``x @ (W + S).T`` that keeps no weight: the backward pass makes it again, and the dense gradient lives only there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, values: torch.Tensor, update: Sparse, base: BaseWeight | None) -> torch.Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, values)
+        ctx.update, ctx.base = update, base
+        return functional.linear(x, update.put_on(base, values).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+        x, values = ctx.saved_tensors
+        of_x = gradient @ ctx.update.put_on(ctx.base, values).to(gradient.dtype) if ctx.needs_input_grad[0] else None
+        of_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2).to(gradient.dtype)
+        if ctx.update.watch is not None:
+            ctx.update.watch(of_weight)
+        return of_x, of_weight.view(-1)[ctx.update.positions].to(values.dtype), None, None
+
+
 @register_form
 class Sparse(AtSupport):
     """``gain * values`` (n,) added at flat positions: ``index`` (n,), strictly increasing, or ``mask``, a bitmap."""
 
     form = "sparse"
+    watch: Callable[..., None] | None = None
+    """Is given the dense gradient of every product's updated weight: that of one expert with its number as ``expert``, else the whole one.
+
+    Where there is one, every product goes by way of the dense weight."""
 
     def __init__(
         self, values: torch.Tensor, index: torch.Tensor | None, shape: tuple[int, ...], gain: Gain = 1.0, *,
@@ -49,22 +76,43 @@ class Sparse(AtSupport):
         dense = torch.zeros(torch.Size(self.shape).numel(), dtype=values.dtype, device=values.device)
         return dense.index_put((self.positions,), values).reshape(self.shape)
 
+    def put_on(self, base: BaseWeight | None, values: torch.Tensor) -> torch.Tensor:
+        """The weight with ``values`` (n,), times the gain already, on it; without a base, the dense update."""
+        if base is None:
+            return torch.zeros(torch.Size(self.shape).numel(), dtype=values.dtype, device=values.device).index_put((self.positions,), values).view(self.shape)
+        weight, positions = base.dense(), self.positions
+        return put(weight, positions, (weight.reshape(-1)[positions].to(values.dtype) + values).to(weight.dtype))
+
+    def unbind(self) -> list[Update]:
+        experts, watch = super().unbind(), self.watch
+        if watch is not None:
+            for number, expert in enumerate(experts):
+                expert.watch = functools.partial(watch, expert=number)  # type: ignore[attr-defined]
+        return experts
+
     @property
     def _is_thin(self) -> bool:
         """Whether there are fewer entries than inputs: then they are handled one by one, with no dense gradient."""
-        return len(self.values) <= self.shape[-1]
+        return len(self.values) <= self.shape[-1] and self.watch is None
 
     def apply(self, weight: torch.Tensor) -> torch.Tensor:
         if not weight.is_floating_point() or weight.element_size() < 2:
             return super().apply(weight)
         wide, positions = working_dtype(weight), self.positions
         touched = weight.reshape(-1)[positions].to(wide) + self.values.to(wide) * self.gain
-        return put(weight, positions, touched.to(weight.dtype))
+        changed = put(weight, positions, touched.to(weight.dtype))
+        if self.watch is not None and changed.requires_grad:
+            changed.register_hook(self.watch)
+        return changed
 
     def linear(self, x: torch.Tensor, base: BaseWeight) -> torch.Tensor:
         if self._is_thin:
             return super().linear(x, base)
-        return functional.linear(x, self.apply(base.dense()).to(x.dtype), base.bias)  # one product, of W with its entries changed
+        if torch.compiler.is_compiling():
+            return functional.linear(x, self.apply(base.dense()).to(x.dtype), base.bias)  # one product, of W with its entries changed
+        wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+        y = _Product.apply(x, self.values.to(wide) * self.gain, self, base)
+        return y if base.bias is None else y + base.bias
 
     def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
         if self._is_thin:
@@ -72,7 +120,10 @@ class Sparse(AtSupport):
             y = x.index_select(-1, self.positions % inputs) * (self.values * self.gain).to(x.dtype)
             return (x.new_zeros(*x.shape[:-1], outputs) if onto is None else onto).index_add(-1, self.positions // inputs, y)
         # one transient dense update; a sparse product would gather a float per entry and token
-        y = functional.linear(x, self.materialize(x).to(x.dtype))
+        if torch.compiler.is_compiling():
+            y = functional.linear(x, self.materialize(x).to(x.dtype))
+        else:
+            y = _Product.apply(x, self.values.to(working_dtype(x)) * self.gain, self, None)
         return y if onto is None else onto + y
 
     def lookup(self, ids: torch.Tensor, base: BaseWeight) -> torch.Tensor:
@@ -80,7 +131,7 @@ class Sparse(AtSupport):
             rows, inputs = base.rows(ids), self.shape[-1]
             of_row = ids.unsqueeze(-1) == self.positions // inputs  # (..., n)
             return rows.index_add(-1, self.positions % inputs, of_row * (self.values * self.gain).to(rows.dtype))
-        if torch.compiler.is_compiling():  # how many entries the rows have is no shape of a graph
+        if torch.compiler.is_compiling() or self.watch is not None:  # how many entries the rows have is no shape of a graph
             return super().lookup(ids, base)
         rows = base.rows(ids)
         place, entry = entries_of_rows(self.positions, ids.flatten(), rows.shape[-1])
