@@ -7,6 +7,7 @@ no method and no family.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -23,9 +24,10 @@ from espalier.attach.tasks import choose_task
 from espalier.checkpoint.atomic import write_text
 from espalier.data.batches import Batch, Cursor
 from espalier.errors import NotFiniteError
+from espalier.memory.chunked_loss import Kind
 from espalier.memory.language_loss import run_batch
 from espalier.memory.meter import peak_memory, release_free_memory, resident_memory
-from espalier.train import checkpoint, schedules
+from espalier.train import checkpoint, reweight, schedules
 
 
 @dataclass
@@ -43,6 +45,10 @@ class Settings:
     knee: float | None = None
     clip: float = 1.0
     label_smoothing: float = 0.0
+    loss: Kind = "cross_entropy"
+    reweight: reweight.Shape | None = None
+    """How sequences are weighted by their losses after the warm-up, if they are."""
+    reweight_temperature: float = 1.0
     checkpoint_every: int = 0
     evaluate_every: int = 0
     padded: bool = False
@@ -111,23 +117,67 @@ class Run:
         write_text(self.metrics, "".join(kept))
 
 
+Weigh = Callable[[torch.Tensor], torch.Tensor]
+"""From the mean losses (M,) of a step's sequences to their weights, which sum to 1."""
+
+
+def _forward(model: nn.Module, batch: Batch, scale: float, resident_between: int, **terms: Any) -> torch.Tensor:
+    if resident_between and resident_memory() > resident_between:
+        release_free_memory()
+    if batch.task:
+        choose_task(model, batch.task)
+    return run_batch(model, batch, scale, **terms)
+
+
+def _look(
+    model: nn.Module, batches: list[Batch], total: int, resident_between: int, weigh: Weigh, **terms: Any
+) -> tuple[float, list[torch.Tensor]]:
+    """A first pass over a step: its mean loss, and the factor (targets,) of every target of each micro-batch.
+
+    A sequence of weight w among M has the factor M w: sequences of one length make the sum of w l, and equal weights the mean.
+    """
+    loss, means, present = 0.0, [], []
+    device = batches[0].targets.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # so that dropout is the same in the second pass
+        for batch in batches:
+            each = torch.zeros(len(batch.targets), device=device)
+            # with gradients on: what is cached without them would be held beside the second pass
+            loss += float(_forward(model, batch, 1.0 / total, resident_between, each=each, **terms).detach())
+            sums, counts = (torch.zeros(len(batch.lengths), device=device).index_add_(0, batch.windows, of) for of in (each, (batch.targets >= 0).float()))
+            present.append(counts > 0)
+            means.append((sums / counts)[present[-1]])
+    found = weigh(torch.cat(means))
+    factors = (found * len(found)).float().split([len(mean) for mean in means])
+    every = [torch.ones(len(there), device=device).masked_scatter_(there, own) for there, own in zip(present, factors, strict=True)]
+    return loss, [own[batch.windows] for own, batch in zip(every, batches, strict=True)]
+
+
 def accumulate(
-    model: nn.Module, batches: list[Batch], resident_between: int = 0, label_smoothing: float = 0.0
-) -> tuple[float, int]:
-    """Forward and backward of a step's micro-batches; returns the mean loss per target token, and their count."""
+    model: nn.Module, batches: list[Batch], resident_between: int = 0, label_smoothing: float = 0.0, kind: Kind = "cross_entropy",
+    weigh: Weigh | None = None,
+) -> tuple[float, int]:  # fmt: skip
+    """Forward and backward of a step's micro-batches; returns the mean loss per target token, and their count.
+
+    Args:
+        weigh: weights of the step's sequences by their losses, for which all of them are looked at first; the loss that is
+            returned is the one without weights.
+    """
     total = max(1, sum(batch.target_count for batch in batches))
+    terms: dict[str, Any] = {"label_smoothing": label_smoothing, "kind": kind}
+    factors: list[torch.Tensor | None] = [None] * len(batches)
+    mean = 0.0
+    if weigh is not None:
+        mean, factors[:] = _look(model, batches, total, resident_between, weigh, **terms)
+        if not math.isfinite(mean):
+            return mean, total
     loss = 0.0
-    for batch in batches:
-        if resident_between and resident_memory() > resident_between:
-            release_free_memory()
-        if batch.task:
-            choose_task(model, batch.task)
-        part = run_batch(model, batch, 1.0 / total, label_smoothing=label_smoothing)
+    for batch, own in zip(batches, factors, strict=True):
+        part = _forward(model, batch, 1.0 / total, resident_between, weights=own, **terms)
         part.backward()
         loss += float(part.detach())
         if not math.isfinite(loss):
-            break
-    return loss, total
+            return loss, total
+    return loss if weigh is None else mean, total
 
 
 _ADVICE = "Nothing of this step was kept; try a lower --learning-rate, or --dtype fp32"
@@ -184,6 +234,9 @@ def train(
     """
     device = next(iter(parameters.values())).device
     state = run.state
+    weigh = None
+    if settings.reweight is not None:
+        weigh = functools.partial(reweight.weights, shape=settings.reweight, temperature=settings.reweight_temperature)
     course.check()
     run.folder.mkdir(parents=True, exist_ok=True)
     model.train()
@@ -200,7 +253,9 @@ def train(
             begin = dataclasses.replace(state.cursor)
             step_batches = order.batches(state.cursor, settings.batch_tokens, settings.micro_tokens, settings.padded, settings.pad_token)
             batches = [batch.to(device) for batch in step_batches]
-            loss, targets = accumulate(model, batches, settings.resident_between, settings.label_smoothing)
+            loss, targets = accumulate(
+                model, batches, settings.resident_between, settings.label_smoothing, settings.loss, weigh if step >= settings.warmup else None
+            )
             if isinstance(penalty := course.penalty(), torch.Tensor) and math.isfinite(loss):
                 penalty.backward()
             norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), settings.clip or math.inf))

@@ -111,6 +111,10 @@ class Job:
             raise EspalierError(f"cooldown is {a['cooldown']}; it is a share of the steps, more than 0 and at most 1")
         if not 0 <= a["label_smoothing"] < 1:
             raise EspalierError(f"label_smoothing is {a['label_smoothing']}; it is a share of every target, at least 0 and less than 1")
+        if a["loss"] != "cross_entropy" and a["label_smoothing"]:
+            raise EspalierError(f"label_smoothing is {a['label_smoothing']}, which goes with the loss cross_entropy; the loss is {a['loss']}")
+        if not 0 < a["reweight_temperature"] < math.inf:
+            raise EspalierError(f"reweight_temperature is {a['reweight_temperature']}; it must be more than 0 and finite")
         if a["learning_rate"] not in (None, "auto") and not 0 < a["learning_rate"] < math.inf:
             raise EspalierError(f"learning_rate is {a['learning_rate']}; it must be more than 0 and finite")
         if a["base_bits"] is not None:
@@ -465,7 +469,8 @@ class Job:
         settings = Settings(
             steps=a["steps"], batch_tokens=a["batch_size"] * a["sequence_length"], micro_tokens=self.plan.micro_tokens,
             learning_rate=a["learning_rate"], schedule=a["schedule"], warmup=round(a["warmup"] * a["steps"]),
-            floor=a["floor"], decay=a["cooldown"], clip=a["clip"], label_smoothing=a["label_smoothing"], checkpoint_every=a["checkpoint_every"], evaluate_every=a["eval_every"],
+            floor=a["floor"], decay=a["cooldown"], clip=a["clip"], label_smoothing=a["label_smoothing"],
+            loss=a["loss"], reweight=a["reweight"], reweight_temperature=a["reweight_temperature"], checkpoint_every=a["checkpoint_every"], evaluate_every=a["eval_every"],
             padded=self.padded, pad_token=self.task.pad_token,
             resident_between=planning.resident_between(self.budget, self.plan) if self.budget else 0,
             knee=knee(a["learning_rate"], a["batch_size"]) / (a["batch_size"] * a["sequence_length"]) if a["schedule"] == "power" else None,
@@ -500,7 +505,7 @@ class Job:
             "fingerprint": self.record.facts["base_fingerprint"],
             "model_type": self.config.model_type,
         }
-        keys = ("data", "batch_size", "sequence_length", "learning_rate", "schedule", "seed", *(k for k in ("label_smoothing", "base_bits") if a[k]))
+        keys = ("data", "batch_size", "sequence_length", "learning_rate", "schedule", "seed", *(k for k in ("label_smoothing", "base_bits", "reweight") if a[k]), *(["loss"] if a["loss"] != "cross_entropy" else []))
         training = {"steps": self.run.state.step, "tokens": self.run.state.tokens, **{key: a[key] for key in keys}}
         manifest = saving.describe(self.attachment, base, self.encoder, MASK_POLICY[self.store.kind], training)
         return saving.write(self.model, self.attachment, manifest, folder, self.directory, self.tokenizer)

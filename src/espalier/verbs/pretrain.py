@@ -27,6 +27,9 @@ def pretrain(
     optimizer: str = "adamw",
     state: Literal["fp32", "bf16", "8bit"] = "fp32",
     clip: float = 1.0,
+    loss: Literal["cross_entropy", "stablemax"] = "cross_entropy",
+    reweight: Literal["linupper", "quadratic", "extremes"] | None = None,
+    reweight_temperature: float = 1.0,
     eval_data: list[str] | None = None,
     eval_every: int = 0,
     checkpoint_every: int = 200,
@@ -64,6 +67,9 @@ def pretrain(
         optimizer: the optimizer (see `espalier methods --kind optim`)
         state: how its state is stored: fp32, bf16 rounded at random, or 8 bits in blocks of 256 (tensors of 4,096 numbers or more)
         clip: largest norm of the gradient; 0: no clipping
+        loss: what is trained on; stablemax is the cross-entropy with s(x) = x + 1, below zero 1 / (1 - x), for exp(x); measuring stays as it is
+        reweight: weight the sequences of a step by their losses after the warm-up: linupper takes weight from what is known already (a second forward pass)
+        reweight_temperature: the weights are a softmax over this; large: nearly equal weights
         eval_data: held-out data measured at the end; may be given several times
         eval_every: also measure every so many steps; 0: never
         checkpoint_every: steps between checkpoints; 0: only at the start
