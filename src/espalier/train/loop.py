@@ -50,11 +50,16 @@ class Settings:
     """How sequences are weighted by their losses after the warm-up, if they are."""
     reweight_temperature: float = 1.0
     checkpoint_every: int = 0
+    keep_checkpoints: int = checkpoint.KEPT
     evaluate_every: int = 0
     padded: bool = False
     pad_token: int = 0
     resident_between: int = 0
     """Resident bytes above which free memory goes back to the system before a micro-batch; 0: never."""
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step ``step``, from 0."""
+        return self.learning_rate * schedules.factor(self.schedule, step, self.steps, self.warmup, self.floor, self.decay, self.knee)
 
 
 @dataclass
@@ -244,9 +249,7 @@ def train(
         while state.step < settings.steps:
             began = time.perf_counter()
             step = state.step
-            rate = settings.learning_rate * schedules.factor(
-                settings.schedule, step, settings.steps, settings.warmup, settings.floor, settings.decay, settings.knee
-            )
+            rate = settings.rate(step)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("rate", 1.0)
             course.begin(step, rate, optimizer)
@@ -277,7 +280,8 @@ def train(
             _write(metrics, dict(record.__dict__))
             hooks.on_step(record)
             if kept and settings.checkpoint_every:
-                hooks.on_checkpoint(checkpoint.save(run.checkpoints, {**parameters, **course.kept()}, optimizer, state))
+                tensors = {**parameters, **course.kept()}
+                hooks.on_checkpoint(checkpoint.save(run.checkpoints, tensors, optimizer, state, settings.keep_checkpoints))
             if hooks.on_evaluate and settings.evaluate_every and state.step % settings.evaluate_every == 0 and not last:
                 result = hooks.on_evaluate(state.step)
                 _write(metrics, {"step": state.step, "peak_memory": peak_memory(), **result})

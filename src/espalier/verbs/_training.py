@@ -61,7 +61,8 @@ from espalier.memory.meter import format_bytes, parse_bytes, peak_memory, releas
 from espalier.memory.training_form import training_form
 from espalier.plan import memory as planning
 from espalier.plan.trace import Traced, trace_step
-from espalier.train import session
+from espalier.train import checkpoint, session
+from espalier.train import fork as forks
 from espalier.train.laws import knee, step_law
 from espalier.train.loop import Settings
 from espalier.verbs._tasks import Classification, Language, Task, new_classifier
@@ -79,7 +80,7 @@ class Job:
         arguments["learning_rate"] = _rate(arguments["learning_rate"])
         self.a = {
             "targets": None, "full": "rest" if verb == "pretrain" else None, "add_tokens": None, "dropout": 0.0, "floor": 0.0, "label_smoothing": 0.0, "model": None, "trainable": None, "base_bits": None,
-            "over": None,
+            "over": None, "fork": None, "keep_checkpoints": checkpoint.KEPT,
             **arguments,
         }  # fmt: skip
         self.display = Display(arguments["quiet"])
@@ -97,7 +98,7 @@ class Job:
         for name in ("batch_size", "sequence_length", "micro_batch_size", "logits_chunk", "threads", "steps"):
             if a[name] is not None:
                 at_least(name, a[name], 1)
-        for name in ("eval_every", "checkpoint_every", "clip"):
+        for name in ("eval_every", "checkpoint_every", "keep_checkpoints", "clip"):
             at_least(name, a[name], 0)
         if a["steps"] is not None and a["epochs"] is not None:
             raise EspalierError("give --steps or --epochs, not both")
@@ -200,6 +201,28 @@ class Job:
             a["steps"] = math.ceil((a["epochs"] or 1.0) * self.order.steps_of_epoch(a["batch_size"] * a["sequence_length"]))
         if a["learning_rate"] == "auto":
             self._take_advice(config_at)
+        self.fork = self._take_fork() if a["fork"] is not None else None
+
+    def _take_fork(self) -> forks.Fork | None:
+        """What a fork has of its trunk: as many steps of warm-up, and how a step is cut; nothing to begin with where it is resumed.
+
+        Raises:
+            EspalierError: when it cannot be a continuation of its trunk.
+        """
+        a, run = self.a, self.out / "run"
+        begun = a["resume"] and bool(checkpoint.steps(run / "checkpoints"))
+        fork = None if begun else forks.find(a["fork"])
+        before = fork.record.resolved if fork else session.read_record(run / "run.json").resolved
+        a["warmup"] = round(before["warmup"] * before["steps"]) / a["steps"]
+        for key in ("micro_batch_size", "recompute", "logits_chunk"):
+            a[key] = before[key] if a[key] is None else a[key]
+        if fork:
+            rate, rate_then = (Settings(batch_tokens=0, micro_tokens=0, **_rates(of)).rate for of in (a, before))
+            fork.check(self.verb, self._resolved(), self._facts(), rate, rate_then)
+        return fork
+
+    def _resolved(self) -> dict[str, Any]:
+        return {**self.given, **{k: v for k, v in self.a.items() if k in self.given}, **self.hyperparameters}
 
     def _take_advice(self, config_at: Path) -> None:
         """The learning rate of the Step Law, and what it says of the batch."""
@@ -400,8 +423,7 @@ class Job:
     def attach(self) -> None:
         """The method's updates; says what trains, and shows what is learnt of the data."""
         a = self.a
-        resolved = {**self.given, **{k: v for k, v in a.items() if k in self.given}, **self.hyperparameters}
-        record = session.Record(self.verb, self.given, resolved, self._facts())
+        record = session.Record(self.verb, self.given, self._resolved(), self._facts())
         self.run, self.record = session.open_run(self.out, record, a["resume"])
         attach(
             self.model, self.method, targets=a["targets"], full=self.full, new_tokens=self.new_tokens, seed=a["seed"], dropout=a["dropout"],
@@ -467,13 +489,11 @@ class Job:
         """The loop, from the last checkpoint when resuming."""
         a = self.a
         settings = Settings(
-            steps=a["steps"], batch_tokens=a["batch_size"] * a["sequence_length"], micro_tokens=self.plan.micro_tokens,
-            learning_rate=a["learning_rate"], schedule=a["schedule"], warmup=round(a["warmup"] * a["steps"]),
-            floor=a["floor"], decay=a["cooldown"], clip=a["clip"], label_smoothing=a["label_smoothing"],
-            loss=a["loss"], reweight=a["reweight"], reweight_temperature=a["reweight_temperature"], checkpoint_every=a["checkpoint_every"], evaluate_every=a["eval_every"],
+            **_rates(a), batch_tokens=a["batch_size"] * a["sequence_length"], micro_tokens=self.plan.micro_tokens, clip=a["clip"], label_smoothing=a["label_smoothing"],
+            loss=a["loss"], reweight=a["reweight"], reweight_temperature=a["reweight_temperature"], checkpoint_every=a["checkpoint_every"],
+            keep_checkpoints=a["keep_checkpoints"], evaluate_every=a["eval_every"],
             padded=self.padded, pad_token=self.task.pad_token,
             resident_between=planning.resident_between(self.budget, self.plan) if self.budget else 0,
-            knee=knee(a["learning_rate"], a["batch_size"]) / (a["batch_size"] * a["sequence_length"]) if a["schedule"] == "power" else None,
         )  # fmt: skip
         parameters = trainable_parameters(self.model)
         course = Course(self.model, a["steps"])
@@ -481,7 +501,10 @@ class Job:
         tensors = {**parameters, **course.kept()}
         state = self.optimizer_method.state_bytes({name: tuple(p.shape) for name, p in parameters.items()})
         torch.manual_seed(a["seed"])  # whatever planning and loading drew: the first checkpoint holds the random state
-        session.dry_run(self.out, self.run, tensors, optimizer, self._write_delta, state)
+        if self.fork is not None:
+            self.run.state = self.fork.load(tensors, optimizer, self.record.facts["data"] == self.fork.record.facts["data"], self.display)
+        kept = a["keep_checkpoints"] or a["steps"] // max(1, a["checkpoint_every"]) + 1
+        session.dry_run(self.out, self.run, tensors, optimizer, self._write_delta, state, kept)
         session.resume_from_last(self.run, tensors, optimizer, self.display)
 
         def on_evaluate(step: int) -> dict[str, Any]:
@@ -553,6 +576,15 @@ class Job:
             f"{result['tokens_per_second']:,.0f} tokens/s"
         )
         return result
+
+
+def _rates(a: dict[str, Any]) -> dict[str, Any]:
+    """What of the loop's settings makes the learning rate of a step, from a run's arguments."""
+    leaves = knee(a["learning_rate"], a["batch_size"]) / (a["batch_size"] * a["sequence_length"]) if a["schedule"] == "power" else None
+    return {
+        "steps": a["steps"], "learning_rate": a["learning_rate"], "schedule": a["schedule"], "warmup": round(a["warmup"] * a["steps"]),
+        "floor": a["floor"], "decay": a["cooldown"], "knee": leaves,
+    }  # fmt: skip
 
 
 def _plain(value: Any) -> Any:

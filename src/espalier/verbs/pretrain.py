@@ -33,6 +33,8 @@ def pretrain(
     eval_data: list[str] | None = None,
     eval_every: int = 0,
     checkpoint_every: int = 200,
+    keep_checkpoints: int = 2,
+    fork: str | None = None,
     budget: str | None = None,
     micro_batch_size: int | None = None,
     recompute: bool | None = None,
@@ -73,6 +75,8 @@ def pretrain(
         eval_data: held-out data measured at the end; may be given several times
         eval_every: also measure every so many steps; 0: never
         checkpoint_every: steps between checkpoints; 0: only at the start
+        keep_checkpoints: how many of them stay, the last ones; 0: all
+        fork: begin with a checkpoint of another run, given as its --out or OUT@STEP; all options but the schedule's and the data are that run's
         budget: bound on the process's peak memory, such as 2GiB; chooses the next three
         micro_batch_size: sequences that are in memory at a time
         recompute: recompute activations in the backward pass
