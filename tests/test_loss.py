@@ -231,14 +231,15 @@ class _Largest(TorchDispatchMode):
         return result
 
 
-def test_smoothed_labels_take_no_more_memory() -> None:
-    hidden, weight, bias, targets = problem(40, 500)
+def test_smoothed_labels_and_stablemax_take_no_more_memory() -> None:
+    """As many tensors as large as a chunk's logits, of which the plan counts the bytes."""
+    hidden, weight, bias, targets = problem(120, 500)
     made = []
-    for smoothing in (0.0, 0.1):
-        with _Largest(10 * 500) as counted:
-            chunked_cross_entropy(hidden.requires_grad_(), targets, lambda x: x @ weight.T + bias, [], 1.0, 10, label_smoothing=smoothing)
+    for terms in ({"label_smoothing": 0.0}, {"label_smoothing": 0.1}, {"kind": "stablemax"}):
+        with _Largest(60 * 500) as counted:
+            chunked_cross_entropy(hidden.requires_grad_(), targets, lambda x: x @ weight.T + bias, [], 1.0, 60, **terms)  # type: ignore[arg-type]
         made.append(counted.made)
-    assert made[0] == made[1] > 0
+    assert made[0] == made[1] > 0 and made[2] <= made[0] + 2, "and the signs, a quarter as large, once for each chunk"
 
 
 def test_a_head_that_needs_its_own_output_for_its_gradient_finds_it_unchanged() -> None:

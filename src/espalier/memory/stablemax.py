@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+_ROWS = 32
+
 
 def stablemax_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The loss of each of the targets (n,) from logits (n, classes): float64, for autograd."""
@@ -25,10 +27,10 @@ def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[to
     dL / dx_j = s'(x_j) / S, and for the target -s'(x_y) r / (S s(x_y)), where S = r + s(x_y), s' = 1 from 0 on and s^2 below.
     """
     targets = targets[:, None]
-    s = logits.float()
-    below = s < 0
-    s = s.abs().add_(1)
-    s = torch.where(below, s.reciprocal(), s)
+    below = logits < 0
+    s = logits.abs().float().add_(1)
+    for some, mask in zip(s.split(_ROWS), below.split(_ROWS), strict=True):  # no further tensor as large as the logits
+        torch.where(mask, some.reciprocal(), some, out=some)
     right = s.gather(-1, targets).double()
     slope = torch.where(below.gather(-1, targets), right.square(), 1.0)
     others = s.scatter_(-1, targets, 0.0).sum(-1, keepdim=True, dtype=torch.float64)

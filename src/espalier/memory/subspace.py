@@ -103,6 +103,7 @@ def _signed(vectors: torch.Tensor) -> torch.Tensor:
 class LowDimensional(Rule):
     """An optimizer by the template. Subclasses say what is not as it is here."""
 
+    scales_as = None
     rule: str = "adamw"
     rank: int = 128
     every: int = 200

@@ -61,7 +61,7 @@ from espalier.memory.meter import format_bytes, parse_bytes, peak_memory, releas
 from espalier.memory.training_form import training_form
 from espalier.plan import memory as planning
 from espalier.plan.trace import Traced, trace_step
-from espalier.train import checkpoint, session
+from espalier.train import checkpoint, mup, session
 from espalier.train import fork as forks
 from espalier.train.laws import knee, step_law
 from espalier.train.loop import Settings
@@ -80,7 +80,7 @@ class Job:
         arguments["learning_rate"] = _rate(arguments["learning_rate"])
         self.a = {
             "targets": None, "full": "rest" if verb == "pretrain" else None, "add_tokens": None, "dropout": 0.0, "floor": 0.0, "label_smoothing": 0.0, "model": None, "trainable": None, "base_bits": None,
-            "over": None, "fork": None, "keep_checkpoints": checkpoint.KEPT,
+            "over": None, "fork": None, "mup": None, "keep_checkpoints": checkpoint.KEPT,
             **arguments,
         }  # fmt: skip
         self.display = Display(arguments["quiet"])
@@ -176,6 +176,7 @@ class Job:
                 raise EspalierError("give --model DIR to go on from, or --architecture config.json and --tokenizer DIR to begin")
             tokenizer_at, config_at = a["tokenizer"], Path(a["architecture"])
         self.config = _config(config_at)
+        self.widths = self._widths(config_at) if a["mup"] is not None else None
         self.over = [self._below(Path(folder)) for folder in a["over"] or ()]
         if a["trainable"] is not None and not self.method.by_task:  # how much that trains, the data decide too
             self._fit_method(parse_numbers(a["trainable"]), config_at)
@@ -223,6 +224,34 @@ class Job:
 
     def _resolved(self) -> dict[str, Any]:
         return {**self.given, **{k: v for k, v in self.a.items() if k in self.given}, **self.hyperparameters}
+
+    def _widths(self, config_at: Path) -> dict[str, mup.Width]:
+        """What muP makes of every parameter.
+
+        Raises:
+            EspalierError: when the base is another model, or the optimizer one of which it is not known how its steps go by the width.
+        """
+        scales_as = getattr(self.optimizer_method, "scales_as", None)
+        if scales_as is None or self.method.name != "full":
+            one = f"the optimizer {self.optimizer_method.name}" if scales_as is None else f"the method {self.method.name}"
+            raise EspalierError(f"--mup: how the steps of {one} go by the width is not known; use adamw, adabelief, lion or perpgrad on all parameters")
+        base = Path(self.a["mup"])
+        narrow = _config(base)
+        found = mup.widths(empty_of(self.config, config_at), empty_of(narrow, base))
+        rates = sorted({getattr(width, scales_as) for width in found.values()})
+        self.display.note(
+            f"muP over a base of width {narrow.get_text_config().hidden_size}, here {self.config.get_text_config().hidden_size}: learning rates times "
+            f"{', '.join(f'{rate:.4g}' for rate in rates)}" + ("" if self.directory is None else "; the weights of --model stay as they are")
+        )
+        return found
+
+    def _rates_of_parameters(self, parameters: dict[str, torch.nn.Parameter]) -> dict[str, dict[str, float]]:
+        """The optimizer's options by the width, by parameter name."""
+        if self.widths is None:
+            return {}
+        of = {id(p): self.widths[name] for name, slot in self.attachment.slots.items() for p in slot.parameters()}
+        rule = self.optimizer_method
+        return {name: mup.options(of[id(p)], rule.weight_decay, rule.scales_as, p.ndim >= 2) for name, p in parameters.items()}
 
     def _take_advice(self, config_at: Path) -> None:
         """The learning rate of the Step Law, and what it says of the batch."""
@@ -402,6 +431,8 @@ class Job:
             transformers.utils.logging.disable_progress_bar()
             torch.manual_seed(self.a["seed"])
             self.model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+            if self.widths is not None:
+                mup.start(self.model, self.widths)
             torch.nn.Module.to(self.model, self.device, self.dtype)
         grow(self.model, self.config.vocab_size)
         if self.a["base_bits"] is not None:
@@ -497,7 +528,7 @@ class Job:
         )  # fmt: skip
         parameters = trainable_parameters(self.model)
         course = Course(self.model, a["steps"])
-        optimizer = build(self.optimizer_method.build, parameters, a["learning_rate"], course.optimizer_options())
+        optimizer = build(self.optimizer_method.build, parameters, a["learning_rate"], {**self._rates_of_parameters(parameters), **course.optimizer_options()})
         tensors = {**parameters, **course.kept()}
         state = self.optimizer_method.state_bytes({name: tuple(p.shape) for name, p in parameters.items()})
         torch.manual_seed(a["seed"])  # whatever planning and loading drew: the first checkpoint holds the random state

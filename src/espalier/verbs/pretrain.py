@@ -20,6 +20,7 @@ def pretrain(
     batch_size: int = 16,
     sequence_length: int | None = None,
     learning_rate: str | float = 1e-3,
+    mup: str | None = None,
     schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "power"] = "cosine",
     warmup: float = 0.02,
     floor: float = 0.05,
@@ -62,6 +63,7 @@ def pretrain(
         batch_size: sequences per step, each of --sequence-length tokens (packed full)
         sequence_length: longest context, in tokens; default: 512, or all positions of a model with fewer
         learning_rate: peak rate, or auto: that of the Step Law for the size of model and data
+        mup: config.json of a narrower model, for which the learning rate is meant: muP makes it and the random weights fit this one's width
         schedule: course of the learning rate after warm-up
         warmup: share of the steps that warm up, in [0, 1)
         floor: learning rate at the end, as a share of the peak
