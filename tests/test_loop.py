@@ -253,7 +253,7 @@ def test_a_step_that_is_not_finite_reaches_no_parameter(
     held: dict[str, torch.nn.Parameter] = {}
     true = loop.accumulate
 
-    def accumulate(network: torch.nn.Module, batches: Any, bound: int, smoothing: float) -> tuple[float, int]:
+    def accumulate(network: torch.nn.Module, batches: Any, *settings: Any) -> tuple[float, int]:
         stepped.append(len(stepped) + 1)
         found = true(network, batches)
         if len(stepped) < 3:
@@ -289,7 +289,7 @@ def test_a_chat_is_shown_with_its_targets_before_the_first_step(
     shown: list[str] = []
     first = loop.accumulate
 
-    def accumulate(network: torch.nn.Module, batches: Any, bound: int, smoothing: float) -> tuple[float, int]:
+    def accumulate(network: torch.nn.Module, batches: Any, *settings: Any) -> tuple[float, int]:
         shown.append(capsys.readouterr().err)
         return first(network, batches)
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from families import tiny
 from torch.nn import functional
+from transformers import AutoTokenizer
 
 import espalier
+from espalier.checkpoint.directory import resolve_model
 from espalier.data.batches import IGNORED, Batch, assemble
 from espalier.errors import EspalierError
 from espalier.memory.training_form import training_form
@@ -124,15 +126,17 @@ def test_a_class_is_weighted_text_by_text_and_sequences_without_a_target_count_f
 
 def test_a_run_is_weighted_after_its_warm_up_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
     """Dropout is the same in both passes, and what a step does depends on nothing but its number and its data."""
-    text = tmp_path / "text.txt"
+    text, base = tmp_path / "text.txt", str(tmp_path / "base")
+    tiny("llama", vocab_size=4096).save_pretrained(base)
+    AutoTokenizer.from_pretrained(resolve_model("seedling")).save_pretrained(base)
     text.write_text("".join(f"def double_{i}(x):\n    return x * {2 * i}\n\n\n" for i in range(60)))
     options: dict[str, Any] = {
         "batch_size": 4, "sequence_length": 32, "steps": 6, "threads": 1, "quiet": True, "warmup": 0.34, "dropout": 0.2, "micro_batch_size": 2,
-        "checkpoint_every": 3,
+        "checkpoint_every": 3, "learning_rate": 0.01,
     }  # fmt: skip
     runs = {}
     for name, more in (("plain", {}), ("weighted", {"reweight": "linupper", "reweight_temperature": 0.3})):
-        espalier.tune("seedling", str(text), str(tmp_path / name), **options, **more)
+        espalier.tune(base, str(text), str(tmp_path / name), **options, **more)
         runs[name] = [json.loads(line)["loss"] for line in (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()]
     assert runs["plain"][:2] == runs["weighted"][:2] and runs["plain"][2] == pytest.approx(runs["weighted"][2], rel=1e-6)
     assert runs["plain"][3:] != runs["weighted"][3:]
@@ -141,5 +145,5 @@ def test_a_run_is_weighted_after_its_warm_up_and_resumes_to_the_same_bits(tmp_pa
     for file in (*last.iterdir(), tmp_path / "weighted" / "run" / "result.json", tmp_path / "weighted" / "delta.safetensors"):
         file.unlink()
     last.rmdir()
-    espalier.tune("seedling", str(text), str(tmp_path / "weighted"), resume=True, **options, reweight="linupper", reweight_temperature=0.3)
+    espalier.tune(base, str(text), str(tmp_path / "weighted"), resume=True, **options, reweight="linupper", reweight_temperature=0.3)
     assert (tmp_path / "weighted" / "delta.safetensors").read_bytes() == bits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from families import tiny, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
+from transformers import AutoTokenizer
 
 import espalier
+from espalier.checkpoint.directory import resolve_model
 from espalier.data.batches import IGNORED
 from espalier.errors import EspalierError
 from espalier.memory.chunked_loss import chunked_cross_entropy
@@ -118,15 +121,18 @@ def test_a_model_in_training_form_gives_the_loss_of_its_own_logits() -> None:
 
 
 def test_tune_and_pretrain_train_on_it_and_measure_as_before(tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
+    text, base = tmp_path / "text.txt", tmp_path / "base"
     text.write_text("".join(f"def double_{i}(x):\n    return x * {2 * i}\n\n\n" for i in range(60)))
-    options = {"batch_size": 2, "sequence_length": 32, "steps": 6, "threads": 1, "quiet": True, "checkpoint_every": 0, "loss": "stablemax"}
-    found = espalier.tune("seedling", str(text), str(tmp_path / "delta"), eval_data=[str(text)], **options)  # type: ignore[arg-type]
-    measured = found["evaluation"][str(text)]
-    assert found["final_loss"] < found["first_loss"] and measured["before"]["loss"] < 6
-    assert found["first_loss"] > measured["before"]["loss"] + 1, "the loss of a model that was trained with softmax is another one under StableMax"
+    tiny("llama", vocab_size=4096).save_pretrained(base)
+    AutoTokenizer.from_pretrained(resolve_model("seedling")).save_pretrained(base)
+    options: dict[str, Any] = {"batch_size": 2, "sequence_length": 32, "steps": 8, "threads": 1, "quiet": True, "checkpoint_every": 0, "learning_rate": 0.01}
+    plain = espalier.tune(str(base), str(text), str(tmp_path / "plain"), method="full", eval_data=[str(text)], **options)
+    options["loss"] = "stablemax"
+    found = espalier.tune(str(base), str(text), str(tmp_path / "delta"), method="full", eval_data=[str(text)], **options)
+    assert found["final_loss"] < found["first_loss"] != plain["first_loss"]
+    assert found["evaluation"][str(text)]["before"] == plain["evaluation"][str(text)]["before"]
     assert json.loads((tmp_path / "delta" / "delta.json").read_text())["training"]["loss"] == "stablemax"
-    found = espalier.pretrain(str(text), str(tmp_path / "model"), model="seedling", dtype="fp32", **options)  # type: ignore[arg-type]
-    assert found["final_loss"] < found["first_loss"]
+    again = espalier.pretrain(str(text), str(tmp_path / "model"), model=str(base), dtype="fp32", warmup=0.05, floor=0.0, **options)
+    assert again["first_loss"] == pytest.approx(found["first_loss"], rel=1e-4)
     with pytest.raises(EspalierError, match=r"label_smoothing is 0\.1, which goes with the loss cross_entropy"):
-        espalier.tune("seedling", str(text), str(tmp_path / "no"), label_smoothing=0.1, **options)  # type: ignore[arg-type]
+        espalier.tune(str(base), str(text), str(tmp_path / "no"), label_smoothing=0.1, **options)

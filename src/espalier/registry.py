@@ -149,7 +149,8 @@ def _class(name: str, tree: ast.Module) -> tuple[ast.ClassDef, ast.Module] | Non
             for alias in node.names:
                 if name == (alias.asname or alias.name):
                     path = _PACKAGE.parent.joinpath(*str(node.module).split("."))
-                    return _class(alias.name, _parsed(path / "__init__.py" if path.is_dir() else path.with_suffix(".py")))
+                    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+                    return _class(alias.name, _parsed(file)) if file.exists() else None  # what is not there fails where it is imported
     return None
 
 
