@@ -101,6 +101,13 @@ def test_what_is_no_continuation_is_refused_before_anything_is_written(options: 
     assert not (work / "refused").exists()
 
 
+def test_a_method_that_goes_by_the_length_of_its_run_is_not_forked_to_another(work: Path) -> None:
+    options: dict[str, Any] = {"method": "gradual-magnitude", "sparsity": 0.5, "interval": 1}
+    run(work, "pruned", steps=4, warmup=0.25, checkpoint_every=2, **options)
+    with pytest.raises(EspalierError, match=r"what gradual-magnitude does in a run may go by its length, which was 4 steps there"):
+        run(work, "refused", fork=str(work / "pruned") + "@2", steps=8, **options)
+
+
 def test_only_the_last_checkpoints_stay_unless_more_are_asked_for(work: Path) -> None:
     names = {out: [p.name[-2:] for p in sorted((work / out / "run" / "checkpoints").iterdir())] for out in ("trunk", "whole3") if (work / out).exists()}
     assert names.pop("trunk") == ["00", "03", "06", "09", "12"]

@@ -161,6 +161,14 @@ def test_pretrain_starts_and_steps_by_the_width_and_stores_an_ordinary_model(wor
     assert "mup" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
+def test_what_trains_whole_beside_the_targets_has_its_rates_too(work: Path, tmp_path: Path) -> None:
+    ends = []
+    for targets in ("all", "attention"):
+        pretrained(work, tmp_path / targets, mup=str(work / "32" / "config.json"), targets=targets)
+        ends.append(read_safetensors(tmp_path / targets / "model.safetensors"))
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "galore"])
 def test_an_optimizer_whose_steps_go_otherwise_is_refused(optimizer: str, work: Path, tmp_path: Path) -> None:
     with pytest.raises(EspalierError, match=f"how the steps of the optimizer {optimizer} go by the width is not known"):

@@ -39,6 +39,7 @@ from espalier.attach.load import (
     put_on,
     torch_dtype,
 )
+from espalier.attach.method import Method
 from espalier.attach.new_tokens import grow
 from espalier.budget.fitting import fit, parse_numbers, trained
 from espalier.calibrate.footprint import footprint, largest_statistic
@@ -218,6 +219,9 @@ class Job:
         for key in ("micro_batch_size", "recompute", "logits_chunk"):
             a[key] = before[key] if a[key] is None else a[key]
         if fork:
+            moves = any(getattr(type(self.method), hook) is not getattr(Method, hook) for hook in ("frozen", "before_step", "after_step"))
+            if moves and before["steps"] != a["steps"]:
+                raise EspalierError(f"--fork {a['fork']}: what {self.method.name} does in a run may go by its length, which was {before['steps']} steps there")
             rate, rate_then = (Settings(batch_tokens=0, micro_tokens=0, **_rates(of)).rate for of in (a, before))
             fork.check(self.verb, self._resolved(), self._facts(), rate, rate_then)
         return fork
