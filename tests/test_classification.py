@@ -30,7 +30,8 @@ from espalier.data.store import TokenStore, open_store
 from espalier.errors import EspalierError
 from espalier.evaluate.classification import f1_by_class, score_classes
 from espalier.memory.training_form import training_form
-from espalier.train import loop
+from espalier.train import steps
+from espalier.train.steps import Losses, accumulate, targets_of
 
 FAMILIES = ("llama", "bert")
 ANIMALS = ("cat", "dog", "bird")
@@ -129,7 +130,7 @@ def test_the_loss_of_padded_batches_is_transformers_own_and_the_mean_over_texts(
         batches = [texts.batch(numbers, 1) for numbers in texts.divide(range(16), micro_tokens)]
         assert len(batches) == 16 if micro_tokens == 1 else len(batches) < 16
         with training_form(model, chunk=7, recompute=False, padded=True):
-            loss, count = loop.accumulate(model, batches)
+            loss, count = accumulate(Losses(model), batches), targets_of(batches)
         assert count == 16 and loss == pytest.approx(float(theirs.detach()), rel=1e-5) == pytest.approx(float(torch.stack(alone).mean()), rel=1e-5)
         for name, gradient in expected.items():
             torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-6)
@@ -141,7 +142,7 @@ def test_recomputation_changes_no_gradient(data: Path) -> None:
     for recompute in (False, True):
         model, encoder = classifier("llama")
         with training_form(model, chunk=7, recompute=recompute, padded=True):
-            loop.accumulate(model, [texts_of(data, encoder).batch(range(6), 1)])
+            accumulate(Losses(model), [texts_of(data, encoder).batch(range(6), 1)])
         found.append({n: p.grad for n, p in model.named_parameters()})
     assert all(torch.equal(found[0][n], found[1][n]) for n in found[0])
 
@@ -253,15 +254,15 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(bases: Callable[[str], Path
     """With BERT's own dropout, over the end of an epoch."""
     short = write(tmp_path / "short.jsonl", animals(7))
     run(bases("bert"), short, tmp_path / "whole", steps=6, checkpoint_every=2)
-    true, calls = loop.accumulate, []
+    true, calls = steps.accumulate, []
 
-    def accumulate(*arguments: Any) -> Any:
+    def cut(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
         return true(*arguments)
 
-    monkeypatch.setattr(loop, "accumulate", accumulate)
+    monkeypatch.setattr(steps, "accumulate", cut)
     with pytest.raises(KeyboardInterrupt):
         run(bases("bert"), short, tmp_path / "cut", steps=6, checkpoint_every=2)
     assert run(bases("bert"), short, tmp_path / "cut", steps=6, checkpoint_every=2, resume=True)["steps"] == 6 and len(calls) == 8

@@ -385,5 +385,6 @@ def test_a_file_dropped_in_becomes_a_method_with_its_options(model: str, text: P
     out = tmp_path / "out"
     command = ["tune", "--model", model, "--data", text, "--out", out, "--steps", 1, "--batch-size", 1, "--sequence-length", 16]
     espalier(*command, "--method", "halfway", "--zeal", 0.25, "--plugin", file)
-    assert json.loads((out / "delta.json").read_text())["hyperparameters"] == {"rank": 3, "zeal": 0.25}
+    stored = json.loads((out / "delta.json").read_text())["hyperparameters"]
+    assert (stored["rank"], stored["zeal"], stored["alpha"]) == (3, 0.25, 32.0), "its own, and those of the method that it stands on"
     assert "no method is called 'halfway'" in error_of(*command, "--method", "halfway")

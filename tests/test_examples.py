@@ -45,3 +45,21 @@ def test_demo(tmp_path: Path) -> None:
     assert re.search(r"The delta is in \S*out: [\d.]+ [KM]iB", said)
     assert re.search(r"This took \d+ seconds", said)
     assert (tmp_path / "out" / "delta.safetensors").exists()
+
+
+def test_coordinate_check(tmp_path: Path) -> None:
+    """Without muP what the blocks give grows with the width; with it, it stays."""
+    from transformers import LlamaConfig
+
+    configs = []
+    for width in (32, 64, 128):
+        sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 1}
+        LlamaConfig(vocab_size=64, tie_word_embeddings=False, pad_token_id=0, **sizes).save_pretrained(tmp_path / str(width))
+        configs.append(str(tmp_path / str(width) / "config.json"))
+    powers = {}
+    for mode in ((), ("--standard",)):
+        command = [sys.executable, str(EXAMPLES / "coordinate_check.py"), *configs, *mode, "--steps", "3"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        powers[mode] = {line.split()[0]: float(line.split()[-1]) for line in done.stdout.splitlines()[2:]}
+    assert abs(powers[()]["0"]) < 0.5 and powers["--standard",]["0"] > 1

@@ -21,7 +21,7 @@ from espalier.errors import EspalierError, NotFiniteError
 from espalier.memory import in_backward
 from espalier.memory.in_backward import InBackward
 from espalier.plan.trace import trace_step
-from espalier.train import checkpoint, loop
+from espalier.train import checkpoint, steps
 from espalier.verbs.pretrain import pretrain
 from espalier.verbs.tune import tune
 
@@ -223,7 +223,7 @@ def test_what_needs_all_gradients_is_refused_before_anything_is_loaded(options: 
 
 def test_a_gradient_that_is_not_finite_moves_nothing_itself_and_reaches_no_checkpoint(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What came before it has moved; it says so."""
-    true, seen = loop._DuringBackward._measure, []
+    true, seen = steps.DuringBackward._measure, []
     before: dict[str, torch.Tensor] = {}
 
     def broken(self: Any, some: list[torch.nn.Parameter]) -> None:
@@ -233,7 +233,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing_itself_and_reaches_no_check
             some[0].grad.view(-1)[0] = math.nan  # type: ignore[union-attr]
         true(self, some)
 
-    monkeypatch.setattr(loop._DuringBackward, "_measure", broken)
+    monkeypatch.setattr(steps.DuringBackward, "_measure", broken)
     with pytest.raises(NotFiniteError, match=r"stopped at step 2: the gradient norm is nan on its batch .* the gradient of model\.\S+ is not finite\. Parameters whose"):
         run(model, tmp_path / "out", update_in_backward=True, checkpoint_every=1, **FULL)
     assert torch.equal(seen[-1], before["it"])
@@ -243,16 +243,16 @@ def test_a_gradient_that_is_not_finite_moves_nothing_itself_and_reaches_no_check
 
 
 def test_a_loss_that_is_not_finite_moves_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    true = loop._passes
+    true = steps.Losses.parts
     held: list[dict[str, torch.Tensor]] = []
 
-    def passes(network: torch.nn.Module, *arguments: Any) -> Iterator[torch.Tensor]:
-        held.append({n: p.detach().clone() for n, p in network.named_parameters() if p.requires_grad})
-        held.append({n: p for n, p in network.named_parameters() if p.requires_grad})
-        for part in true(network, *arguments):
+    def parts(losses: steps.Losses, *arguments: Any) -> Iterator[torch.Tensor]:
+        held.append({n: p.detach().clone() for n, p in losses.model.named_parameters() if p.requires_grad})
+        held.append({n: p for n, p in losses.model.named_parameters() if p.requires_grad})
+        for part in true(losses, *arguments):
             yield part * math.inf if len(held) == 6 else part
 
-    monkeypatch.setattr(loop, "_passes", passes)
+    monkeypatch.setattr(steps.Losses, "parts", parts)
     with pytest.raises(NotFiniteError, match=r"stopped at step 3: the loss is inf .*Nothing of this step was kept"):
         run(model, tmp_path / "out", update_in_backward=True, **FULL)
     assert same(held[-2], {n: p.detach() for n, p in held[-1].items()})
@@ -261,7 +261,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(model: Path, tmp_path: Path, mo
 def test_a_run_goes_on_to_the_same_bits(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {**FULL, "optimizer": "frugal", "state": "8bit", "rest_rule": "none", "every": 2, "micro_batch_size": 1, "update_in_backward": True, "checkpoint_every": 2}
     straight = run(model, tmp_path / "straight", **given)
-    true, count = loop.run_batch, [0]
+    true, count = steps.run_batch, [0]
 
     def stops(*arguments: Any, **more: Any) -> torch.Tensor:
         count[0] += 1
@@ -269,10 +269,10 @@ def test_a_run_goes_on_to_the_same_bits(model: Path, tmp_path: Path, monkeypatch
             raise KeyboardInterrupt
         return true(*arguments, **more)
 
-    monkeypatch.setattr(loop, "run_batch", stops)
+    monkeypatch.setattr(steps, "run_batch", stops)
     with pytest.raises(KeyboardInterrupt):
         run(model, tmp_path / "cut", **given)
-    monkeypatch.setattr(loop, "run_batch", true)
+    monkeypatch.setattr(steps, "run_batch", true)
     assert same(straight, run(model, tmp_path / "cut", **given, resume=True))
 
 

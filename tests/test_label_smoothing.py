@@ -18,7 +18,7 @@ from espalier.data.store import open_store
 from espalier.delta import store
 from espalier.errors import EspalierError
 from espalier.memory.training_form import training_form
-from espalier.train.loop import accumulate
+from espalier.train.steps import Losses, accumulate, targets_of
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_a_steps_loss_and_gradients_are_those_of_torch_with_smoothed_labels(mode
     windows = next_step(Order(found, 32, 0), Cursor(), 64)
     batches = [make_batch(found, part, 40, True, 0) for part in divide(windows, 40, True)]
     with training_form(live, chunk=7, recompute=False, padded=True):
-        loss, count = accumulate(live, batches, label_smoothing=0.2)
+        loss, count = accumulate(Losses(live, label_smoothing=0.2), batches), targets_of(batches)
     ours = {n: p.grad.clone() for n, p in live.named_parameters() if p.grad is not None}
     live.zero_grad()
     parts = []

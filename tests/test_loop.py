@@ -24,7 +24,7 @@ from espalier.checkpoint.safetensors_file import read_safetensors
 from espalier.data.encode import Encoder
 from espalier.display import Display
 from espalier.errors import EspalierError, NotFiniteError
-from espalier.train import checkpoint, loop
+from espalier.train import checkpoint, steps
 from espalier.verbs.eval import eval
 from espalier.verbs.tune import tune
 
@@ -149,7 +149,7 @@ def test_metrics_are_one_line_a_step_after_stopping_and_resuming(model: Path, te
     run(model, text, whole, **options)
     for call in (3, 7, 4):  # before any checkpoint, then twice after the one of step 4
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-            patch.setattr(loop, "accumulate", failing(loop.accumulate, call))
+            patch.setattr(steps, "accumulate", failing(steps.accumulate, call))
             run(model, text, cut, resume=cut.exists(), **options)
     assert [step for step, _ in losses(cut)] == [1, 2, 3, 4, 5, 6, 7]
     with (cut / "run" / "metrics.jsonl").open("a") as file:
@@ -176,7 +176,7 @@ def test_a_method_with_a_course_resumes_to_the_same_bits(method: str, options: d
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run(model, text, whole, method=method, **{**options, "steps": 8, "checkpoint_every": 3})
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(loop, "accumulate", failing(loop.accumulate, 6))
+        patch.setattr(steps, "accumulate", failing(steps.accumulate, 6))
         run(model, text, cut, method=method, **{**options, "steps": 8, "checkpoint_every": 3})
     run(model, text, cut, method=method, resume=True, **{**options, "steps": 8, "checkpoint_every": 3})
     assert losses(cut) == losses(whole)
@@ -251,18 +251,18 @@ def test_a_step_that_is_not_finite_reaches_no_parameter(
 ) -> None:
     stepped: list[int] = []
     held: dict[str, torch.nn.Parameter] = {}
-    true = loop.accumulate
+    true = steps.accumulate
 
-    def accumulate(network: torch.nn.Module, batches: Any, bound: int, smoothing: float) -> tuple[float, int]:
+    def accumulate(losses: steps.Losses, batches: Any, weigh: Any) -> float:
         stepped.append(len(stepped) + 1)
-        found = true(network, batches)
+        found = true(losses, batches)
         if len(stepped) < 3:
             return found
-        held.update({n: p for n, p in network.named_parameters() if p.requires_grad})
+        held.update({n: p for n, p in losses.model.named_parameters() if p.requires_grad})
         next(iter(held.values())).grad.view(-1)[0] *= gradient  # type: ignore[union-attr]
-        return loss, found[1]
+        return loss
 
-    monkeypatch.setattr(loop, "accumulate", accumulate)
+    monkeypatch.setattr(steps, "accumulate", accumulate)
     with pytest.raises(NotFiniteError, match="stopped at step 3: " + words):
         run(model, text, tmp_path / "out", clip=clip, checkpoint_every=2)
     saved = read_safetensors(tmp_path / "out" / "run" / "checkpoints" / "step-00000002" / "trained.safetensors")
@@ -287,13 +287,13 @@ def test_a_chat_is_shown_with_its_targets_before_the_first_step(
     chatty: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown: list[str] = []
-    first = loop.accumulate
+    first = steps.accumulate
 
-    def accumulate(network: torch.nn.Module, batches: Any, bound: int, smoothing: float) -> tuple[float, int]:
+    def accumulate(losses: steps.Losses, batches: Any, weigh: Any) -> float:
         shown.append(capsys.readouterr().err)
-        return first(network, batches)
+        return first(losses, batches)
 
-    monkeypatch.setattr(loop, "accumulate", accumulate)
+    monkeypatch.setattr(steps, "accumulate", accumulate)
     run(*chatty, tmp_path / "out", steps=2, quiet=False)
     end = AutoTokenizer.from_pretrained(chatty[0]).eos_token
     assert f"only the marked text is learnt:\nuser\nwhat is 0 plus 0?{end}assistant\n[[it is 0.{end}]]\n" in shown[0]

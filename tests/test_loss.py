@@ -31,7 +31,7 @@ from espalier.errors import EspalierError
 from espalier.evaluate.perplexity import score
 from espalier.memory import language_loss, packed_attention
 from espalier.memory.chunked_loss import chunked_cross_entropy
-from espalier.train.loop import accumulate
+from espalier.train.steps import Losses, accumulate, targets_of
 
 CAUSAL = tuple(name for name in FAMILIES if name != "bert")
 PACKING = tuple(name for name in FAMILIES if name != "gpt_oss")
@@ -231,14 +231,15 @@ class _Largest(TorchDispatchMode):
         return result
 
 
-def test_smoothed_labels_take_no_more_memory() -> None:
-    hidden, weight, bias, targets = problem(40, 500)
+def test_smoothed_labels_and_stablemax_take_no_more_memory() -> None:
+    """As many tensors as large as a chunk's logits, of which the plan counts the bytes."""
+    hidden, weight, bias, targets = problem(120, 500)
     made = []
-    for smoothing in (0.0, 0.1):
-        with _Largest(10 * 500) as counted:
-            chunked_cross_entropy(hidden.requires_grad_(), targets, lambda x: x @ weight.T + bias, [], 1.0, 10, label_smoothing=smoothing)
+    for terms in ({"label_smoothing": 0.0}, {"label_smoothing": 0.1}, {"kind": "stablemax"}):
+        with _Largest(60 * 500) as counted:
+            chunked_cross_entropy(hidden.requires_grad_(), targets, lambda x: x @ weight.T + bias, [], 1.0, 60, **terms)  # type: ignore[arg-type]
         made.append(counted.made)
-    assert made[0] == made[1] > 0
+    assert made[0] == made[1] > 0 and made[2] <= made[0] + 2, "and the signs, a quarter as large, once for each chunk"
 
 
 def test_a_head_that_needs_its_own_output_for_its_gradient_finds_it_unchanged() -> None:
@@ -483,7 +484,7 @@ def test_micro_batches_packing_and_accumulation_change_neither_loss_nor_gradient
         for micro in (16, 32, 1000):
             batches = [make_batch(store, part, micro, padded) for part in divide(windows, micro, padded)]
             model.zero_grad()
-            loss, count = accumulate(model, batches)
+            loss, count = accumulate(Losses(model), batches), targets_of(batches)
             results[padded, micro] = (loss, count, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
             assert len(batches) == 1 or micro < 1000
             assert any(batch.rows is not None for batch in batches) or not masked
@@ -506,7 +507,7 @@ def test_the_mean_is_over_target_tokens_and_not_over_micro_batches(tmp_path: Pat
         losses.append(functional.cross_entropy(model(input_ids=row[None, :-1]).logits[0], row[1:], reduction="sum").item())
     language_loss.install(model, chunk=7)
     batches = [make_batch(store, [Window(int(b), int(e) - 1)], 32, padded=True) for b, e in zip(store.offsets, store.offsets[1:], strict=False)]
-    loss, count = accumulate(model, batches)
+    loss, count = accumulate(Losses(model), batches), targets_of(batches)
     assert count == 33
     assert loss == pytest.approx(sum(losses) / 33, rel=1e-6)
 

@@ -259,7 +259,7 @@ def test_slopes_are_the_derivatives_by_the_coefficients(family: str, entropy: bo
 
     targets = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1).flatten()
     language_loss.install(live.model, 7)
-    value = live.model(input_ids=ids, attention_mask=torch.ones_like(ids), targets=targets, scale=1 / 22, entropy=entropy)
+    value = live.model(input_ids=ids, attention_mask=torch.ones_like(ids), targets=targets, scale=1 / 22, kind="entropy" if entropy else "cross_entropy")
     value.backward()
     found = live.slopes(items, 1.0)
 

@@ -141,6 +141,23 @@ def test_a_plugin_that_is_made_has_the_given_options(plugins: None, tmp_path: Pa
     assert registry.find("made").kind == "select", "the folder says the kind"
 
 
+def test_options_of_bases_that_are_dataclasses_are_options_too(plugins: None, tmp_path: Path) -> None:
+    """In the order and with the defaults that a dataclass gives them, and as far as the package's files are."""
+    file = tmp_path / "inherits.py"
+    file.write_text(
+        "from dataclasses import dataclass\n\nfrom espalier.adapt.lora import LoRA as Plain\nfrom espalier.registry import adapter\n\n\n"
+        '@dataclass\nclass Base(Plain):\n    zeal: float = 0.5\n    """how much"""\n\n\n'
+        'class Between(Base):\n    hidden: int = 3\n\n\n'
+        '@adapter("made", ids=(), paper="")\nclass Made(Between):\n    """A method."""\n\n    rank: int = 2\n    """another rank"""\n'
+    )
+    registry.add_plugin(file)
+    found = {h.name: h for h in registry.find("made").hyperparameters}
+    made = registry.make("made", "adapter", zeal=0.25)
+    assert [(name, h.default) for name, h in found.items()] == [(f.name, f.default) for f in dataclasses.fields(made)]
+    assert list(found)[:2] == ["rank", "alpha"] and list(found)[-1] == "zeal" and "hidden" not in found
+    assert (found["rank"].default, found["rank"].help, made.zeal) == (2, "another rank", 0.25)
+
+
 def test_two_plugins_of_one_file_name_are_two_methods(plugins: None, tmp_path: Path) -> None:
     for name in ("one", "two"):
         file = plugin(tmp_path / name, "same_stem", name)

@@ -2,8 +2,9 @@
 
 A method is one decorated class or function in a file of a method room. Its annotated fields (or
 keyword-only arguments) with literal defaults are its hyperparameters, and the string under each is its
-help; its room is its kind. This module reads those declarations from the source, so listing methods or
-building ``--help`` imports no torch; a file is imported when its method runs.
+help; its room is its kind. A class also has those of its bases that are dataclasses, wherever in the package they are. This
+module reads those declarations from the source, so listing methods or building ``--help`` imports no torch; a file is imported
+when its method runs.
 
 Out-of-tree methods come from the entry-point group ``espalier.methods`` (value: a module; the entry's
 name is free) or from ``add_plugin(FILE)``.
@@ -134,6 +135,37 @@ def _fields(node: ast.ClassDef) -> Iterator[Hyperparameter]:
             )
 
 
+@functools.cache
+def _parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), str(file))
+
+
+def _class(name: str, tree: ast.Module) -> tuple[ast.ClassDef, ast.Module] | None:
+    """The class that a file means by a name, and the file that it is in: this one, or one of the package that it imports from."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return node, tree
+        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith(f"{_PACKAGE.name}."):
+            for alias in node.names:
+                if name == (alias.asname or alias.name):
+                    path = _PACKAGE.parent.joinpath(*str(node.module).split("."))
+                    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+                    return _class(alias.name, _parsed(file)) if file.exists() else None  # what is not there fails where it is imported
+    return None
+
+
+def _of_class(node: ast.ClassDef, tree: ast.Module) -> dict[str, Hyperparameter]:
+    """The hyperparameters of a method's class as a dataclass has them: those of bases first, each with its last default."""
+    found: dict[str, Hyperparameter] = {}
+    for base in reversed(node.bases):
+        if isinstance(base, ast.Name) and (there := _class(base.id, tree)) is not None:
+            found |= _of_class(*there)
+    decorators = {ast.unparse(d.func if isinstance(d, ast.Call) else d) for d in node.decorator_list}
+    if decorators & {"dataclass", "dataclasses.dataclass", *DECORATORS}:
+        found |= {field.name: field for field in _fields(node)}
+    return found
+
+
 def _keywords(node: ast.FunctionDef) -> Iterator[Hyperparameter]:
     section = (ast.get_docstring(node) or "").partition("Args:\n")[2].partition("\n\n")[0]
     help = dict(re.findall(r"^ {4}(\w+): (.+)$", section, re.MULTILINE))
@@ -159,7 +191,7 @@ def _declarations(file: Path, kind: str, module: str) -> Iterator[MethodInfo]:
             try:
                 name = ast.literal_eval(call.args[0])
                 settings = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
-                hyperparameters = tuple(_fields(node) if isinstance(node, ast.ClassDef) else _keywords(node))
+                hyperparameters = tuple(_of_class(node, tree).values() if isinstance(node, ast.ClassDef) else _keywords(node))
             except (ValueError, IndexError) as error:
                 raise EspalierError(f"{file}:{node.lineno}: the declaration of {node.name} is not literal ({error})") from error
             yield MethodInfo(

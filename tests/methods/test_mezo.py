@@ -221,7 +221,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(method: str, options: dict[
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     given = {"steps": 6, "checkpoint_every": 2, "method": method, **options}
     run(model, straight, **given)
-    true, count = loop.run_batch, [0]
+    true, count = steps.run_batch, [0]
 
     def stops(*arguments: Any, **more: Any) -> torch.Tensor:
         count[0] += 1
@@ -229,10 +229,10 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(method: str, options: dict[
             raise KeyboardInterrupt
         return true(*arguments, **more)
 
-    monkeypatch.setattr(loop, "run_batch", stops)
+    monkeypatch.setattr(steps, "run_batch", stops)
     with pytest.raises(KeyboardInterrupt):
         run(model, cut, **given)
-    monkeypatch.setattr(loop, "run_batch", true)
+    monkeypatch.setattr(steps, "run_batch", true)
     run(model, cut, **given, resume=True)
     one, two = (read_safetensors(out / "delta.safetensors") for out in (straight, cut))
     assert all(torch.equal(one[n], two[n]) for n in one)

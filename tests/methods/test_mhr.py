@@ -12,7 +12,7 @@ import torch
 from families import LAYERS, tiny, tokens
 
 import espalier
-from espalier import convert, tune
+from espalier import convert, registry, tune
 from espalier.attach.attachment import Attachment, attach, attachments, trainable_parameters
 from espalier.attach.course import Course
 from espalier.attach.load import load
@@ -209,6 +209,10 @@ def test_a_batch_of_no_task_is_refused_where_there_are_several(base: torch.nn.Mo
         choose_task(model, "z")
     with pytest.raises(EspalierError, match="no delta on the model has tasks"):
         choose_task(copy.deepcopy(base), "a")
+
+
+def test_spaces_around_the_names_of_tasks_mean_nothing() -> None:
+    assert registry.make("mhr", "adapter", tasks="a, b c ,, d").task_names() == ["a", "b c", "d"]
 
 
 def test_a_bank_is_used_by_its_tasks_and_says_so(folder: Path, tmp_path: Path) -> None:

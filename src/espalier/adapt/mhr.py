@@ -72,7 +72,7 @@ class MHR(Adapter):
             raise EspalierError(f"ratio is {self.ratio!r}; it must be more than 0 and finite")
 
     def task_names(self) -> Sequence[str]:
-        return [name for name in self.tasks.split(",") if name] if self.variant != "mean" else ()
+        return [name.strip() for name in self.tasks.split(",") if name.strip()] if self.variant != "mean" else ()
 
     def choose(self, pool: Any, task: str) -> None:
         pool.task.fill_(self.task_names().index(task))

@@ -65,6 +65,18 @@ class Batch:
     def target_count(self) -> int:
         return int((self.targets != IGNORED).sum())
 
+    @property
+    def windows(self) -> torch.Tensor:
+        """(targets,): the number of the window, or of the text of a label, that each target is of."""
+        rows, longest = self.input_ids.shape
+        if self.attention_mask is None:
+            of_position = torch.repeat_interleave(torch.tensor(self.lengths, device=self.targets.device))
+        elif self.rows is None and len(self.targets) == rows:
+            return torch.arange(rows, device=self.targets.device)
+        else:
+            of_position = torch.arange(rows * longest, device=self.targets.device) // longest
+        return of_position if self.rows is None else of_position[self.rows]
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
         moved: dict[str, Any] = {k: v.to(device) for k, v in self.__dict__.items() if isinstance(v, torch.Tensor)}

@@ -145,7 +145,7 @@ def _record(line: str, file: Path, number: int) -> tuple[str, Example]:
         return record[key]
 
     task = record.get("task")
-    named: dict[str, Any] = {"where": where, "task": str(task) if isinstance(task, int | str) and not isinstance(task, bool) else ""}
+    named: dict[str, Any] = {"where": where, "task": str(task).strip() if isinstance(task, int | str) and not isinstance(task, bool) else ""}
     if "messages" in record:
         messages = record["messages"]
         if not (

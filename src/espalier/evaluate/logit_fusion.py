@@ -228,8 +228,7 @@ class FusedLoss(nn.Module):
         self._voices = (large, base, *experts)
 
     def forward(
-        self, targets: torch.Tensor, rows: torch.Tensor | None, scale: float, confidence: torch.Tensor | None = None,
-        label_smoothing: float = 0.0, **inputs: Any,
+        self, targets: torch.Tensor, rows: torch.Tensor | None, scale: float, confidence: torch.Tensor | None = None, **inputs: Any
     ) -> torch.Tensor:  # fmt: skip
         """``scale`` times the summed cross-entropy of targets (n,)."""
         hidden = []

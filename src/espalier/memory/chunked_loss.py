@@ -11,19 +11,22 @@ states to logits; ``leaves`` are the tensors inside it that need gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from espalier.memory import stablemax
+
 Project = Callable[[torch.Tensor], torch.Tensor]
+Kind = Literal["cross_entropy", "stablemax", "entropy"]
+"""What is summed: the cross-entropy of the targets, that under StableMax, or how unsure the predictions are."""
 
 
-def _loss_and_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, scale: float, smoothing: float, confidence: torch.Tensor | None
+def _losses_and_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, smoothing: float, confidence: torch.Tensor | None, kept: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the cross-entropies of a chunk, and its gradient times ``scale``, in the dtype of the logits."""
-    kept = targets >= 0
-    targets = targets.clamp_min(0)[:, None]
+    """The cross-entropies (n,) of a chunk, and the gradient of each in float32."""
+    targets = targets[:, None]
     probabilities = logits.float()
     if probabilities is logits:
         probabilities = logits.clone()
@@ -32,52 +35,59 @@ def _loss_and_gradient(
     if smoothing:  # the target (1 - e) y + e / V: its cross-entropy takes the mean of the logits, and no further row of them
         right = torch.lerp(right, probabilities.mean(-1, keepdim=True), smoothing)
     losses = (normalizer - right).squeeze(-1)
-    loss = torch.where(kept, losses, 0.0).sum(dtype=torch.float64)
     probabilities.sub_(normalizer).exp_()
     if confidence is not None:
         confidence += torch.where(kept, probabilities.amax(-1), 0.0).sum(dtype=torch.float64)
     if smoothing:
         probabilities.sub_(smoothing / probabilities.shape[-1])
     probabilities.scatter_add_(-1, targets, torch.full_like(normalizer, smoothing - 1.0))
-    return loss, probabilities.mul_((kept * scale)[:, None]).to(logits.dtype)
+    return losses, probabilities
 
 
-def _entropy_and_gradient(logits: torch.Tensor, targets: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the entropies of a chunk's predictions where there is a target, whatever it is; and its gradient times ``scale``.
+def _entropies_and_gradient(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The entropies (n,) of a chunk's predictions, and the gradient of each in float32.
 
     H = -sum_j p_j log p_j; dH / dz_j = -p_j (log p_j + H).
     """
-    kept = targets >= 0
     logs = logits.float().log_softmax(-1)
     probabilities = logs.exp()
     entropies = -(probabilities * logs).sum(-1, keepdim=True)
-    total = torch.where(kept, entropies.squeeze(-1), 0.0).sum(dtype=torch.float64)
-    return total, (-probabilities * (logs + entropies) * (kept * scale)[:, None]).to(logits.dtype)
+    return entropies.squeeze(-1), -probabilities * (logs + entropies)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, project: Project, targets: torch.Tensor, scale: float, chunk: int, entropy: bool, smoothing: float,
-        confidence: torch.Tensor | None, hidden: torch.Tensor, *leaves: torch.Tensor,
+        ctx: Any, project: Project, targets: torch.Tensor, scale: float, chunk: int, kind: Kind, smoothing: float,
+        confidence: torch.Tensor | None, weights: torch.Tensor | None, each: torch.Tensor | None, hidden: torch.Tensor, *leaves: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        inputs = [t for t in (hidden, *leaves) if t.requires_grad]
+        inputs = [t for t in (hidden, *leaves) if t.requires_grad] if each is None else []
         # summed in float32: a bf16 sum would lose more the more chunks there are
-        gradients = [torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves if leaf.requires_grad]
-        hidden_gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        gradients = [torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves if inputs and leaf.requires_grad]
+        hidden_gradient = torch.empty_like(hidden) if inputs and hidden.requires_grad else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for start in range(0, len(targets), chunk):
             part = hidden[start : start + chunk].detach().requires_grad_(hidden.requires_grad)
             with torch.set_grad_enabled(bool(inputs)):
                 logits = project(part)
             some = targets[start : start + chunk]
-            if entropy:
-                loss, gradient = _entropy_and_gradient(logits.detach(), some, scale)
+            kept, some = some >= 0, some.clamp_min(0)
+            if kind == "entropy":
+                losses, gradient = _entropies_and_gradient(logits.detach())
+            elif kind == "stablemax":
+                losses, gradient = stablemax.losses_and_gradient(logits.detach(), some)
             else:
-                loss, gradient = _loss_and_gradient(logits.detach(), some, scale, smoothing, confidence)
-            total += loss
+                losses, gradient = _losses_and_gradient(logits.detach(), some, smoothing, confidence, kept)
+            losses = torch.where(kept, losses, 0.0)
+            if each is not None:
+                each[start : start + chunk] = losses
+            factors = kept * scale
+            if weights is not None:
+                losses, factors = losses * weights[start : start + chunk], factors * weights[start : start + chunk]
+            total += losses.sum(dtype=torch.float64)
             if not inputs:
                 continue
+            gradient = gradient.mul_(factors[:, None]).to(logits.dtype)
             wanted = ([part] if hidden.requires_grad else []) + [leaf for leaf in leaves if leaf.requires_grad]
             found = torch.autograd.grad(logits, wanted, gradient, allow_unused=True)
             if hidden_gradient is not None:
@@ -88,7 +98,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     sum_ += piece
         ctx.save_for_backward(*([hidden_gradient] if hidden_gradient is not None else []), *gradients)
         ctx.dtypes = [t.dtype for t in (hidden, *leaves)]
-        ctx.needs = (hidden.requires_grad, [leaf.requires_grad for leaf in leaves])
+        ctx.needs = (bool(inputs) and hidden.requires_grad, [bool(inputs) and leaf.requires_grad for leaf in leaves])
         return (total * scale).to(torch.float32)
 
     @staticmethod
@@ -98,14 +108,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         results = [next(saved) * gradient if need else None for need in (hidden, *leaves)]
         dtypes = ctx.dtypes
         results = [r if r is None else r.to(dtype) for r, dtype in zip(results, dtypes, strict=True)]
-        return (None, None, None, None, None, None, None, *results)
+        return (*[None] * 9, *results)
 
 
 def chunked_cross_entropy(
     hidden: torch.Tensor, targets: torch.Tensor, project: Project, leaves: Sequence[torch.Tensor], scale: float, chunk: int, *,
-    entropy: bool = False, label_smoothing: float = 0.0, confidence: torch.Tensor | None = None,
+    kind: Kind = "cross_entropy", label_smoothing: float = 0.0, confidence: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None, each: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """``scale`` times the sum of the cross-entropies of ``targets``, or of the entropies of the predictions there.
+    """``scale`` times the sum of the losses of ``targets``.
 
     Args:
         hidden: (n, features), the head's input.
@@ -114,13 +125,16 @@ def chunked_cross_entropy(
         leaves: tensors in ``project`` that may need gradients.
         scale: usually 1 / (target tokens of the whole step).
         chunk: tokens whose logits are held at a time, at least 1.
-        entropy: measures how unsure the predictions are; which tokens the targets are means nothing then.
-        label_smoothing: share of every target that is spread over the whole vocabulary, in [0, 1] (arXiv:1512.00567).
-        confidence: a 0-d float64 tensor to which the largest probability of every target is added.
+        kind: which loss; of the entropy of predictions it means nothing which tokens the targets are.
+        label_smoothing: share of every target that is spread over the whole vocabulary, in [0, 1) (arXiv:1512.00567); of a
+            cross-entropy only.
+        confidence: a 0-d float64 tensor to which the largest probability of every target is added; of a cross-entropy only.
+        weights: (n,) float32, what the loss of each target is multiplied by.
+        each: (n,), which takes the loss of each target, 0 where nothing is predicted; the result then has no gradient.
 
     Returns:
         A 0-d float32 tensor; summed in float64.
     """
     if not torch.is_grad_enabled():
         leaves = ()  # that they could have gradients would make some
-    return _ChunkedCrossEntropy.apply(project, targets, scale, chunk, entropy, label_smoothing, confidence, hidden, *leaves)
+    return _ChunkedCrossEntropy.apply(project, targets, scale, chunk, kind, label_smoothing, confidence, weights, each, hidden, *leaves)

@@ -8,17 +8,21 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from espalier.memory.chunked_loss import Kind
+from espalier.memory.stablemax import stablemax_losses
+
 
 class ClassLoss:
     """Mixin: ``model(targets=..., scale=..., ...)`` gives ``scale`` times the cross-entropy summed over the texts of a batch.
 
-    ``targets`` (texts,) are their classes; ``label_smoothing`` is spread over all classes. The logits are those of the
-    model's own forward, in float32.
+    ``targets`` (texts,) are their classes; ``label_smoothing`` is spread over all classes; ``kind`` is ``cross_entropy`` or
+    ``stablemax``; ``weights`` (texts,) multiply the losses, and ``each`` takes them as they are. The logits are those of
+    the model's own forward, in float32.
     """
 
     def forward(
-        self, *args: Any, targets: torch.Tensor | None = None, rows: None = None, scale: float = 1.0, entropy: bool = False,
-        label_smoothing: float = 0.0, confidence: None = None, **kwargs: Any,
+        self, *args: Any, targets: torch.Tensor | None = None, rows: None = None, scale: float = 1.0, kind: Kind = "cross_entropy",
+        label_smoothing: float = 0.0, weights: torch.Tensor | None = None, each: torch.Tensor | None = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
         if targets is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -26,4 +30,10 @@ class ClassLoss:
         if "use_cache" in inspect.signature(plain).parameters:
             kwargs["use_cache"] = False
         logits = plain(*args, **kwargs).logits  # (texts, classes)
-        return scale * functional.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
+        if kind == "stablemax":
+            losses = stablemax_losses(logits, targets)
+        else:
+            losses = functional.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
+        if each is not None:
+            each.copy_(losses.detach())
+        return scale * (losses if weights is None else losses * weights).sum()

@@ -17,7 +17,7 @@ from torch import nn
 from espalier.anatomy.classification import is_classifier
 from espalier.data.batches import Batch
 from espalier.errors import EspalierError
-from espalier.memory.chunked_loss import chunked_cross_entropy
+from espalier.memory.chunked_loss import Kind, chunked_cross_entropy
 from espalier.memory.class_loss import ClassLoss
 
 if TYPE_CHECKING:
@@ -27,15 +27,17 @@ if TYPE_CHECKING:
 class LanguageLoss:
     """Mixin: ``model(targets=..., scale=..., ...)`` gives ``scale`` times the summed cross-entropy.
 
-    ``rows`` (n,) are the flat positions that are predicted, ``None`` for all; ``targets`` (n,) what is. ``entropy``,
-    ``label_smoothing`` and ``confidence`` are those of :func:`~espalier.memory.chunked_loss.chunked_cross_entropy`.
+    ``rows`` (n,) are the flat positions that are predicted, ``None`` for all; ``targets`` (n,) what is. ``kind``,
+    ``label_smoothing``, ``confidence``, ``weights`` and ``each`` are those of
+    :func:`~espalier.memory.chunked_loss.chunked_cross_entropy`.
     """
 
     espalier_chunk: int
 
     def forward(
-        self, *args: Any, targets: torch.Tensor | None = None, rows: torch.Tensor | None = None, scale: float = 1.0, entropy: bool = False,
-        label_smoothing: float = 0.0, confidence: torch.Tensor | None = None, **kwargs: Any,
+        self, *args: Any, targets: torch.Tensor | None = None, rows: torch.Tensor | None = None, scale: float = 1.0,
+        kind: Kind = "cross_entropy", label_smoothing: float = 0.0, confidence: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None, each: torch.Tensor | None = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
         if targets is None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -46,8 +48,8 @@ class LanguageLoss:
             hidden = hidden[rows]
         with _tensors_of(self.get_output_embeddings()) as leaves:  # type: ignore[attr-defined]
             return chunked_cross_entropy(
-                hidden, targets, head_of(self), leaves, scale, self.espalier_chunk, entropy=entropy, label_smoothing=label_smoothing,  # type: ignore[arg-type]
-                confidence=confidence,
+                hidden, targets, head_of(self), leaves, scale, self.espalier_chunk, kind=kind, label_smoothing=label_smoothing,  # type: ignore[arg-type]
+                confidence=confidence, weights=weights, each=each,
             )  # fmt: skip
 
 
@@ -105,16 +107,13 @@ def head_of(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
     return project
 
 
-def run_batch(
-    model: nn.Module, batch: Batch, scale: float, *, entropy: bool = False, label_smoothing: float = 0.0, confidence: torch.Tensor | None = None
-) -> torch.Tensor:
-    """``scale`` times the batch's summed loss; see :class:`LanguageLoss`."""
+def run_batch(model: nn.Module, batch: Batch, scale: float, **terms: Any) -> torch.Tensor:
+    """``scale`` times the batch's summed loss; ``terms`` (``kind``, ``weights``, ...) are those of :class:`LanguageLoss`."""
     if batch.attention_mask is not None:
         inputs: dict[str, Any] = {"attention_mask": batch.attention_mask}
     else:
         inputs = {"position_ids": batch.position_ids, "segment_lengths": batch.lengths}
-    inputs |= {"entropy": entropy, "label_smoothing": label_smoothing, "confidence": confidence}
-    return model(input_ids=batch.input_ids, targets=batch.targets, rows=batch.rows, scale=scale, **inputs)
+    return model(input_ids=batch.input_ids, targets=batch.targets, rows=batch.rows, scale=scale, **inputs, **terms)
 
 
 @torch.no_grad()

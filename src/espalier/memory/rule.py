@@ -15,7 +15,7 @@ import abc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -45,6 +45,8 @@ class Rule(abc.ABC):
     state: Precision = "fp32"
     """how the slots are stored; set where the optimizer is made"""
     weight_decay: float = 0.0
+    scales_as: ClassVar[Literal["adam", "sgd"] | None] = "adam"
+    """Whose rates its own follow as a model gets wider: Adam's, whose steps do not know how long gradients are, SGD's, or neither's."""
 
     def check(self) -> None:
         """Refuse hyperparameters that make no sense.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -102,6 +103,7 @@ def _signed(vectors: torch.Tensor) -> torch.Tensor:
 class LowDimensional(Rule):
     """An optimizer by the template. Subclasses say what is not as it is here."""
 
+    scales_as = None
     rule: str = "adamw"
     rank: int = 128
     every: int = 200
@@ -192,6 +194,34 @@ class LowDimensional(Rule):
     def more_bytes(self, shape: Shape, reduced: int) -> int:
         """Bytes of what else is kept of a matrix of which so many numbers are seen by the rule. Default: nothing."""
         return 0
+
+
+@dataclass
+class OnProjector(LowDimensional):
+    """What optimizers with a projector for each matrix have as options: those of GaLore, with its defaults."""
+
+    rank: int = 128
+    """r, at least 1; no more than the shorter side"""
+    every: int = 200
+    """steps between choices of P"""
+    scale: float = 0.25
+    """of the step in the subspace"""
+    choice: Choice = "svd"
+    """P by the singular value decomposition, by a randomized sketch of it, or at random"""
+    moments: Literal["keep", "reset", "rotate"] = "keep"
+    """what becomes of the moments when P changes; rotate: the mean is expressed in the new P"""
+    staggered: bool = True
+    """choose one matrix's P after the other's, so that no step waits for all"""
+    rule: str = "adamw"
+    """the optimizer that has the state"""
+    beta1: float = 0.9
+    """decay of the mean, in [0, 1)"""
+    beta2: float = 0.999
+    """decay of the mean square, in [0, 1)"""
+    epsilon: float = 1e-6
+    """added to the root of the mean square, at least 0"""
+    weight_decay: float = 0.0
+    """decoupled decay per unit of learning rate, at least 0"""
 
 
 class Projected(Ruled):

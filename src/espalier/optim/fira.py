@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from espalier.errors import at_least
-from espalier.memory.subspace import Choice, Kind, LowDimensional
+from espalier.memory.subspace import Kind, OnProjector
 from espalier.registry import optimizer
 
 
 @optimizer("fira", ids=(182,), paper="arXiv:2410.01623")
-class Fira(LowDimensional):
+class Fira(OnProjector):
     """``w -= lr (scale P psi + phi S + decay w)``: psi Adam's direction for R = P^T G, S the rest of G, ``phi_i = ||psi_i|| / ||R_i||``.
 
     phi is of each row, or column, along the longer side. The norm of ``phi S`` grows by the factor gamma in a step at most
@@ -20,30 +20,8 @@ class Fira(LowDimensional):
     scaled: here P P^T is a projection, and S is orthogonal to it.
     """
 
-    rank: int = 128
-    """r, at least 1; no more than the shorter side"""
-    every: int = 200
-    """steps between choices of P"""
-    scale: float = 0.25
-    """of the step in the subspace"""
     gamma: float = 1.01
     """by which the norm of the scaled rest may grow in a step, at least 1"""
-    choice: Choice = "svd"
-    """P by the singular value decomposition, by a randomized sketch of it, or at random"""
-    moments: Literal["keep", "reset", "rotate"] = "keep"
-    """what becomes of the moments when P changes; rotate: the mean is expressed in the new P"""
-    staggered: bool = True
-    """choose one matrix's P after the other's, so that no step waits for all"""
-    rule: str = "adamw"
-    """the optimizer that has the state"""
-    beta1: float = 0.9
-    """decay of the mean, in [0, 1)"""
-    beta2: float = 0.999
-    """decay of the mean square, in [0, 1)"""
-    epsilon: float = 1e-6
-    """added to the root of the mean square, at least 0"""
-    weight_decay: float = 0.0
-    """decoupled decay per unit of learning rate, at least 0"""
 
     has_rest = True
 

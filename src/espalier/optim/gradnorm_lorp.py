@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from espalier.kernels.sharded import put, whole
 from espalier.memory.rule import Part, Shape
-from espalier.memory.subspace import Choice, LowDimensional, Projected
+from espalier.memory.subspace import OnProjector, Projected
 from espalier.registry import optimizer
 
 
 @optimizer("gradnorm-lorp", ids=(162,), paper="arXiv:2412.19616")
-class GradNormLoRP(LowDimensional):
+class GradNormLoRP(OnProjector):
     """``w_i = g_i v_i / ||v_i||`` for each row: the lengths g go by the rule, v by it in the leading singular space of its gradient.
 
     With D the rows of unit length, ``grad g = rowsum(G D)`` and ``grad v = G - D grad g``, which is tangent; v is w at every step, so
@@ -22,28 +22,8 @@ class GradNormLoRP(LowDimensional):
     this is the paper's equations.
     """
 
-    rank: int = 128
-    """r, at least 1; no more than the shorter side"""
     every: int = 250
     """steps between choices of P"""
-    scale: float = 0.25
-    """of the step in the subspace"""
-    choice: Choice = "svd"
-    """P by the singular value decomposition, by a randomized sketch of it, or at random"""
-    moments: Literal["keep", "reset", "rotate"] = "keep"
-    """what becomes of the moments when P changes; rotate: the mean is expressed in the new P"""
-    staggered: bool = True
-    """choose one matrix's P after the other's, so that no step waits for all"""
-    rule: str = "adamw"
-    """the optimizer that has the state"""
-    beta1: float = 0.9
-    """decay of the mean, in [0, 1)"""
-    beta2: float = 0.999
-    """decay of the mean square, in [0, 1)"""
-    epsilon: float = 1e-6
-    """added to the root of the mean square, at least 0"""
-    weight_decay: float = 0.0
-    """decoupled decay per unit of learning rate, at least 0"""
 
     def adds_up(self) -> bool:
         return False  # there is a second sum, of the lengths' gradients

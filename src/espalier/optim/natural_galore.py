@@ -2,50 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from espalier.errors import EspalierError, at_least
 from espalier.memory.rule import Shape
-from espalier.memory.subspace import Choice, LowDimensional
+from espalier.memory.subspace import OnProjector
 from espalier.registry import optimizer
 
 
 @optimizer("natural-galore", ids=(294,), paper="arXiv:2410.16029")
-class NaturalGaLore(LowDimensional):
+class NaturalGaLore(OnProjector):
     """GaLore whose rule sees ``(lambda I + Q Q^T)^-1 R``, the columns of Q being the last ``history`` R, this one included.
 
     By Woodbury, ``(R - Q (lambda I + Q^T Q)^-1 Q^T R) / lambda``, in float64: published as two terms, it cancels in float32. The
     history is as many times R and is forgotten when P changes, as R is then in another basis (the official code keeps it).
     """
 
-    rank: int = 128
-    """r, at least 1; no more than the shorter side"""
     history: int = 4
     """how many gradients make Q, at least 1; 20 in the paper, which is ten times Adam's moments"""
     damping: float = 1e-3
     """lambda, more than 0"""
-    every: int = 200
-    """steps between choices of P"""
-    scale: float = 0.25
-    """of the step in the subspace"""
-    choice: Choice = "svd"
-    """P by the singular value decomposition, by a randomized sketch of it, or at random"""
-    moments: Literal["keep", "reset", "rotate"] = "keep"
-    """what becomes of the moments when P changes; rotate: the mean is expressed in the new P"""
-    staggered: bool = True
-    """choose one matrix's P after the other's, so that no step waits for all"""
-    rule: str = "adamw"
-    """the optimizer that has the state"""
-    beta1: float = 0.9
-    """decay of the mean, in [0, 1)"""
-    beta2: float = 0.999
-    """decay of the mean square, in [0, 1)"""
-    epsilon: float = 1e-6
-    """added to the root of the mean square, at least 0"""
-    weight_decay: float = 0.0
-    """decoupled decay per unit of learning rate, at least 0"""
 
     def check(self) -> None:
         super().check()

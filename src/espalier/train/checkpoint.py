@@ -2,7 +2,7 @@
 
 ``checkpoints/step-00000100/`` holds the trained tensors, the optimizer's state by parameter name, the
 random state and ``state.json`` with step, place in the data, versions and a SHA-256 of every file and of itself. It is
-written under a temporary name and renamed, so it is whole or absent; the last two are kept.
+written under a temporary name and renamed, so it is whole or absent; the last two are kept, or as many as are asked for.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[int, str]) 
     return tensors
 
 
-def save(folder: Path, tensors: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, state: State) -> Path:
-    """Write the checkpoint of a step (trained tensors, and others that change in the run), then remove all but the last two."""
+def save(folder: Path, tensors: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, state: State, keep: int = KEPT) -> Path:
+    """Write the checkpoint of a step (trained tensors, and others that change in the run), then remove all but the last ``keep`` (0: none)."""
     names = {id(tensor): name for name, tensor in tensors.items()}
     target = folder / f"step-{state.step:08d}"
     sweep_temporaries(target)
@@ -79,7 +79,7 @@ def save(folder: Path, tensors: Mapping[str, torch.Tensor], optimizer: torch.opt
         content = {"format": 1, **asdict(state), "environment": environment(), "files": digests}
         content["sha256"] = _digest(content)
         (temporary / "state.json").write_text(json.dumps(content, indent=1))
-    for old in steps(folder)[:-KEPT]:
+    for old in steps(folder)[:-keep] if keep else ():
         shutil.rmtree(old)
     return target
 

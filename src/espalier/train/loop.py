@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -21,14 +21,13 @@ import torch
 from torch import nn
 
 from espalier.attach.course import Course
-from espalier.attach.tasks import choose_task
 from espalier.checkpoint.atomic import write_text
 from espalier.data.batches import Batch, Cursor
 from espalier.errors import NotFiniteError
-from espalier.memory.in_backward import InBackward
-from espalier.memory.language_loss import run_batch
-from espalier.memory.meter import peak_memory, release_free_memory, resident_memory
-from espalier.train import checkpoint, schedules
+from espalier.memory.chunked_loss import Kind
+from espalier.memory.meter import peak_memory, resident_memory
+from espalier.train import checkpoint, reweight, schedules
+from espalier.train.steps import ADVICE, ByGradients, ByLosses, DuringBackward, Losses, targets_of
 
 
 @dataclass
@@ -46,7 +45,12 @@ class Settings:
     knee: float | None = None
     clip: float = 1.0
     label_smoothing: float = 0.0
+    loss: Kind = "cross_entropy"
+    reweight: reweight.Shape | None = None
+    """How sequences are weighted by their losses after the warm-up, if they are."""
+    reweight_temperature: float = 1.0
     checkpoint_every: int = 0
+    keep_checkpoints: int = checkpoint.KEPT
     evaluate_every: int = 0
     padded: bool = False
     pad_token: int = 0
@@ -54,6 +58,10 @@ class Settings:
     """Whether parameters are moved during the backward pass; then ``clip`` is 0."""
     resident_between: int = 0
     """Resident bytes above which free memory goes back to the system before a micro-batch; 0: never."""
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step ``step``, from 0."""
+        return self.learning_rate * schedules.factor(self.schedule, step, self.steps, self.warmup, self.floor, self.decay, self.knee)
 
 
 @dataclass
@@ -120,146 +128,6 @@ class Run:
         write_text(self.metrics, "".join(kept))
 
 
-def accumulate(
-    model: nn.Module, batches: list[Batch], resident_between: int = 0, label_smoothing: float = 0.0
-) -> tuple[float, int]:
-    """Forward and backward of a step's micro-batches; returns the mean loss per target token, and their count."""
-    total, loss = _targets_of(batches), 0.0
-    for part in _passes(model, batches, total, resident_between, label_smoothing):
-        part.backward()
-        loss += float(part.detach())
-        if not math.isfinite(loss):
-            break
-    return loss, total
-
-
-def _targets_of(batches: list[Batch]) -> int:
-    return max(1, sum(batch.target_count for batch in batches))
-
-
-def _passes(model: nn.Module, batches: list[Batch], total: int, resident_between: int, label_smoothing: float) -> Iterator[torch.Tensor]:
-    """Of each micro-batch, its share of the mean loss."""
-    for batch in batches:
-        if resident_between and resident_memory() > resident_between:
-            release_free_memory()
-        if batch.task:
-            choose_task(model, batch.task)
-        yield run_batch(model, batch, 1.0 / total, label_smoothing=label_smoothing)
-
-
-def mean_loss(model: nn.Module, batches: list[Batch], settings: Settings) -> float:
-    """The mean loss per target token of a step's micro-batches, of a model as it is now."""
-    parts = _passes(model, batches, _targets_of(batches), settings.resident_between, settings.label_smoothing)
-    return sum(float(part.detach()) for part in parts)
-
-
-class _Gradients:
-    """The usual step: all gradients, clipped together; then the optimizer."""
-
-    def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, settings: Settings, course: Course) -> None:
-        self.model, self.parameters, self.optimizer, self.settings, self.course = model, parameters, optimizer, settings, course
-
-    def step(self, batches: list[Batch], refuse: Callable[..., None]) -> tuple[float, float, int]:
-        """Move the parameters once.
-
-        Args:
-            refuse: raises where a loss or a norm is not finite; takes the two, and advice that is not the usual one.
-
-        Returns:
-            The mean loss per target token, the norm of the gradient, and the target tokens.
-        """
-        loss, targets = accumulate(self.model, batches, self.settings.resident_between, self.settings.label_smoothing)
-        if isinstance(penalty := self.course.penalty(), torch.Tensor) and math.isfinite(loss):
-            penalty.backward()
-        norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.clip or math.inf))
-        refuse(loss, norm)
-        self.course.before_step()
-        self.optimizer.step()
-        self.course.after_step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss, norm, targets
-
-    def close(self) -> None:
-        """Training ends, or is broken off."""
-
-
-class _DuringBackward(_Gradients):
-    """Every parameter is moved as soon as its gradient is there."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.course.check_without_gradients("--update-in-backward")
-        self._norms: dict[int, torch.Tensor] = {}
-        self._mover = InBackward(self.parameters, self._move, self._hold)
-
-    def _measure(self, some: list[nn.Parameter]) -> None:
-        norms = torch._foreach_norm([p.grad for p in some if p.grad is not None])
-        if not bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all()):
-            self._refuse(0.0, next(float(norm) for norm in norms if not math.isfinite(norm)), _MOVED)
-        for parameter, norm in zip(some, norms, strict=True):
-            self._norms[id(parameter)] = self._norms.get(id(parameter), 0.0) + norm
-
-    def _move(self, some: list[nn.Parameter]) -> None:
-        self._measure(some)
-        self.optimizer.step()
-
-    def _hold(self, parameter: nn.Parameter) -> bool:
-        hold = getattr(self.optimizer, "hold", None)
-        if hold is None or not hold(parameter):
-            return False
-        self._measure([parameter])
-        return True
-
-    def step(self, batches: list[Batch], refuse: Callable[..., None]) -> tuple[float, float, int]:
-        total, loss = _targets_of(batches), 0.0
-        self._norms.clear()
-        self._refuse = refuse
-        self.course.before_step()
-        for number, part in enumerate(_passes(self.model, batches, total, self.settings.resident_between, self.settings.label_smoothing), 1):
-            loss += float(part.detach())
-            refuse(loss, 0.0)  # before anything of this step is moved
-            self._mover.is_last = number == len(batches)
-            part.backward()
-        self._mover.finish()
-        self.course.after_step()
-        return loss, float(torch.linalg.vector_norm(torch.stack([norm.float() for norm in self._norms.values()]))), total
-
-    def close(self) -> None:
-        self._mover.__exit__(None, None, None)
-
-
-class _Losses(_Gradients):
-    """No gradients: an optimizer that evaluates the loss at several places and moves by that."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.course.check_without_gradients("a zeroth-order optimizer", has_penalty=False)
-
-    def step(self, batches: list[Batch], refuse: Callable[..., None]) -> tuple[float, float, int]:
-        total, device = _targets_of(batches), next(iter(self.parameters.values())).device
-        random = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-        @torch.no_grad()
-        def loss_of() -> torch.Tensor:
-            torch.set_rng_state(random[0])  # dropout is the same in all evaluations: they differ by where the parameters are
-            if random[1] is not None:
-                torch.cuda.set_rng_state(random[1], device)
-            loss = torch.stack([part.detach() for part in _passes(self.model, batches, total, self.settings.resident_between, self.settings.label_smoothing)]).sum()
-            return loss + self.course.penalty()
-
-        self.course.before_step()
-        loss = float(self.optimizer.step(loss_of))  # type: ignore[arg-type]
-        norm = float(self.optimizer.slope)  # type: ignore[attr-defined]
-        refuse(loss, norm)
-        self.course.after_step()
-        return loss, norm, total
-
-
-_RATHER = "try a lower --learning-rate, or --dtype fp32"
-_ADVICE = f"Nothing of this step was kept; {_RATHER}"
-_MOVED = f"Parameters whose gradients came before it have moved, which no checkpoint holds; {_RATHER}"
-
-
 def _first_not_finite(parameters: dict[str, nn.Parameter], gradients: bool) -> str | None:
     for name, parameter in parameters.items():
         tensor = parameter.grad if gradients else parameter
@@ -270,7 +138,7 @@ def _first_not_finite(parameters: dict[str, nn.Parameter], gradients: bool) -> s
 
 def _refuse_not_finite(
     step: int, begin: Cursor, batches: list[Batch], parameters: dict[str, nn.Parameter], loss: float, norm: float,
-    advice: str = _ADVICE,
+    advice: str = ADVICE,
 ) -> None:  # fmt: skip
     if math.isfinite(loss) and math.isfinite(norm):
         return
@@ -293,7 +161,7 @@ def _where_not_finite(parameters: dict[str, nn.Parameter]) -> str:
 def _refuse_to_keep_not_finite(step: int, parameters: dict[str, nn.Parameter]) -> None:
     """Before anything is written: a finite gradient times a large rate can still be too much for a parameter."""
     if broken := _first_not_finite(parameters, gradients=False):
-        raise NotFiniteError(f"stopped at step {step}: it made parameter {broken} infinite or NaN. {_ADVICE}")
+        raise NotFiniteError(f"stopped at step {step}: it made parameter {broken} infinite or NaN. {ADVICE}")
 
 
 def train(
@@ -316,26 +184,28 @@ def train(
     """
     device = next(iter(parameters.values())).device
     state = run.state
+    weigh = None
+    if settings.reweight is not None:
+        weigh = functools.partial(reweight.weights, shape=settings.reweight, temperature=settings.reweight_temperature)
     course.check()
     run.folder.mkdir(parents=True, exist_ok=True)
     model.train()
-    kind = _Losses if getattr(optimizer, "zeroth_order", False) else _DuringBackward if settings.in_backward else _Gradients
-    way = kind(model, parameters, optimizer, settings, course)
+    kind = ByLosses if getattr(optimizer, "zeroth_order", False) else DuringBackward if settings.in_backward else ByGradients
+    losses = Losses(model, settings.resident_between, settings.label_smoothing, settings.loss)
+    way = kind(losses, parameters, optimizer, course, settings.clip)
     with contextlib.closing(way), run.metrics.open("a", encoding="utf-8") as metrics:
         while state.step < settings.steps:
             began = time.perf_counter()
             step = state.step
-            rate = settings.learning_rate * schedules.factor(
-                settings.schedule, step, settings.steps, settings.warmup, settings.floor, settings.decay, settings.knee
-            )
+            rate = settings.rate(step)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("rate", 1.0)
             begin = dataclasses.replace(state.cursor)
             step_batches = order.batches(state.cursor, settings.batch_tokens, settings.micro_tokens, settings.padded, settings.pad_token)
             batches = [batch.to(device) for batch in step_batches]
-            course.begin(step, rate, optimizer, functools.partial(mean_loss, model, batches, settings))
+            course.begin(step, rate, optimizer, functools.partial(losses.mean, batches))
             refuse = functools.partial(_refuse_not_finite, step + 1, begin, batches, parameters)
-            loss, norm, targets = way.step(batches, refuse)
+            loss, norm = way.take(batches, weigh if step >= settings.warmup else None, refuse)
             last = step + 1 == settings.steps
             kept = last or (settings.checkpoint_every > 0 and (step + 1) % settings.checkpoint_every == 0)
             if kept:
@@ -344,12 +214,13 @@ def train(
             tokens = sum(batch.tokens for batch in batches)
             state.step, state.tokens, state.seconds = step + 1, state.tokens + tokens, state.seconds + seconds
             record = Step(
-                step + 1, loss, rate, norm, targets, tokens, tokens / seconds, resident_memory(), seconds, state.cursor.epoch
+                step + 1, loss, rate, norm, targets_of(batches), tokens, tokens / seconds, resident_memory(), seconds, state.cursor.epoch
             )
             _write(metrics, dict(record.__dict__))
             hooks.on_step(record)
             if kept and settings.checkpoint_every:
-                hooks.on_checkpoint(checkpoint.save(run.checkpoints, {**parameters, **course.kept()}, optimizer, state))
+                tensors = {**parameters, **course.kept()}
+                hooks.on_checkpoint(checkpoint.save(run.checkpoints, tensors, optimizer, state, settings.keep_checkpoints))
             if hooks.on_evaluate and settings.evaluate_every and state.step % settings.evaluate_every == 0 and not last:
                 result = hooks.on_evaluate(state.step)
                 _write(metrics, {"step": state.step, "peak_memory": peak_memory(), **result})

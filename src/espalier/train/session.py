@@ -42,6 +42,18 @@ class Record:
     facts: dict[str, Any]
 
 
+def read_record(path: Path) -> Record:
+    """The record of a run.
+
+    Raises:
+        EspalierError: when the file is none.
+    """
+    try:
+        return Record(**read_json(path))
+    except TypeError as error:
+        raise EspalierError(f"{path} is not the record of a run ({error})") from error
+
+
 _PRESENTATION = ("resume", "quiet", "out")
 
 
@@ -61,11 +73,7 @@ def earlier_run(out: Path, verb: str, arguments: Mapping[str, Any], resume: bool
         return None
     if not resume:
         raise EspalierError(f"--out {out} already holds a run; pass --resume to go on with it, or give another --out")
-    content = read_json(path)
-    try:
-        before = Record(**content)
-    except TypeError as error:
-        raise EspalierError(f"{path} is not the record of a run ({error})") from error
+    before = read_record(path)
     if before.verb != verb:
         raise EspalierError(f"{out} holds a run of {before.verb!r}, not of {verb!r}")
     for key in sorted(arguments.keys() | before.arguments.keys()):
@@ -249,15 +257,18 @@ def show_masks(store: TokenStore, tokenizer: Any, display: Display, tokens: int 
 
 def dry_run(
     out: Path, run: Run, tensors: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer,
-    save: Callable[[Path], Any], state_bytes: int,
+    save: Callable[[Path], Any], state_bytes: int, kept: int = checkpoint.KEPT,
 ) -> None:  # fmt: skip
     """Before the first step: save what will be saved, read it back, and ask the disk for the whole run.
+
+    Args:
+        kept: how many checkpoints there will be at once.
 
     Raises:
         EspalierError: when the disk lacks space for the end of the run, or saving does not work.
     """
     trained = sum(t.numel() * t.element_size() for t in tensors.values())
-    needed = (checkpoint.KEPT + 1) * (trained + state_bytes) + 2 * trained + (16 << 20)
+    needed = (kept + 1) * (trained + state_bytes) + 2 * trained + (16 << 20)
     require_free_space(out, needed, f"this run (checkpoints of {format_bytes(trained + state_bytes)} and its result)")
     if checkpoint.steps(run.checkpoints):
         return

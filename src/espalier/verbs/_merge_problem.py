@@ -239,7 +239,7 @@ class MergeProblem(searching.Problem):
         total = max(sum(batch.target_count for batch in batches), 1)
         model.eval()
         for batch in batches:
-            run_batch(model, batch.to(device), share / total, entropy=entropy).backward()
+            run_batch(model, batch.to(device), share / total, kind="entropy" if entropy else "cross_entropy").backward()
 
     def _store(self, data: str) -> TokenStore:
         key = (data, self._encoder.fingerprint)

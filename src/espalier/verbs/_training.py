@@ -39,6 +39,7 @@ from espalier.attach.load import (
     put_on,
     torch_dtype,
 )
+from espalier.attach.method import Method
 from espalier.attach.new_tokens import grow
 from espalier.budget.fitting import fit, parse_numbers, trained
 from espalier.calibrate.footprint import footprint, largest_statistic
@@ -61,7 +62,8 @@ from espalier.memory.meter import format_bytes, parse_bytes, peak_memory, releas
 from espalier.memory.training_form import training_form
 from espalier.plan import memory as planning
 from espalier.plan.trace import Gradients, Traced, trace_step
-from espalier.train import session
+from espalier.train import checkpoint, mup, session
+from espalier.train import fork as forks
 from espalier.train.laws import knee, step_law
 from espalier.train.loop import Settings
 from espalier.verbs._tasks import Classification, Language, Task, new_classifier
@@ -79,7 +81,7 @@ class Job:
         arguments["learning_rate"] = _rate(arguments["learning_rate"])
         self.a = {
             "targets": None, "full": "rest" if verb == "pretrain" else None, "add_tokens": None, "dropout": 0.0, "floor": 0.0, "label_smoothing": 0.0, "model": None, "trainable": None, "base_bits": None,
-            "over": None, "update_in_backward": False,
+            "over": None, "fork": None, "mup": None, "keep_checkpoints": checkpoint.KEPT, "update_in_backward": False,
             **arguments,
         }  # fmt: skip
         self.display = Display(arguments["quiet"])
@@ -97,7 +99,7 @@ class Job:
         for name in ("batch_size", "sequence_length", "micro_batch_size", "logits_chunk", "threads", "steps"):
             if a[name] is not None:
                 at_least(name, a[name], 1)
-        for name in ("eval_every", "checkpoint_every", "clip"):
+        for name in ("eval_every", "checkpoint_every", "keep_checkpoints", "clip"):
             at_least(name, a[name], 0)
         if a["steps"] is not None and a["epochs"] is not None:
             raise EspalierError("give --steps or --epochs, not both")
@@ -111,6 +113,10 @@ class Job:
             raise EspalierError(f"cooldown is {a['cooldown']}; it is a share of the steps, more than 0 and at most 1")
         if not 0 <= a["label_smoothing"] < 1:
             raise EspalierError(f"label_smoothing is {a['label_smoothing']}; it is a share of every target, at least 0 and less than 1")
+        if a["loss"] != "cross_entropy" and a["label_smoothing"]:
+            raise EspalierError(f"label_smoothing is {a['label_smoothing']}, which goes with the loss cross_entropy; the loss is {a['loss']}")
+        if not 0 < a["reweight_temperature"] < math.inf:
+            raise EspalierError(f"reweight_temperature is {a['reweight_temperature']}; it must be more than 0 and finite")
         if a["learning_rate"] not in (None, "auto") and not 0 < a["learning_rate"] < math.inf:
             raise EspalierError(f"learning_rate is {a['learning_rate']}; it must be more than 0 and finite")
         if a["base_bits"] is not None:
@@ -197,6 +203,7 @@ class Job:
                 raise EspalierError("give --model DIR to go on from, or --architecture config.json and --tokenizer DIR to begin")
             tokenizer_at, config_at = a["tokenizer"], Path(a["architecture"])
         self.config = _config(config_at)
+        self.widths = self._widths(config_at) if a["mup"] is not None else None
         self.over = [self._below(Path(folder)) for folder in a["over"] or ()]
         if a["trainable"] is not None and not self.method.by_task:  # how much that trains, the data decide too
             self._fit_method(parse_numbers(a["trainable"]), config_at)
@@ -222,6 +229,59 @@ class Job:
             a["steps"] = math.ceil((a["epochs"] or 1.0) * self.order.steps_of_epoch(a["batch_size"] * a["sequence_length"]))
         if a["learning_rate"] == "auto":
             self._take_advice(config_at)
+        self.fork = self._take_fork() if a["fork"] is not None else None
+
+    def _take_fork(self) -> forks.Fork | None:
+        """What a fork has of its trunk: as many steps of warm-up, and how a step is cut; nothing to begin with where it is resumed.
+
+        Raises:
+            EspalierError: when it cannot be a continuation of its trunk.
+        """
+        a, run = self.a, self.out / "run"
+        begun = a["resume"] and bool(checkpoint.steps(run / "checkpoints"))
+        fork = None if begun else forks.find(a["fork"])
+        before = fork.record.resolved if fork else session.read_record(run / "run.json").resolved
+        a["warmup"] = round(before["warmup"] * before["steps"]) / a["steps"]
+        for key in ("micro_batch_size", "recompute", "logits_chunk"):
+            a[key] = before[key] if a[key] is None else a[key]
+        if fork:
+            moves = any(getattr(type(self.method), hook) is not getattr(Method, hook) for hook in ("frozen", "before_step", "after_step"))
+            if moves and before["steps"] != a["steps"]:
+                raise EspalierError(f"--fork {a['fork']}: what {self.method.name} does in a run may go by its length, which was {before['steps']} steps there")
+            rate, rate_then = (Settings(batch_tokens=0, micro_tokens=0, **_rates(of)).rate for of in (a, before))
+            fork.check(self.verb, self._resolved(), self._facts(), rate, rate_then)
+        return fork
+
+    def _resolved(self) -> dict[str, Any]:
+        return {**self.given, **{k: v for k, v in self.a.items() if k in self.given}, **self.hyperparameters}
+
+    def _widths(self, config_at: Path) -> dict[str, mup.Width]:
+        """What muP makes of every parameter.
+
+        Raises:
+            EspalierError: when the base is another model, or the optimizer one of which it is not known how its steps go by the width.
+        """
+        scales_as = getattr(self.optimizer_method, "scales_as", None)
+        if scales_as is None or self.method.name != "full":
+            one = f"the optimizer {self.optimizer_method.name}" if scales_as is None else f"the method {self.method.name}"
+            raise EspalierError(f"--mup: how the steps of {one} go by the width is not known; use adamw, adabelief, lion or perpgrad on all parameters")
+        base = Path(self.a["mup"])
+        narrow = _config(base)
+        found = mup.widths(empty_of(self.config, config_at), empty_of(narrow, base))
+        rates = sorted({getattr(width, scales_as) for width in found.values()})
+        self.display.note(
+            f"muP over a base of width {narrow.get_text_config().hidden_size}, here {self.config.get_text_config().hidden_size}: learning rates times "
+            f"{', '.join(f'{rate:.4g}' for rate in rates)}" + ("" if self.directory is None else "; the weights of --model stay as they are")
+        )
+        return found
+
+    def _rates_of_parameters(self, parameters: dict[str, torch.nn.Parameter]) -> dict[str, dict[str, float]]:
+        """The optimizer's options by the width, by parameter name."""
+        if self.widths is None:
+            return {}
+        of = {id(p): self.widths[name] for name, slot in self.attachment.slots.items() for p in slot.parameters()}
+        rule = self.optimizer_method
+        return {name: mup.options(of[id(p)], rule.weight_decay, rule.scales_as, p.ndim >= 2) for name, p in parameters.items()}
 
     def _take_advice(self, config_at: Path) -> None:
         """The learning rate of the Step Law, and what it says of the batch."""
@@ -406,6 +466,8 @@ class Job:
             transformers.utils.logging.disable_progress_bar()
             torch.manual_seed(self.a["seed"])
             self.model = transformers.AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+            if self.widths is not None:
+                mup.start(self.model, self.widths)
             torch.nn.Module.to(self.model, self.device, self.dtype)
         grow(self.model, self.config.vocab_size)
         if self.a["base_bits"] is not None:
@@ -427,8 +489,7 @@ class Job:
     def attach(self) -> None:
         """The method's updates; says what trains, and shows what is learnt of the data."""
         a = self.a
-        resolved = {**self.given, **{k: v for k, v in a.items() if k in self.given}, **self.hyperparameters}
-        record = session.Record(self.verb, self.given, resolved, self._facts())
+        record = session.Record(self.verb, self.given, self._resolved(), self._facts())
         self.run, self.record = session.open_run(self.out, record, a["resume"])
         attach(
             self.model, self.method, targets=a["targets"], full=self.full, new_tokens=self.new_tokens, seed=a["seed"], dropout=a["dropout"],
@@ -494,20 +555,22 @@ class Job:
         """The loop, from the last checkpoint when resuming."""
         a = self.a
         settings = Settings(
-            steps=a["steps"], batch_tokens=a["batch_size"] * a["sequence_length"], micro_tokens=self.plan.micro_tokens,
-            learning_rate=a["learning_rate"], schedule=a["schedule"], warmup=round(a["warmup"] * a["steps"]),
-            floor=a["floor"], decay=a["cooldown"], clip=a["clip"], label_smoothing=a["label_smoothing"], checkpoint_every=a["checkpoint_every"], evaluate_every=a["eval_every"],
+            **_rates(a), batch_tokens=a["batch_size"] * a["sequence_length"], micro_tokens=self.plan.micro_tokens, clip=a["clip"], label_smoothing=a["label_smoothing"],
+            loss=a["loss"], reweight=a["reweight"], reweight_temperature=a["reweight_temperature"], checkpoint_every=a["checkpoint_every"],
+            keep_checkpoints=a["keep_checkpoints"], evaluate_every=a["eval_every"],
             padded=self.padded, pad_token=self.task.pad_token, in_backward=a["update_in_backward"],
             resident_between=planning.resident_between(self.budget, self.plan) if self.budget else 0,
-            knee=knee(a["learning_rate"], a["batch_size"]) / (a["batch_size"] * a["sequence_length"]) if a["schedule"] == "power" else None,
         )  # fmt: skip
         parameters = trainable_parameters(self.model)
         course = Course(self.model, a["steps"])
-        optimizer = build(self.optimizer_method.build, parameters, a["learning_rate"], course.optimizer_options())
+        optimizer = build(self.optimizer_method.build, parameters, a["learning_rate"], {**self._rates_of_parameters(parameters), **course.optimizer_options()})
         tensors = {**parameters, **course.kept()}
         state = self.optimizer_method.state_bytes({name: tuple(p.shape) for name, p in parameters.items()})
         torch.manual_seed(a["seed"])  # whatever planning and loading drew: the first checkpoint holds the random state
-        session.dry_run(self.out, self.run, tensors, optimizer, self._write_delta, state)
+        if self.fork is not None:
+            self.run.state = self.fork.load(tensors, optimizer, self.record.facts["data"] == self.fork.record.facts["data"], self.display)
+        kept = a["keep_checkpoints"] or a["steps"] // max(1, a["checkpoint_every"]) + 1
+        session.dry_run(self.out, self.run, tensors, optimizer, self._write_delta, state, kept)
         session.resume_from_last(self.run, tensors, optimizer, self.display)
 
         def on_evaluate(step: int) -> dict[str, Any]:
@@ -531,7 +594,7 @@ class Job:
             "fingerprint": self.record.facts["base_fingerprint"],
             "model_type": self.config.model_type,
         }
-        keys = ("data", "batch_size", "sequence_length", "learning_rate", "schedule", "seed", *(k for k in ("label_smoothing", "base_bits") if a[k]))
+        keys = ("data", "batch_size", "sequence_length", "learning_rate", "schedule", "seed", *(k for k in ("label_smoothing", "base_bits", "reweight") if a[k]), *(["loss"] if a["loss"] != "cross_entropy" else []))
         training = {"steps": self.run.state.step, "tokens": self.run.state.tokens, **{key: a[key] for key in keys}}
         manifest = saving.describe(self.attachment, base, self.encoder, MASK_POLICY[self.store.kind], training)
         return saving.write(self.model, self.attachment, manifest, folder, self.directory, self.tokenizer)
@@ -579,6 +642,15 @@ class Job:
             f"{result['tokens_per_second']:,.0f} tokens/s"
         )
         return result
+
+
+def _rates(a: dict[str, Any]) -> dict[str, Any]:
+    """What of the loop's settings makes the learning rate of a step, from a run's arguments."""
+    leaves = knee(a["learning_rate"], a["batch_size"]) / (a["batch_size"] * a["sequence_length"]) if a["schedule"] == "power" else None
+    return {
+        "steps": a["steps"], "learning_rate": a["learning_rate"], "schedule": a["schedule"], "warmup": round(a["warmup"] * a["steps"]),
+        "floor": a["floor"], "decay": a["cooldown"], "knee": leaves,
+    }  # fmt: skip
 
 
 def _plain(value: Any) -> Any:

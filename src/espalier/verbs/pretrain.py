@@ -20,6 +20,7 @@ def pretrain(
     batch_size: int = 16,
     sequence_length: int | None = None,
     learning_rate: str | float = 1e-3,
+    mup: str | None = None,
     schedule: Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "power"] = "cosine",
     warmup: float = 0.02,
     floor: float = 0.05,
@@ -28,9 +29,14 @@ def pretrain(
     state: Literal["fp32", "bf16", "8bit"] = "fp32",
     clip: float = 1.0,
     update_in_backward: bool = False,
+    loss: Literal["cross_entropy", "stablemax"] = "cross_entropy",
+    reweight: Literal["linupper", "quadratic", "extremes"] | None = None,
+    reweight_temperature: float = 1.0,
     eval_data: list[str] | None = None,
     eval_every: int = 0,
     checkpoint_every: int = 200,
+    keep_checkpoints: int = 2,
+    fork: str | None = None,
     budget: str | None = None,
     micro_batch_size: int | None = None,
     recompute: bool | None = None,
@@ -58,6 +64,7 @@ def pretrain(
         batch_size: sequences per step, each of --sequence-length tokens (packed full)
         sequence_length: longest context, in tokens; default: 512, or all positions of a model with fewer
         learning_rate: peak rate, or auto: that of the Step Law for the size of model and data
+        mup: config.json of a narrower model, for which the learning rate is meant: muP makes it and the random weights fit this one's width
         schedule: course of the learning rate after warm-up
         warmup: share of the steps that warm up, in [0, 1)
         floor: learning rate at the end, as a share of the peak
@@ -66,9 +73,14 @@ def pretrain(
         state: how its state is stored: fp32, bf16 rounded at random, or 8 bits in blocks of 256 (tensors of 4,096 numbers or more)
         clip: largest norm of the gradient; 0: no clipping
         update_in_backward: move each parameter as soon as its gradient is there, and free that; needs --clip 0 and one micro-batch a step
+        loss: what is trained on; stablemax is the cross-entropy with s(x) = x + 1, below zero 1 / (1 - x), for exp(x); measuring stays as it is
+        reweight: weight the sequences of a step by their losses after the warm-up: linupper takes weight from what is known already (a second forward pass)
+        reweight_temperature: the weights are a softmax over this; large: nearly equal weights
         eval_data: held-out data measured at the end; may be given several times
         eval_every: also measure every so many steps; 0: never
         checkpoint_every: steps between checkpoints; 0: only at the start
+        keep_checkpoints: how many of them stay, the last ones; 0: all
+        fork: begin with a checkpoint of another run, given as its --out or OUT@STEP; all options but the schedule's and the data are that run's
         budget: bound on the process's peak memory, such as 2GiB; chooses the next three
         micro_batch_size: sequences that are in memory at a time
         recompute: recompute activations in the backward pass

@@ -29,7 +29,10 @@ def tune(
     state: Literal["fp32", "bf16", "8bit"] = "fp32",
     clip: float = 1.0,
     update_in_backward: bool = False,
+    loss: Literal["cross_entropy", "stablemax"] = "cross_entropy",
     label_smoothing: float = 0.0,
+    reweight: Literal["linupper", "quadratic", "extremes"] | None = None,
+    reweight_temperature: float = 1.0,
     dropout: float = 0.0,
     eval_data: list[str] | None = None,
     eval_every: int = 0,
@@ -71,7 +74,10 @@ def tune(
         state: how its state is stored: fp32, bf16 rounded at random, or 8 bits in blocks of 256 (tensors of 4,096 numbers or more)
         clip: largest norm of the gradient; 0: no clipping
         update_in_backward: move each parameter as soon as its gradient is there, and free that; needs --clip 0 and one micro-batch a step
+        loss: what is trained on; stablemax is the cross-entropy with s(x) = x + 1, below zero 1 / (1 - x), for exp(x); measuring stays as it is
         label_smoothing: share of every target that is spread over the whole vocabulary, in [0, 1); of the training loss only
+        reweight: weight the sequences of a step by their losses after the warm-up: linupper takes weight from what is known already (a second forward pass)
+        reweight_temperature: the weights are a softmax over this; large: nearly equal weights
         dropout: probability of dropping entries of the updates' inputs, in [0, 1)
         eval_data: held-out data measured before and after; may be given several times
         eval_every: also measure every so many steps; 0: never
