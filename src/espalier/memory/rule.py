@@ -41,6 +41,8 @@ class Rule(abc.ABC):
     state: Precision = "fp32"
     """how the slots are stored; set where the optimizer is made"""
     weight_decay: float = 0.0
+    working: ClassVar[int] = 8
+    """bytes a number, about, that :meth:`directions` holds beside gradients and slots"""
 
     def check(self) -> None:
         """Refuse hyperparameters that make no sense.
@@ -96,6 +98,25 @@ class Rule(abc.ABC):
         return len(self.slots) * sum(stored_state.bytes_of(math.prod(shape), self.state) for shape in shapes.values())
 
 
+    def step_bytes(self, shapes: Mapping[str, Shape]) -> int:
+        """Bytes that a step holds for a moment beside gradients and state, for parameters of these names and shapes."""
+        decoded = 4 * len(self.slots) + stored_state.CODING[self.state] if self.state != "fp32" else 0
+        return min(BUCKET, sum(math.prod(shape) for shape in shapes.values())) * (self.working + decoded)
+
+    def check_shapes(self, shapes: Mapping[str, Shape]) -> None:
+        """Refuse to be asked for what would make no difference to parameters of these names and shapes.
+
+        Raises:
+            EspalierError: saying what would.
+        """
+        largest = max((math.prod(shape) for shape in shapes.values()), default=0)
+        if self.state != "fp32" and largest < stored_state.SMALL:
+            raise EspalierError(
+                f"--state {self.state} is for tensors of {stored_state.SMALL:,} numbers or more; the largest that trains has {largest:,}: "
+                "take --state fp32, or a method or rank that trains more"
+            )
+
+
 @dataclass
 class Part:
     """Numbers of one parameter, or of what has state in its place, that are worked on at once.
@@ -144,6 +165,8 @@ class Ruled(torch.optim.Optimizer):
     def __init__(self, rule: Rule, groups: Sequence[tuple[Mapping[str, torch.nn.Parameter], float]], learning_rate: float) -> None:
         self.rule = rule
         self.names = {id(p): name for some, _ in groups for name, p in some.items()}
+        if odd := next((name for some, _ in groups for name, p in some.items() if not local(p).is_contiguous()), None):
+            raise EspalierError(f"the parameter {odd} is not contiguous, and its numbers are moved in slices of a line; make it so: p.data = p.data.contiguous()")
         super().__init__([{"params": list(some.values()), "weight_decay": decay} for some, decay in groups], {"lr": learning_rate})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ stored follows from its own size and not from that of a shard.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -36,6 +37,10 @@ def bytes_of(numel: int, asked: Precision) -> int:
             return 2 * numel
         case "8bit":
             return numel + 4 * -(-numel // BLOCK)
+
+
+CODING: Mapping[Precision, int] = {"fp32": 0, "bf16": 24, "8bit": 16}
+"""Bytes a number, about, that :func:`encode` and :func:`decode` hold for a moment beside the decoded number itself."""
 
 
 @functools.cache

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from espalier.anatomy.parameters import BLOCK
-from espalier.errors import at_least
+from espalier.errors import EspalierError, at_least
 from espalier.kernels.philox import Stream
 from espalier.kernels.sharded import like, local, whole
 from espalier.memory import stored_state
-from espalier.memory.rule import Part, Rule, Ruled, Shape, Tensors
+from espalier.memory.rule import BUCKET, Part, Rule, Ruled, Shape, Tensors
 
 Kind = Literal["right", "left", "columns", "rows", "entries", "whole"]
 """Where R is: G P, P^T G, some columns, rows or entries of G, or all of it or nothing."""
@@ -104,6 +104,7 @@ class LowDimensional(Rule):
 
     rule: str = "adamw"
     rank: int = 128
+    least_rank: ClassVar[int] = 1
     every: int = 200
     scale: float = 1.0
     choice: Choice = "svd"
@@ -113,8 +114,10 @@ class LowDimensional(Rule):
 
     def check(self) -> None:
         super().check()
-        at_least("rank", self.rank, 1)
+        at_least("rank", self.rank, self.least_rank)
         at_least("every", self.every, 1)
+        if not self.scale > 0:
+            raise EspalierError(f"scale is {self.scale}; it must be more than 0: what is in the subspace would not move, or move uphill")
         self.inner = self.standing_on(self.rule)
 
     def directions(self, gradients: Tensors, state: Mapping[str, Tensors], steps: Sequence[int]) -> Tensors:
@@ -183,6 +186,32 @@ class LowDimensional(Rule):
             total += sum(stored_state.bytes_of(numel, self.state) for _ in self.slots)
             total += {"right": 4 * shape[1] * size, "left": 4 * shape[0] * size, "whole": 0}.get(kind, 8 * size) + self.more_bytes(shape, numel)
         return total
+
+    def step_bytes(self, shapes: Mapping[str, Shape]) -> int:
+        """Bytes of a moment: the directions of a bucket, what one matrix is worked out in, or the choice of its subspace."""
+        split = [shape for name, shape in shapes.items() if self.splits(name, shape)]
+        if not split:
+            return super().step_bytes(shapes)
+        largest = max(split, key=math.prod)
+        numbers, short = math.prod(largest), min(largest)
+        bucket = max(numbers, min(BUCKET, sum(math.prod(shape) for shape in split)))
+        choosing = 4 * (3 * numbers + 4 * short**2) if self.choice == "svd" and self.kind(largest) in ("right", "left") else 0
+        moving = 4 * bucket + 4 * numbers * (3 if self.has_rest else 1)
+        return max(choosing, moving, super().step_bytes({name: shape for name, shape in shapes.items() if not self.splits(name, shape)}))
+
+    def check_shapes(self, shapes: Mapping[str, Shape]) -> None:
+        super().check_shapes(shapes)
+        matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and BLOCK.search(name)}
+        if not matrices:
+            raise EspalierError(
+                f"{self.name} is for the matrices of a model's blocks, and none trains; take --optimizer {self.rule}, or another method or --targets"
+            )
+        if not any(self.splits(name, shape) for name, shape in matrices.items()):
+            longest = max(min(shape) for shape in matrices.values())
+            raise EspalierError(
+                f"{self.name} projects to rank {self.rank}, and the shorter sides of all {len(matrices)} matrices that train have at most {longest}: "
+                f"it would be {self.rule}; take a lower rank (--optimizer-rank where the method has one too), or --optimizer {self.rule}"
+            )
 
     def more_bytes(self, shape: Shape, reduced: int) -> int:
         """Bytes of what else is kept of a matrix of which so many numbers are seen by the rule. Default: nothing."""

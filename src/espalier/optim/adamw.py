@@ -40,6 +40,9 @@ class AdamW(Rule):
         torch._foreach_mul_(roots, [1 - self.beta1**step for step in steps])
         return list(torch._foreach_div(means, roots))
 
+    def step_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        return 0 if self.state == "fp32" else super().step_bytes(shapes)
+
     def build(self, parameters: Mapping[str, torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
         if self.state != "fp32":
             return super().build(parameters, learning_rate)

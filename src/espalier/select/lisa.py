@@ -39,6 +39,10 @@ class LISA(Adapter):
     def accepts(self, target: Target) -> bool:
         return True
 
+    def moving(self, targets: Sequence[Target]) -> Sequence[Target]:
+        blocks = sorted({target.block for target in targets if target.block is not None})[: self.layers]  # whose backward is the longest
+        return [target for target in targets if target.block is None or target.block in blocks]
+
     def survey(
         self, targets: Sequence[Target], weight: Callable[[Target], torch.Tensor], statistic: Callable[[str, str], torch.Tensor] | None
     ) -> Mapping[str, list[int]]:
