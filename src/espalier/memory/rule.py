@@ -36,6 +36,7 @@ Shape = tuple[int, ...]
 class Rule(abc.ABC):
     """An optimizer method. Subclasses are declared with ``@optimizer`` and give :attr:`slots` and :meth:`directions`."""
 
+    name: ClassVar[str]
     slots: ClassVar[Mapping[str, bool]] = {}
     """State tensors that are like the gradient: name to whether they have negative numbers."""
     state: Precision = "fp32"
@@ -100,8 +101,8 @@ class Rule(abc.ABC):
 
     def step_bytes(self, shapes: Mapping[str, Shape]) -> int:
         """Bytes that a step holds for a moment beside gradients and state, for parameters of these names and shapes."""
-        decoded = 4 * len(self.slots) + stored_state.CODING[self.state] if self.state != "fp32" else 0
-        return min(BUCKET, sum(math.prod(shape) for shape in shapes.values())) * (self.working + decoded)
+        decoded = 4 * len(self.slots) if self.state != "fp32" else 0
+        return min(BUCKET, sum(math.prod(shape) for shape in shapes.values())) * (decoded + max(self.working, stored_state.CODING[self.state]))
 
     def check_shapes(self, shapes: Mapping[str, Shape]) -> None:
         """Refuse to be asked for what would make no difference to parameters of these names and shapes.

@@ -39,8 +39,8 @@ def bytes_of(numel: int, asked: Precision) -> int:
             return numel + 4 * -(-numel // BLOCK)
 
 
-CODING: Mapping[Precision, int] = {"fp32": 0, "bf16": 24, "8bit": 16}
-"""Bytes a number, about, that :func:`encode` and :func:`decode` hold for a moment beside the decoded number itself."""
+CODING: Mapping[Precision, int] = {"fp32": 0, "bf16": 19, "8bit": 16}
+"""Bytes a number, about, that :func:`encode` and :func:`decode` hold for a moment beside the decoded numbers."""
 
 
 @functools.cache

@@ -158,6 +158,9 @@ class LowDimensional(Rule):
     has_rest = False
     """whether anything is done with S"""
 
+    copies: ClassVar[int] = 1
+    """how many tensors of a matrix's size, about, are worked with beside the directions, where nothing is done with S"""
+
     def rest(
         self, rest: torch.Tensor, reduced: torch.Tensor, direction: torch.Tensor, kind: Kind, state: dict[str, torch.Tensor]
     ) -> torch.Tensor:
@@ -196,7 +199,7 @@ class LowDimensional(Rule):
         numbers, short = math.prod(largest), min(largest)
         bucket = max(numbers, min(BUCKET, sum(math.prod(shape) for shape in split)))
         choosing = 4 * (3 * numbers + 4 * short**2) if self.choice == "svd" and self.kind(largest) in ("right", "left") else 0
-        moving = 4 * bucket + 4 * numbers * (3 if self.has_rest else 1)
+        moving = 4 * bucket + 4 * numbers * (4 if self.has_rest else self.copies)
         return max(choosing, moving, super().step_bytes({name: shape for name, shape in shapes.items() if not self.splits(name, shape)}))
 
     def check_shapes(self, shapes: Mapping[str, Shape]) -> None:

@@ -45,6 +45,8 @@ class GradNormLoRP(LowDimensional):
     weight_decay: float = 0.0
     """decoupled decay per unit of learning rate, at least 0"""
 
+    copies = 3
+
     def more_bytes(self, shape: Shape, reduced: int) -> int:
         return 4 * len(self.slots) * shape[0]
 

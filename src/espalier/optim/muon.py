@@ -59,7 +59,7 @@ class Muon:
     def step_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Bytes that a step holds beside gradients and state: of one matrix, the update, and what makes it orthogonal in bfloat16."""
         matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and BLOCK.search(name)]
-        return max((14 * math.prod(shape) + 6 * min(shape) ** 2 for shape in matrices), default=0)
+        return max((8 * math.prod(shape) + 4 * min(shape) ** 2 for shape in matrices), default=0)
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse parameters of which it would move none otherwise than AdamW.

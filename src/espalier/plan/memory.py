@@ -11,13 +11,13 @@ import torch
 from espalier.errors import EspalierError
 from espalier.memory import meter
 from espalier.memory.meter import format_bytes
-from espalier.plan.trace import Held, Traced, numbers
+from espalier.plan.trace import Held, Traced
 
-SPREAD = 2.0
-"""Bytes that the C allocator loses between blocks of many sizes, per byte of a step's working set: what it holds
-beside the activations that it keeps, that is, what it holds when it recomputes them (measured: ``benchmarks/budget.py``)."""
-LIBRARIES = 96 << 20
-"""Bytes that torch's CPU libraries take at their first use (thread pools, compiled kernels; measured)."""
+SPREAD = 0.36
+"""Bytes that the C allocator loses between blocks of many sizes, per byte of activations and logits (measured: ``benchmarks/budget.py``)."""
+LIBRARIES = 120 << 20
+"""Bytes that torch's CPU libraries take at their first use (thread pools, compiled kernels), and what of the heap is never given back
+(measured)."""
 MARGIN = 0.1
 """Share of what is predicted beside the import baseline that a budget keeps free (measured: ``benchmarks/budget.py``)."""
 DEFAULT_MICRO = 4096
@@ -94,19 +94,14 @@ class Around:
     exported: int = 0
 
 
-def predict(around: Around, traced: Traced, held: Held, working_set: int, on_cpu: bool = True) -> Phases:
-    """What each phase holds at its worst moment, by kind.
-
-    Args:
-        held: what forward and backward hold.
-        working_set: bytes that the step would hold if it recomputed its activations.
-    """
+def predict(around: Around, traced: Traced, held: Held, on_cpu: bool = True) -> Phases:
+    """What each phase holds at its worst moment, by kind; ``held`` is what forward and backward do."""
     whole = {"weights": traced.model, "trained": 4 * traced.trained}
     loading = traced.model + around.replaced
-    state, gradients = around.state, 4 * numbers(traced.moving)
-    spread = round(SPREAD * working_set if on_cpu else 0.1 * held.total)
+    state = around.state
+    spread = round(SPREAD * (held.activations + held.logits) if on_cpu else 0.1 * held.total)
     step = {"gradients": held.gradients, "activations": held.activations, "logits": held.logits, "buffers": spread}
-    update = {**whole, "gradients": gradients, "optimizer": state, "buffers": around.updating}
+    update = {**whole, "gradients": traced.gradients, "optimizer": state, "buffers": around.updating}
     moments: dict[str, list[dict[str, int]]] = {
         "data": [{"buffers": around.looking}] if around.looking else [],
         "load": [{"weights": loading, "buffers": around.converted}, {**whole, "weights": loading, "buffers": around.starting}],

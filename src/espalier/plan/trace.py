@@ -28,7 +28,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from espalier.anatomy.classification import classifies
-from espalier.attach.attachment import Attachment, attach, attach_updates, attachments, release_base, trainable_parameters
+from espalier.attach.attachment import (
+    Attachment,
+    attach,
+    attach_updates,
+    attachments,
+    release_base,
+    trainable_parameters,
+)
 from espalier.attach.coded import CodedWeight
 from espalier.attach.coded_base import quantize_base
 from espalier.attach.course import Course
@@ -159,6 +166,7 @@ class Traced:
 
     Args:
         moving: shapes of those that move at a time, at most.
+        gradients: bytes of all of them, when the optimizer is about to move what trains.
         held: of a step of one micro-batch; ``accumulated``: of one of several.
         exported: bytes of the tensors that are made to store what was trained.
     """
@@ -166,6 +174,7 @@ class Traced:
     model: int
     shapes: dict[str, tuple[int, ...]]
     moving: dict[str, tuple[int, ...]]
+    gradients: int
     held: Held
     accumulated: Held
     exported: int
@@ -250,15 +259,16 @@ def _trace(
         except (ValueError, KeyError) as error:
             what = "sequence classifier" if classifies(config) else "causal language model"
             raise EspalierError(f"transformers cannot make a {what} of this config: {error}") from error
+        coded: set[str] = set()
         if base_bits is not None:
             quantize_base(model, base_bits)
+            coded = {name.replace("espalier_base.", "") for name, module in model.named_modules() if isinstance(module, CodedWeight)}
         for number, updates in enumerate(over):
             attach_updates(model, updates, f"delta{number}")
         attach(model, method, **options, streams=Numberless)
         release_base(model)
         for task in tasks_of(model)[:1]:  # whichever: they are alike in size
             choose_task(model, task)
-        coded = {name.replace("espalier_base.", "") for name, module in model.named_modules() if isinstance(module, CodedWeight)}
         *_, attached = attachments(model).values()
         if coded and coded <= {name for name, slot in attached.slots.items() if slot.update().ignores_base}:
             raise EspalierError(
@@ -289,7 +299,8 @@ def _trace(
         gradients = {n for p in trained.values() if p.grad is not None and (n := ledger.number_of(p.grad)) is not None}
         held, accumulated = (ledger.worst(gradients, accumulating) for accumulating in (False, True))
         moved = {name: shape for name, shape in shapes.items() if id(trained[name]) in moving}
-        return Traced(total, shapes, moved, held, accumulated, _exported(attached, numbers(shapes)))
+        whole = sum(ledger.blocks[number].nbytes for number in gradients)
+        return Traced(total, shapes, moved, whole, held, accumulated, _exported(attached, numbers(shapes)))
 
 
 def _let_move(attached: Attachment) -> set[int]:

@@ -89,7 +89,7 @@ class Job:
         self._check_arguments()
         self._make_methods(method, options)
         # as the methods took them: "8" from a command line and 8 from Python are one value
-        self.given = {**arguments, **{key: self.hyperparameters[key] for key in options}}
+        self.given = {**arguments, **{key: self.hyperparameters[key] for key in self.chosen}}
         self.device = pick_device(self.a["device"])
         self.evaluations: dict[str, dict[str, Any]] = {}
         session.seed_everything(self.a["seed"], self.a["threads"])
@@ -129,6 +129,7 @@ class Job:
     def _make_methods(self, name: str, options: dict[str, Any]) -> None:
         infos = {"method": registry.find(name, registry.ATTACHED), "optimizer": registry.find(self.a["optimizer"], "optimizer")}
         given, self.spelt = registry.share_out(infos, options)
+        self.chosen = [self.spelt[part, key] for part, own in given.items() for key in own if (part, key) in self.spelt]
         self.optimizer_method = registry.make(self.a["optimizer"], "optimizer", **given["optimizer"])
         self.optimizer_method.state = self.a["state"]
         self.optimizer_method.check()
@@ -311,9 +312,9 @@ class Job:
             )  # fmt: skip
 
         def price(micro: int, recompute: bool, chunk: int) -> planning.Phases:
-            step, working = traced(micro, recompute, chunk), traced(micro, True, chunk).peak
+            step = traced(micro, recompute, chunk)
             held = step.held if micro >= a["batch_size"] * a["sequence_length"] else step.accumulated
-            return planning.predict(around, step, held, working, self.device.type == "cpu")
+            return planning.predict(around, step, held, self.device.type == "cpu")
 
         chunk = planning.default_chunk(self.config.vocab_size)
         choices = list(planning.candidates(a["batch_size"] * a["sequence_length"], a["sequence_length"], chunk, a))
