@@ -1,10 +1,10 @@
 """Is the memory plan true? Predicted and measured peaks of ``espalier tune`` over models, methods, optimizers and cuts.
 
-    python benchmarks/budget.py [--only WORD] [--again]
+    python benchmarks/budget.py [--only WORD] [--again | --predict]
 
 Each case is a fresh process; ``measured`` is its VmHWM. Both sides are shown without the import baseline, which that process measured
-itself. The constants of ``plan/memory.py`` come from this table. What was measured is kept by case and prediction code, so
-that the cases can be run a few at a time.
+itself. The constants of ``plan/memory.py`` come from this table. What was measured is kept by case, so that the cases can be run a few at
+a time; ``--predict`` takes the predictions anew from ``espalier plan``, which runs nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from common import RESULTS, machine, make_llama, table, write_result
 
@@ -55,10 +57,15 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-def measure(model: Path | str, out: Path, steps: int, **options: object) -> dict[str, object]:
+def measure(model: Path | str, out: Path, steps: int, **options: object) -> dict[str, Any]:
     """The result of one run in a process of its own."""
-    command = [sys.executable, "-m", "espalier", "tune", "--model", str(model), "--data", "stdlib:asyncio", "--out", str(out)]
-    command += ["--steps", str(steps), "--batch-size", "8", "--quiet", "--json", "--checkpoint-every", str(steps)]
+    data = ["--data", "stdlib:asyncio", "--out", str(out), "--steps", str(steps), "--checkpoint-every", str(steps)]
+    return of_espalier("tune", model, data, **options)
+
+
+def of_espalier(verb: str, model: Path | str, arguments: Sequence[str], **options: object) -> dict[str, Any]:
+    """What a verb gives, in a process of its own."""
+    command = [sys.executable, "-m", "espalier", verb, "--model", str(model), *arguments, "--batch-size", "8", "--quiet", "--json"]
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
         command += [flag] if value is True else [f"--no-{flag[2:]}"] if value is False else [flag, str(value)]
@@ -74,28 +81,29 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--again", action="store_true", help="also those that have been measured")
+    parser.add_argument("--predict", action="store_true", help="only predict, those that have been measured")
     arguments = parser.parse_args()
     path = RESULTS / "budget.json"
     known = {row["case"]: row for row in json.loads(path.read_text())["cases"]} if path.exists() and "cases" in json.loads(path.read_text()) else {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for number, (case, (name, options)) in enumerate(CASES.items()):
-            if arguments.only not in case or (case in known and not arguments.again):
+            if arguments.only not in case or (case in known) != (arguments.predict or (arguments.again and case in known)):
                 continue
             model: Path | str = "seedling"
             if name == LLAMA:
                 model = folder / "llama70m"
                 if not model.exists():
                     make_llama(model)
-            result = measure(model, folder / f"out{number}", arguments.steps, **options)
-            plan, mebi = result["plan"], 2**20
-            base = plan["baseline"]
-            row = {
-                "case": case, "baseline": round(base / mebi), "predicted": round((plan["predicted_peak"] - base) / mebi),
-                "measured": round((result["peak_memory"] - base) / mebi), "phases": {
-                    phase: {kind: round(n / mebi, 1) for kind, n in kinds.items() if n} for phase, kinds in plan["phases"].items()
-                },
-            }  # fmt: skip
+            mebi, row = 2**20, known.get(case, {})
+            if arguments.predict:
+                plan = of_espalier("plan", model, (), **options)
+            else:
+                result = measure(model, folder / f"out{number}", arguments.steps, **options)
+                plan = result["plan"]
+                row = {"baseline": round(plan["baseline"] / mebi), "measured": round((result["peak_memory"] - plan["baseline"]) / mebi)}
+            phases = {phase: {kind: round(n / mebi, 1) for kind, n in kinds.items() if n} for phase, kinds in plan["phases"].items()}
+            row = {"case": case, **row, "predicted": round((plan["predicted_peak"] - plan["baseline"]) / mebi), "phases": phases}
             row["ratio"] = round(row["measured"] / row["predicted"], 3)
             known[case] = row
             print({key: value for key, value in row.items() if key != "phases"}, row["phases"]["steady state"], file=sys.stderr, flush=True)

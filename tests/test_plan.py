@@ -17,6 +17,8 @@ from espalier import registry
 from espalier.attach import load
 from espalier.checkpoint.directory import resolve_model
 from espalier.errors import EspalierError
+from espalier.memory import rule as rule_module
+from espalier.memory import subspace
 from espalier.plan.memory import KINDS, PHASES
 from espalier.plan.trace import _Ledger
 
@@ -87,7 +89,7 @@ def test_tune_plans_what_plan_says_and_measures_it(model: str, text: Path, tmp_p
 def test_of_several_micro_batches_all_gradients_are_there_beside_the_activations(plan: Plan) -> None:
     """Of one, the last layer's activations are gone before the first layer's gradient comes."""
     one, several = (plan(method="full", batch_size=2, micro_batch_size=m, recompute=False, logits_chunk=64)["phases"]["steady state"] for m in (2, 1))
-    assert several["activations"] and several["gradients"] >= 4 * plan(method="full")["trained"] or several["activations"] == 0
+    assert (several["activations"] and several["gradients"] >= 4 * plan(method="full")["trained"]) or several["activations"] == 0
     assert one["gradients"] <= several["gradients"]
 
 
@@ -104,7 +106,7 @@ def test_a_budget_chooses_and_one_that_is_too_small_is_refused_as_tune_refuses_i
     free = plan(batch_size=64)
     tight = plan(batch_size=64, budget=f"{(free['needs'] + free['least']) // 2}B")
     assert tight["needs"] <= tight["budget"] and (tight["recompute"] or tight["micro_tokens"] < free["micro_tokens"])
-    with pytest.raises(EspalierError, match="--budget 64.0 MiB is too small: the least that would do is"):
+    with pytest.raises(EspalierError, match=r"--budget 64\.0 MiB is too small: the least that would do is"):
         plan(budget="64MiB")
 
 
@@ -122,7 +124,7 @@ def test_a_method_that_looks_at_the_data_is_planned_as_if_nothing_had_been_looke
     assert found["phases"]["data"]["buffers"] > 0 and found["phases"]["data"]["weights"] == 0
 
 
-SHAPES = {"layers.0.q.weight": (1024, 1536), "layers.0.k.weight": (2048, 1024), "layers.1.q.weight": (3072, 1024), "norm": (1024,), "embed": (6000, 1024)}
+SHAPES = {"layers.0.q.weight": (256, 384), "layers.0.k.weight": (512, 256), "layers.1.q.weight": (768, 256), "norm": (256,), "embed": (1500, 256)}
 
 
 def optimizers() -> list[Any]:
@@ -131,10 +133,14 @@ def optimizers() -> list[Any]:
 
 @pytest.mark.parametrize("state", ["fp32", "8bit"])
 @pytest.mark.parametrize("info", optimizers(), ids=lambda info: info.name)
-def test_what_an_optimizers_step_holds_for_a_moment_is_what_it_says(info: Any, state: str) -> None:
+def test_what_an_optimizers_step_holds_for_a_moment_is_what_it_says(info: Any, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors and slices a sixteenth as large as they are."""
+    bucket = rule_module.BUCKET >> 4
+    for module in (rule_module, subspace):
+        monkeypatch.setattr(module, "BUCKET", bucket)
     if info.name == "muon" and state != "fp32":
         pytest.skip("its state is fp32")
-    projected = {"every": 1, "staggered": False, "choice": "randomized"} if "choice" in {h.name for h in info.hyperparameters} else {}
+    projected = {"every": 1, "staggered": False, "choice": "randomized", "rank": 16} if "choice" in {h.name for h in info.hyperparameters} else {}
     rule = registry.make(info.name, "optimizer", **projected)
     rule.state = state
     parameters = {name: nn.Parameter(torch.ones(shape)) for name, shape in SHAPES.items()}
@@ -148,7 +154,7 @@ def test_what_an_optimizers_step_holds_for_a_moment_is_what_it_says(info: Any, s
             optimizer.step()
         measured = ledger.worst((), False).total  # of the second step, which makes no state
     said = rule.step_bytes(SHAPES)
-    assert measured <= 1.15 * said + MEBI and said <= 1.6 * measured + MEBI, f"{measured / MEBI:.1f} MiB measured, {said / MEBI:.1f} said"
+    assert measured <= 1.15 * said + MEBI / 16 and said <= 1.8 * measured + MEBI / 16, f"{measured / MEBI:.1f} MiB measured, {said / MEBI:.1f} said"
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -205,5 +211,5 @@ def test_ranks_of_frugal_stand_for_a_density() -> None:
 
 def test_a_parameter_that_is_not_contiguous_is_refused_when_the_optimizer_is_made() -> None:
     parameter = nn.Parameter(torch.zeros(4, 8).T)
-    with pytest.raises(EspalierError, match="the parameter layers.0.w is not contiguous"):
+    with pytest.raises(EspalierError, match=r"the parameter layers\.0\.w is not contiguous"):
         registry.make("lion", "optimizer").build({"layers.0.w": parameter}, 1e-3)

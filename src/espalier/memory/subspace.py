@@ -4,7 +4,8 @@ Four things make such an optimizer: how a matrix's gradient G is split into a pa
 rest S = G - up(R), which has none; what the rule that owns the state makes of R; what is done with S; and when the
 subspace is chosen anew. ``w <- w - lr (scale up(rule(R)) + rest(S) + decay w)``.
 
-State of a matrix beside the rule's slots, which have the shape of R: ``basis``, and how many steps it has ``taken``.
+State of a matrix beside the rule's slots, which have the shape of R: ``basis``, how many steps it has ``taken``, and how many subspaces
+were ``drawn``, which outlasts a state that is forgotten: what is drawn at random next is another one.
 Parameters that are not split (embeddings, head, norms) go by the rule as they are.
 """
 
@@ -262,8 +263,9 @@ class Projected(Ruled):
         if "basis" in state and taken % rule.every != self.offsets[name]:
             return
         old = state.get("basis")
-        place = (list(self.offsets).index(name), len(self.offsets))
-        state["basis"] = rule.basis(gradient, Stream(0, f"subspace of {name}").at(taken * gradient.numel()), taken // rule.every, place)
+        place, drawn = (list(self.offsets).index(name), len(self.offsets)), int(state.get("drawn", 0))
+        state["drawn"] = torch.tensor(float(drawn + 1))
+        state["basis"] = rule.basis(gradient, Stream(0, f"subspace of {name}").at(drawn * gradient.numel()), drawn, place)
         if old is None:
             return
         rule.forget(state)

@@ -312,9 +312,9 @@ class Job:
             )  # fmt: skip
 
         def price(micro: int, recompute: bool, chunk: int) -> planning.Phases:
-            step = traced(micro, recompute, chunk)
+            step, working = traced(micro, recompute, chunk), traced(micro, True, chunk).peak
             held = step.held if micro >= a["batch_size"] * a["sequence_length"] else step.accumulated
-            return planning.predict(around, step, held, self.device.type == "cpu")
+            return planning.predict(around, step, held, working, self.device.type == "cpu")
 
         chunk = planning.default_chunk(self.config.vocab_size)
         choices = list(planning.candidates(a["batch_size"] * a["sequence_length"], a["sequence_length"], chunk, a))
@@ -325,7 +325,7 @@ class Job:
         baseline, looking, starting = resident_memory(), 0, 0
         if self.request is not None:
             sequence = traced(a["sequence_length"], True, a["sequence_length"]).peak
-            looking, starting = self._statistics_bytes(self.request, round((1 + planning.SPREAD) * sequence))
+            looking, starting = self._statistics_bytes(self.request, round((1 + 2 * planning.SPREAD) * sequence))
         around = planning.Around(
             baseline, *self._load_bytes(first), starting, looking,
             state=self.optimizer_method.state_bytes(first.moving if self.method.forgets else first.shapes),
