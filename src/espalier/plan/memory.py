@@ -13,10 +13,10 @@ from espalier.memory import meter
 from espalier.memory.meter import format_bytes
 from espalier.plan.trace import Held, Traced
 
-SPREAD = 0.35
+SPREAD = 0.33
 """Bytes that the C allocator loses between blocks of many sizes, per byte of activations and logits, and of the step's working set: what it
 holds when it recomputes its activations, which comes and goes (measured: ``benchmarks/budget.py``)."""
-LIBRARIES = 112 << 20
+LIBRARIES = 108 << 20
 """Bytes that torch's CPU libraries take at their first use (thread pools, compiled kernels), and what of the heap is never given back
 (measured)."""
 MARGIN = 0.12
