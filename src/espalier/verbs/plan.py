@@ -76,7 +76,7 @@ def plan(
 
     new = architecture is not None
     arguments = {k: v for k, v in locals().items() if k not in ("options", "Job", "new")}
-    arguments |= {"method": method or ("full" if new else "lora"), "dtype": dtype or ("bf16" if new else None)}
+    arguments |= {"method": method or ("full" if new else "lora"), "dtype": dtype or ("bf16" if new else None), "full": full or ("rest" if new else None)}
     job = Job("plan", arguments, options, arguments["method"])
     job.read_model()
     if data is not None:
