@@ -1,28 +1,71 @@
-"""Is the memory plan true? Predicted and measured peaks of ``espalier tune`` over models, dtypes, methods and cuts.
+"""Is the memory plan true? Predicted and measured peaks of ``espalier tune`` over models, methods, optimizers and cuts.
 
-    python benchmarks/budget.py [--steps 6] [--quick]
+    python benchmarks/budget.py [--only WORD] [--again | --predict]
 
-Each row is a fresh process; ``measured`` is its VmHWM. The constants ``SPREAD`` and ``LIBRARIES`` of
-``plan/memory.py`` come from this table.
+Each case is a fresh process; ``measured`` is its VmHWM. Both sides are shown without the import baseline, which that process measured
+itself. The constants of ``plan/memory.py`` come from this table. What was measured is kept by case, so that the cases can be run a few at
+a time; ``--predict`` takes the predictions anew from ``espalier plan``, which runs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from common import machine, make_llama, table, write_result
+from common import RESULTS, machine, make_llama, table, write_result
+
+SEEDLING, LLAMA = "seedling, 4.7 M", "llama, 70 M"
+CASES: dict[str, tuple[str, dict[str, object]]] = {
+    f"{model}: {what}": (model, options)
+    for model, kinds in {
+        SEEDLING: {
+            "lora": {},
+            "lora, recomputing": {"recompute": True},
+            "lora, fp32": {"dtype": "fp32"},
+            "lora, micro-batches of 1": {"micro_batch_size": 1},
+            "full": {"method": "full"},
+            "full, fp32, recomputing": {"method": "full", "dtype": "fp32", "recompute": True},
+            "full, micro-batches of 1": {"method": "full", "micro_batch_size": 1},
+            "full, adamw in 8 bits": {"method": "full", "state": "8bit"},
+            "full, galore": {"method": "full", "optimizer": "galore", "rank": 32},
+            "lisa, frugal in 8 bits": {"method": "lisa", "optimizer": "frugal", "rank": 64, "state": "8bit"},
+        },
+        LLAMA: {
+            "lora": {"sequence_length": 256},
+            "lora, recomputing": {"sequence_length": 256, "recompute": True},
+            "lora, fp32": {"sequence_length": 256, "dtype": "fp32"},
+            "lora, base in 4 bits": {"sequence_length": 256, "base_bits": 4},
+            "full": {"sequence_length": 128, "method": "full"},
+            "full, micro-batches of 1": {"sequence_length": 128, "method": "full", "micro_batch_size": 1},
+            "full, fp32": {"sequence_length": 128, "method": "full", "dtype": "fp32"},
+            "full, adamw in 8 bits": {"sequence_length": 128, "method": "full", "state": "8bit"},
+            "full, lion in bf16": {"sequence_length": 128, "method": "full", "optimizer": "lion", "state": "bf16"},
+            "full, galore": {"sequence_length": 128, "method": "full", "optimizer": "galore", "rank": 64},
+            "full, frugal": {"sequence_length": 128, "method": "full", "optimizer": "frugal"},
+            "lisa": {"sequence_length": 128, "method": "lisa", "method_every": 1},
+            "lisa of attention and mlp": {"sequence_length": 128, "method": "lisa", "every": 1, "targets": "attention,mlp"},
+            "lisa, frugal in 8 bits": {"sequence_length": 128, "method": "lisa", "optimizer": "frugal", "rank": 64, "state": "8bit", "method_every": 1},
+        },
+    }.items()
+    for what, options in kinds.items()
+}
 
 
-def measure(model: Path, out: Path, steps: int, **options: object) -> dict[str, object]:
+def measure(model: Path | str, out: Path, steps: int, **options: object) -> dict[str, Any]:
     """The result of one run in a process of its own."""
-    command = [sys.executable, "-m", "espalier", "tune", "--model", str(model), "--data", "stdlib:asyncio", "--out", str(out)]
-    command += ["--steps", str(steps), "--batch-size", "8", "--quiet", "--json", "--checkpoint-every", "0"]
+    data = ["--data", "stdlib:asyncio", "--out", str(out), "--steps", str(steps), "--checkpoint-every", str(steps)]
+    return of_espalier("tune", model, data, **options)
+
+
+def of_espalier(verb: str, model: Path | str, arguments: Sequence[str], **options: object) -> dict[str, Any]:
+    """What a verb gives, in a process of its own."""
+    command = [sys.executable, "-m", "espalier", verb, "--model", str(model), *arguments, "--batch-size", "8", "--quiet", "--json"]
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
         command += [flag] if value is True else [f"--no-{flag[2:]}"] if value is False else [flag, str(value)]
@@ -33,30 +76,40 @@ def measure(model: Path, out: Path, steps: int, **options: object) -> dict[str, 
 
 
 def main() -> None:
-    """Run the matrix and print it."""
+    """Run the cases and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--quick", action="store_true", help="only the small model")
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--again", action="store_true", help="also those that have been measured")
+    parser.add_argument("--predict", action="store_true", help="only predict, those that have been measured")
     arguments = parser.parse_args()
-    rows = []
+    path = RESULTS / "budget.json"
+    known = {row["case"]: row for row in json.loads(path.read_text())["cases"]} if path.exists() and "cases" in json.loads(path.read_text()) else {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        models = {"seedling 4.7M": "seedling"}
-        if not arguments.quick:
-            models["llama 70M, 32k tokens"] = make_llama(folder / "llama70m")
-        cuts = [(1, False), (1, True), (4, False), (8, False), (8, True)]
-        cases = itertools.product(models.items(), ("bf16", "fp32"), ("lora", "full"), cuts)
-        for number, ((name, model), dtype, method, (micro, recompute)) in enumerate(cases):
-            result = measure(
-                model, folder / f"out{number}", arguments.steps, dtype=dtype, method=method, micro_batch_size=micro, recompute=recompute
-            )
-            predicted, measured = result["predicted_peak"] / 2**20, result["peak_memory"] / 2**20
-            parts = {k: v / 2**20 for k, v in result["plan"]["parts"].items()}
-            rows.append([name, dtype, method, micro * 512, recompute, round(predicted), round(measured), round(measured / predicted, 2)])
-            print(rows[-1], {k: round(v) for k, v in parts.items()}, file=sys.stderr, flush=True)
-    columns = ("model", "dtype", "method", "micro-batch tokens", "recompute", "predicted MiB", "measured MiB", "ratio")
-    print(table(columns, rows))
-    write_result("budget", {"machine": machine(), "columns": columns, "rows": rows})
+        for number, (case, (name, options)) in enumerate(CASES.items()):
+            if arguments.only not in case or (case in known) != (arguments.predict or (arguments.again and case in known)):
+                continue
+            model: Path | str = "seedling"
+            if name == LLAMA:
+                model = folder / "llama70m"
+                if not model.exists():
+                    make_llama(model)
+            mebi, row = 2**20, known.get(case, {})
+            if arguments.predict:
+                plan = of_espalier("plan", model, (), **options)
+            else:
+                result = measure(model, folder / f"out{number}", arguments.steps, **options)
+                plan = result["plan"]
+                row = {"baseline": round(plan["baseline"] / mebi), "measured": round((result["peak_memory"] - plan["baseline"]) / mebi)}
+            phases = {phase: {kind: round(n / mebi, 1) for kind, n in kinds.items() if n} for phase, kinds in plan["phases"].items()}
+            row = {"case": case, **row, "predicted": round((plan["predicted_peak"] - plan["baseline"]) / mebi), "phases": phases}
+            row["ratio"] = round(row["measured"] / row["predicted"], 3)
+            known[case] = row
+            print({key: value for key, value in row.items() if key != "phases"}, row["phases"]["steady state"], file=sys.stderr, flush=True)
+            write_result("budget", {"machine": machine(), "steps": arguments.steps, "cases": [known[case] for case in CASES if case in known]})
+    columns = ("case", "baseline", "predicted", "measured", "ratio")
+    print(table([*columns[:1], *(f"{column} MiB" for column in columns[1:4]), columns[4]], [[row[c] for c in columns] for row in known.values()]))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def delta(model: str, text: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_nothing_that_only_helps_loads_torch() -> None:
     check = "import sys, runpy; sys.argv = ['espalier'] + {arguments}\ntry: runpy.run_module('espalier')\nexcept SystemExit: pass\n"
     check += "assert not {{'torch', 'transformers', 'pydantic', 'numpy'}} & set(sys.modules)"
-    for arguments in (["--help"], ["tune", "--help"], ["methods"], ["methods", "--json"], ["pretrain", "--help"], ["--version"]):
+    for arguments in (["--help"], ["tune", "--help"], ["methods"], ["methods", "--json"], ["pretrain", "--help"], ["plan", "--help"], ["--version"]):
         subprocess.run([sys.executable, "-c", check.format(arguments=arguments).replace("{{", "{").replace("}}", "}")], check=True, capture_output=True)
     subprocess.run([sys.executable, "-c", "import espalier, sys; assert 'torch' not in sys.modules"], check=True)
 

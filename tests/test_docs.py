@@ -100,6 +100,7 @@ def test_every_verb_has_a_page_with_all_its_options_and_none_that_does_not_exist
     text = (ROOT / page).read_text(encoding="utf-8")
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
     of_methods = {h.name for info in registry.methods() for h in info.hyperparameters}
+    of_methods |= {f"{part}_{name}" for part in registry.PARTS for name in of_methods}
     own = {name: spelt for name, spelt in options(verb).items() if name not in of_methods}
     missing = [name for name, spelt in own.items() if not spelt <= named]
     assert not missing, f"{page} does not name the options {', '.join(missing)}"

@@ -119,7 +119,7 @@ def test_experts_are_planned_and_trained(family: str, targets: str, text: Path, 
     model = save_model(tmp_path / "model", family=family)
     result = run(model, text, tmp_path / "out", targets=targets, eval_data=[str(text)], steps=2)
     scores = result["evaluation"][str(text)]
-    assert scores["after"]["loss"] < scores["before"]["loss"] and result["plan"]["parts"]["trained"] == 4 * result["trained"]
+    assert scores["after"]["loss"] < scores["before"]["loss"] and result["plan"]["phases"]["steady state"]["trained"] == 4 * result["trained"]
 
 
 # metrics

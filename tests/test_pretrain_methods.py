@@ -46,7 +46,7 @@ def test_what_is_made_of_parts_is_saved_as_an_ordinary_model(method: str, option
     whole = sum(p.numel() for p in model.parameters())
     parts = sum(4 * sum(w.shape) + (w.numel() // 10 if method == "sltrain" else 0) for w in matrices(tmp_path / "out").values())
     assert result["method"] == method and result["trained"] == whole - sum(w.numel() for w in matrices(tmp_path / "out").values()) + parts
-    assert result["plan"]["parts"]["trained"] == 4 * result["trained"] and result["peak_memory"] < result["predicted_peak"]
+    assert result["plan"]["phases"]["steady state"]["trained"] == 4 * result["trained"]
     again = tune(str(tmp_path / "out"), str(text), str(tmp_path / "tuned"), steps=1, sequence_length=32, batch_size=2, eval_data=[str(text)], quiet=True)
     assert again["evaluation"][str(text)]["before"]["loss"] == pytest.approx(result["evaluation"][str(text)]["after"]["loss"], rel=1e-5)
     if method == "low-rank":

@@ -28,6 +28,7 @@ _WHERE = {
     "merge_search": "espalier.verbs.merge_search",
     "merge_match": "espalier.verbs.merge_match",
     "methods": "espalier.verbs.methods",
+    "plan": "espalier.verbs.plan",
     "pretrain": "espalier.verbs.pretrain",
     "revert": "espalier.verbs.revert",
     "tune": "espalier.verbs.tune",

@@ -340,6 +340,43 @@ def make(name: str, role: str | tuple[str, ...], **hyperparameters: Any) -> Any:
     return made
 
 
+PARTS = {"method": ATTACHED, "optimizer": ("optimizer",)}
+"""What a training run is made of: part to roles. An option that methods of both have is spelt with its part in front."""
+
+
+def share_out(
+    parts: Mapping[str, MethodInfo], options: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, Any]], dict[tuple[str, str], str]]:
+    """Give each part of a run the options that are its own.
+
+    Args:
+        parts: such as ``{"method": info, "optimizer": info}``.
+        options: by name; one that several have is qualified by the part, such as ``optimizer_rank``. One that only one has may be.
+
+    Returns:
+        The options of each part; and how every option of a part, (part, name), is spelt.
+
+    Raises:
+        EspalierError: for an option that several have and that is not qualified, and for one that none has.
+    """
+    owners: dict[str, list[str]] = {}
+    for part, info in parts.items():
+        for h in info.hyperparameters:
+            owners.setdefault(h.name, []).append(part)
+    spelt = {(part, name): name if len(of) == 1 else f"{part}_{name}" for name, of in owners.items() for part in of}
+    given: dict[str, dict[str, Any]] = {part: {} for part in parts}
+    for option, value in options.items():
+        part, _, name = option.partition("_")
+        if (part, name) in spelt:
+            given[part][name] = value
+        elif len(of := owners.get(option, [])) > 1:
+            meant = " or ".join(f"--{one}-{option.replace('_', '-')} for {parts[one].name}" for one in of)
+            raise EspalierError(f"--{option.replace('_', '-')} is an option of {' and of '.join(parts[one].name for one in of)}; give {meant}")
+        else:
+            given[of[0] if of else next(iter(parts))][option] = value
+    return given, spelt
+
+
 def make_below(above: Any, name: str, role: str, option: str = "rule") -> Any:
     """A method that another one stands on, which has an option for it.
 

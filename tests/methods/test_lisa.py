@@ -37,13 +37,13 @@ def test_over_many_draws_each_layer_is_active_gamma_of_l_of_the_time_and_never_t
     assert [active(other, step) for step in range(20)] != draws[:20]
 
 
-def run(steps: int, **options: Any) -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]], list[set[str]]]:
+def run(steps: int, rule: Any = None, **options: Any) -> tuple[torch.nn.Module, list[dict[str, torch.Tensor]], list[set[str]]]:
     """A model after some steps, its trained tensors after each, and which the optimizer has state of."""
     torch.manual_seed(0)
     model = tiny("llama", num_hidden_layers=4)
     attach(model, "lisa", **{"layers": 1, "every": 3, **options})
     parameters = trainable_parameters(model)
-    optimizer = build(registry.make("adamw", "optimizer").build, parameters, 0.01, {})
+    optimizer = build((rule or registry.make("adamw", "optimizer")).build, parameters, 0.01, {})
     course, seen, kept = Course(model, steps), [], []
     x = torch.arange(24).view(2, 12) % 60
     for step in range(steps):
@@ -86,3 +86,20 @@ def test_with_all_layers_it_is_full_tuning() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     assert all(torch.equal(a, b) for a, b in zip(seen[-1].values(), parameters.values(), strict=True))
+
+
+def test_a_block_that_moves_again_gets_another_random_subspace() -> None:
+    """The optimizer forgets its state, and not how many subspaces it drew: FRUGAL would train the same columns for ever."""
+    drawn: dict[int, list[tuple[int, ...]]] = {}
+    rule = registry.make("frugal", "optimizer", every=1000)
+    choose = type(rule).basis
+
+    def basis(gradient: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        made = choose(rule, gradient, *arguments)
+        drawn.setdefault(arguments[-1][0], []).append(tuple(sorted(made.tolist())))
+        return made
+
+    rule.basis = basis
+    run(30, rule)
+    again = [bases for bases in drawn.values() if len(bases) > 1]
+    assert again and all(len(set(bases)) == len(bases) for bases in again)

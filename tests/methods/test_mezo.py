@@ -21,7 +21,7 @@ from espalier.data.batches import Cursor
 from espalier.errors import EspalierError, NotFiniteError
 from espalier.memory.joined_optimizer import build
 from espalier.memory.zeroth_order import ZerothOrder
-from espalier.train import checkpoint, loop
+from espalier.train import checkpoint, steps
 from espalier.verbs.tune import tune
 
 SHAPES = {"model.layers.0.mlp.up_proj.weight": (24, 16), "model.norm.weight": (16,)}

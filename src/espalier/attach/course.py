@@ -97,7 +97,9 @@ class Course:
                     if id(parameter) in self._names:
                         parameter.requires_grad_(still.get(local) is not True)
                         if method.state_policy != "keep" and optimizer is not None and not parameter.requires_grad:
-                            optimizer.state.pop(parameter, None)
+                            state = optimizer.state.pop(parameter, {})
+                            if "drawn" in state:  # random numbers go on where they were
+                                optimizer.state[parameter] = {"drawn": state["drawn"]}
                 self._masks += [(getattr(part, local), mask) for local, mask in still.items() if isinstance(mask, torch.Tensor)]
 
     def _measured(self, measure: Callable[[], float]) -> float:

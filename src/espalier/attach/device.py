@@ -16,6 +16,8 @@ def pick_device(device: str | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=device).device
+        if (found := torch.empty(0, device=device).device).type == "meta":
+            raise RuntimeError("it has no numbers; give cpu or cuda")
+        return found
     except (RuntimeError, AssertionError) as error:
         raise EspalierError(f"--device is {device!r}: {str(error).splitlines()[0]}") from error

@@ -223,6 +223,11 @@ class Adapter(Method):
         """Which of the parameters that were asked for train; by default all. The same on every process, and for the planner."""
         return targets
 
+    def moving(self, targets: Sequence[Target]) -> Sequence[Target]:
+        """Which of the parameters that train move at a time, where :meth:`frozen` holds others whole; of several sets that do,
+        one that takes the most memory. For the planner; by default all."""
+        return targets
+
     def start(self, target: Target, weight: torch.Tensor, stream: Stream) -> Tensors:
         """The private tensors of one parameter.
 

@@ -11,7 +11,7 @@ from espalier.errors import EspalierError
 
 _WHOLE = (
     "wanted", "start_shared", "prepare", "task_names", "choose", "count", "count_shared", "optimizer_options", "check_run", "penalty",
-    "before_forward", "frozen", "before_step", "after_step", "reselect", "report", "finish", "check_without_gradients", "accepts", "selected", "start", "survey", "start_from", "gain",
+    "before_forward", "frozen", "before_step", "after_step", "reselect", "report", "finish", "check_without_gradients", "accepts", "selected", "moving", "start", "survey", "start_from", "gain",
     "bases", "update", "export", "companions", "accompany", "start_bound",
 )  # fmt: skip
 _FACTS = ("kept", "state_policy", "reads_gradients", "takes", "surveys_ranks", "by_task", "needs_base")

@@ -14,6 +14,7 @@ import click
 from espalier.errors import EspalierError, suggestion
 
 VERBS = {
+    "plan": "what a training job will need in memory, said before anything runs",
     "tune": "adapt a model to data within a memory budget",
     "pretrain": "train a model from raw text",
     "eval": "loss, perplexity and bits per byte, with or without deltas",

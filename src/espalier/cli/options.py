@@ -77,6 +77,11 @@ def _method_options(roles: tuple[str, ...], taken: set[str]) -> list[click.Optio
         if kind.startswith("Literal"):
             metavar = kind.removeprefix("Literal").replace("'", "").replace(", ", "|")
         options.append(click.Option([f"--{name.replace('_', '-')}", name], default=None, help=help, metavar=metavar))
+        parts = {part for part, of in registry.PARTS.items() for method, _ in owned if registry.find(method).role in of}
+        for part in sorted(parts) if len(parts) > 1 else ():
+            qualified = f"{part}_{name}"
+            help = f"--{name.replace('_', '-')} of the {part}, where method and optimizer both have it"
+            options.append(click.Option([f"--{qualified.replace('_', '-')}", qualified], default=None, help=help, metavar=metavar))
     return options
 
 

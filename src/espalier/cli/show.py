@@ -37,6 +37,28 @@ def training(result: dict[str, Any]) -> None:
         print(line)
 
 
+def planned(result: dict[str, Any]) -> None:
+    """A table of phases and kinds in MiB, and the settings."""
+    phases, peaks = result["phases"], result["peaks"]
+    kinds = [kind for kind in next(iter(phases.values())) if any(found[kind] for found in phases.values())]
+    print(" " * 12 + "".join(f"{phase:>14}" for phase in phases) + "   MiB")
+    for kind in kinds:
+        print(f"{kind:<12}" + "".join(f"{found[kind] / 2**20:>14,.1f}" for found in phases.values()))
+    print(f"{'together':<12}" + "".join(f"{peaks[phase] / 2**20:>14,.1f}" for phase in phases))
+    from espalier.memory.meter import format_bytes
+
+    activations = "recomputing" if result["recompute"] else "keeping"
+    print(
+        f"\n{result['method']}, {result['trained']:,} numbers train by {result['optimizer']} ({result['state']}); {result['batch_tokens']:,} tokens a step "
+        f"in micro-batches of {result['micro_tokens']:,}, {activations} activations, logits of {result['logits_chunk']:,} tokens at a time"
+    )
+    print(
+        f"predicted peak {format_bytes(result['predicted_peak'])} ({result['worst']}), of which {format_bytes(result['baseline'])} are imports; "
+        f"--budget {format_bytes(result['needs'])} allows it, {format_bytes(result['least'])} the leanest settings"
+    )
+    print(f"a checkpoint takes {format_bytes(result['checkpoint_bytes'])} on disk, and two are kept")
+
+
 def text(result: dict[str, Any]) -> None:
     """Prompt and completion."""
     print(result["prompt"] + result["completion"])

@@ -38,6 +38,7 @@ Turn = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Rule(abc.ABC):
     """An optimizer method. Subclasses are declared with ``@optimizer`` and give :attr:`slots` and :meth:`directions`."""
 
+    name: ClassVar[str]
     zeroth_order: ClassVar[bool] = False
     """Whether it needs losses and no gradients: ``step`` is then given a closure that evaluates the loss, several times."""
     slots: ClassVar[Mapping[str, bool]] = {}
@@ -47,6 +48,8 @@ class Rule(abc.ABC):
     weight_decay: float = 0.0
     scales_as: ClassVar[Literal["adam", "sgd"] | None] = "adam"
     """Whose rates its own follow as a model gets wider: Adam's, whose steps do not know how long gradients are, SGD's, or neither's."""
+    working: ClassVar[int] = 8
+    """bytes a number, about, that :meth:`directions` holds beside gradients and slots"""
 
     def check(self) -> None:
         """Refuse hyperparameters that make no sense.
@@ -109,6 +112,25 @@ class Rule(abc.ABC):
     def state_bytes(self, shapes: Mapping[str, Shape]) -> int:
         """Bytes of state for parameters of these names and shapes."""
         return len(self.slots) * sum(stored_state.bytes_of(math.prod(shape), self.state) for shape in shapes.values())
+
+
+    def step_bytes(self, shapes: Mapping[str, Shape]) -> int:
+        """Bytes that a step holds for a moment beside gradients and state, for parameters of these names and shapes."""
+        decoded = 4 * len(self.slots) if self.state != "fp32" else 0
+        return min(BUCKET, sum(math.prod(shape) for shape in shapes.values())) * (decoded + self.working)
+
+    def check_shapes(self, shapes: Mapping[str, Shape]) -> None:
+        """Refuse to be asked for what would make no difference to parameters of these names and shapes.
+
+        Raises:
+            EspalierError: saying what would.
+        """
+        largest = max((math.prod(shape) for shape in shapes.values()), default=0)
+        if self.state != "fp32" and largest < stored_state.SMALL:
+            raise EspalierError(
+                f"--state {self.state} is for tensors of {stored_state.SMALL:,} numbers or more; the largest that trains has {largest:,}: "
+                "take --state fp32, or a method or rank that trains more"
+            )
 
 
 @dataclass
@@ -191,6 +213,8 @@ class Ruled(torch.optim.Optimizer):
     def __init__(self, rule: Rule, groups: Sequence[tuple[Mapping[str, torch.nn.Parameter], float]], learning_rate: float) -> None:
         self.rule = rule
         self.names = {id(p): name for some, _ in groups for name, p in some.items()}
+        if odd := next((name for some, _ in groups for name, p in some.items() if not local(p).is_contiguous()), None):
+            raise EspalierError(f"the parameter {odd} is not contiguous, and its numbers are moved in slices of a line; make it so: p.data = p.data.contiguous()")
         super().__init__([{"params": list(some.values()), "weight_decay": decay} for some, decay in groups], {"lr": learning_rate})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

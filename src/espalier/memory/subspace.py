@@ -4,7 +4,8 @@ Four things make such an optimizer: how a matrix's gradient G is split into a pa
 rest S = G - up(R), which has none; what the rule that owns the state makes of R; what is done with S; and when the
 subspace is chosen anew. ``w <- w - lr (scale up(rule(R)) + rest(S) + decay w)``.
 
-State of a matrix beside the rule's slots, which have the shape of R: ``basis``, and how many steps it has ``taken``.
+State of a matrix beside the rule's slots, which have the shape of R: ``basis``, how many steps it has ``taken``, and how many subspaces
+were ``drawn``, which outlasts a state that is forgotten: what is drawn at random next is another one.
 Parameters that are not split (embeddings, head, norms) go by the rule as they are.
 """
 
@@ -13,16 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from espalier.anatomy.parameters import BLOCK
-from espalier.errors import at_least
+from espalier.errors import EspalierError, at_least
 from espalier.kernels.philox import Stream
 from espalier.kernels.sharded import like, local, whole
 from espalier.memory import stored_state
-from espalier.memory.rule import Part, Rule, Ruled, Shape, Tensors
+from espalier.memory.rule import BUCKET, Part, Rule, Ruled, Shape, Tensors
 
 Kind = Literal["right", "left", "columns", "rows", "entries", "whole"]
 """Where R is: G P, P^T G, some columns, rows or entries of G, or all of it or nothing."""
@@ -106,6 +107,7 @@ class LowDimensional(Rule):
     scales_as = None
     rule: str = "adamw"
     rank: int = 128
+    least_rank: ClassVar[int] = 1
     every: int = 200
     scale: float = 1.0
     choice: Choice = "svd"
@@ -115,8 +117,10 @@ class LowDimensional(Rule):
 
     def check(self) -> None:
         super().check()
-        at_least("rank", self.rank, 1)
+        at_least("rank", self.rank, self.least_rank)
         at_least("every", self.every, 1)
+        if not self.scale > 0:
+            raise EspalierError(f"scale is {self.scale}; it must be more than 0: what is in the subspace would not move, or move uphill")
         self.inner = self.standing_on(self.rule)
 
     def directions(self, gradients: Tensors, state: Mapping[str, Tensors], steps: Sequence[int]) -> Tensors:
@@ -157,6 +161,9 @@ class LowDimensional(Rule):
     has_rest = False
     """whether anything is done with S"""
 
+    copies: ClassVar[int] = 1
+    """how many tensors of a matrix's size, about, are worked with beside the directions, where nothing is done with S"""
+
     def adds_up(self) -> bool:
         """Whether parts of a gradient may be summed as what is seen of them: the subspace does not depend on the gradient, and
         nothing is done with the rest."""
@@ -190,6 +197,32 @@ class LowDimensional(Rule):
             total += sum(stored_state.bytes_of(numel, self.state) for _ in self.slots)
             total += {"right": 4 * shape[1] * size, "left": 4 * shape[0] * size, "whole": 0}.get(kind, 8 * size) + self.more_bytes(shape, numel)
         return total
+
+    def step_bytes(self, shapes: Mapping[str, Shape]) -> int:
+        """Bytes of a moment: the directions of a bucket, what one matrix is worked out in, or the choice of its subspace."""
+        split = [shape for name, shape in shapes.items() if self.splits(name, shape)]
+        if not split:
+            return super().step_bytes(shapes)
+        largest = max(split, key=math.prod)
+        numbers, short = math.prod(largest), min(largest)
+        bucket = max(numbers, min(BUCKET, sum(math.prod(shape) for shape in split)))
+        choosing = 4 * (3 * numbers + 4 * short**2) if self.choice == "svd" and self.kind(largest) in ("right", "left") else 0
+        moving = 4 * bucket + 4 * numbers * (4 if self.has_rest else self.copies)
+        return max(choosing, moving, super().step_bytes({name: shape for name, shape in shapes.items() if not self.splits(name, shape)}))
+
+    def check_shapes(self, shapes: Mapping[str, Shape]) -> None:
+        super().check_shapes(shapes)
+        matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and BLOCK.search(name)}
+        if not matrices:
+            raise EspalierError(
+                f"{self.name} is for the matrices of a model's blocks, and none trains; take --optimizer {self.rule}, or another method or --targets"
+            )
+        if not any(self.splits(name, shape) for name, shape in matrices.items()):
+            longest = max(min(shape) for shape in matrices.values())
+            raise EspalierError(
+                f"{self.name} projects to rank {self.rank}, and the shorter sides of all {len(matrices)} matrices that train have at most {longest}: "
+                f"it would be {self.rule}; take a lower rank (--optimizer-rank where the method has one too), or --optimizer {self.rule}"
+            )
 
     def more_bytes(self, shape: Shape, reduced: int) -> int:
         """Bytes of what else is kept of a matrix of which so many numbers are seen by the rule. Default: nothing."""
@@ -286,8 +319,9 @@ class Projected(Ruled):
         if "basis" in state and taken % rule.every != self.offsets[name]:
             return
         old = state.get("basis")
-        place = (list(self.offsets).index(name), len(self.offsets))
-        state["basis"] = rule.basis(gradient, Stream(0, f"subspace of {name}").at(taken * gradient.numel()), taken // rule.every, place)
+        place, drawn = (list(self.offsets).index(name), len(self.offsets)), int(state.get("drawn", 0))
+        state["drawn"] = torch.tensor(float(drawn + 1))
+        state["basis"] = rule.basis(gradient, Stream(0, f"subspace of {name}").at(drawn * gradient.numel()), drawn, place)
         if old is None:
             return
         rule.forget(state)

@@ -29,6 +29,7 @@ class AdaBelief(Rule):
     """decoupled decay per unit of learning rate, at least 0"""
 
     slots = {"exp_avg": True, "exp_avg_var": False}
+    working = 12
 
     def directions(self, gradients: Tensors, state: Mapping[str, Tensors], steps: Sequence[Any]) -> Tensors:
         means, variances = state["exp_avg"], state["exp_avg_var"]

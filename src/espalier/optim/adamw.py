@@ -78,6 +78,9 @@ class AdamW(Rule):
     def seeds(self, gradients: torch.Tensor, squares: torch.Tensor, steps: int) -> Mapping[str, torch.Tensor]:
         return {"exp_avg": (1 - self.beta1**steps) * gradients, "exp_avg_sq": (1 - self.beta2**steps) * squares}
 
+    def step_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        return 0 if self.state == "fp32" else super().step_bytes(shapes)
+
     def build(self, parameters: Mapping[str, torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
         if self.state != "fp32":
             return super().build(parameters, learning_rate)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from espalier.errors import at_least, within
+from espalier.errors import EspalierError, at_least, within
 from espalier.kernels.philox import Stream
 from espalier.memory.rule import Shape
 from espalier.memory.subspace import Choice, Kind, LowDimensional
@@ -25,6 +25,8 @@ class Frugal(LowDimensional):
 
     density: float = 0.25
     """share that has state, in [0, 1]; 0 is signSGD"""
+    rank: int = 0
+    """columns, rows or singular vectors of each matrix that have state, in the place of the density; 0: as the density says"""
     split: Literal["columns", "rows", "entries", "svd", "randomized", "random", "blocks"] = "columns"
     """what is chosen"""
     rest_rule: Literal["sign", "sgd", "none"] = "sign"
@@ -44,14 +46,18 @@ class Frugal(LowDimensional):
     weight_decay: float = 0.0
     """decoupled decay per unit of learning rate, at least 0"""
 
+    least_rank = 0
     moments = "reset"
     staggered = False
 
     def check(self) -> None:
         super().check()
         within("density", self.density, 0, 1)
+        if self.rank and self.split in ("entries", "blocks"):
+            raise EspalierError(f"rank is {self.rank}, which is of columns, rows or singular vectors; --split {self.split} takes --density")
         at_least("rest_scale", self.rest_scale, 0)
         self.has_rest = self.rest_rule != "none"
+        self.chooses_among_all = self.split == "blocks"
         self.choice: Choice = self.split if self.split in ("svd", "randomized") else "random"  # type: ignore[assignment]
 
     def kind(self, shape: Shape) -> Kind:
@@ -62,6 +68,8 @@ class Frugal(LowDimensional):
     def size(self, shape: Shape) -> int:
         rows, columns = shape
         of = {"columns": columns, "rows": rows, "entries": rows * columns}.get(self.split, min(shape))
+        if self.rank:
+            return min(self.rank, of)
         return int(self.density * of) if self.split in ("columns", "rows", "entries") else round(self.density * of)
 
     def state_bytes(self, shapes: Mapping[str, Shape]) -> int:

@@ -28,6 +28,8 @@ class GradNormLoRP(OnProjector):
     def adds_up(self) -> bool:
         return False  # there is a second sum, of the lengths' gradients
 
+    copies = 3
+
     def more_bytes(self, shape: Shape, reduced: int) -> int:
         return 4 * len(self.slots) * shape[0]
 

@@ -26,6 +26,7 @@ class Lion(Rule):
     """decoupled decay per unit of learning rate, at least 0"""
 
     slots = {"exp_avg": True}
+    working = 4
 
     def directions(self, gradients: Tensors, state: Mapping[str, Tensors], steps: Sequence[int]) -> Tensors:
         means = state["exp_avg"]

@@ -56,6 +56,20 @@ class Muon:
             parts.append(torch.optim.Muon(matrices.values(), lr=learning_rate, **options))
         return Joined(parts)
 
+    def step_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Bytes that a step holds beside gradients and state: of one matrix, the update, and what makes it orthogonal in bfloat16."""
+        matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and BLOCK.search(name)]
+        return max((8 * math.prod(shape) + 4 * min(shape) ** 2 for shape in matrices), default=0)
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse parameters of which it would move none otherwise than AdamW.
+
+        Raises:
+            EspalierError: saying what would.
+        """
+        if not any(len(shape) == 2 and BLOCK.search(name) for name, shape in shapes.items()):
+            raise EspalierError("muon is for the matrices of a model's blocks, and none trains; take --optimizer adamw, or another method or --targets")
+
     def state_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Bytes of state for parameters of these names and shapes."""
         return sum((4 if len(shape) == 2 and BLOCK.search(name) else 8) * math.prod(shape) for name, shape in shapes.items())

@@ -29,6 +29,8 @@ class NaturalGaLore(OnProjector):
         if not self.damping > 0:
             raise EspalierError(f"damping is {self.damping}; it must be more than 0")
 
+    copies = 2
+
     def more_bytes(self, shape: Shape, reduced: int) -> int:
         return 4 * self.history * reduced
 

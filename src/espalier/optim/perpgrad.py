@@ -36,6 +36,8 @@ class PerpGrad(Rule):
     weight_decay: float = 0.0
     """decoupled decay per unit of learning rate, at least 0"""
 
+    working = 12
+
     def check(self) -> None:
         super().check()
         at_least("most", self.most, 1)

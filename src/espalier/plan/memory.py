@@ -1,8 +1,8 @@
-"""Choosing micro-batch, recomputation and logits chunk so that a run stays inside its memory."""
+"""What a job holds in memory, by phase and kind; and the micro-batch, recomputation and logits chunk that fit a budget."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,74 +11,123 @@ import torch
 from espalier.errors import EspalierError
 from espalier.memory import meter
 from espalier.memory.meter import format_bytes
-from espalier.plan.trace import Traced
+from espalier.plan.trace import Held, Traced
 
-SPREAD = 2.0
-"""Bytes that the C allocator loses between blocks of many sizes, per byte of a step's working set: what it holds
-beside the activations that it keeps, that is, what it holds when it recomputes them (measured: ``benchmarks/budget.py``)."""
-LIBRARIES = 96 << 20
-"""Bytes that torch's CPU libraries take at their first use (thread pools, compiled kernels; measured)."""
+SPREAD = 0.33
+"""Bytes that the C allocator loses between blocks of many sizes, per byte of activations and logits, and of the step's working set: what it
+holds when it recomputes its activations, which comes and goes (measured: ``benchmarks/budget.py``)."""
+LIBRARIES = 108 << 20
+"""Bytes that torch's CPU libraries take at their first use (thread pools, compiled kernels), and what of the heap is never given back
+(measured)."""
 COMPILED = 128 << 20
 """Bytes that numba and its compiler take, which the coding of optimizer state and large draws of random numbers import (measured: 122 MiB)."""
-MOVING = 80 << 20
-"""Bytes of a step of an optimizer for what it works on at once: five times ``memory.rule.BUCKET`` in float32. Where parameters are moved
-after the backward pass, its activations are gone by then, and this is below the peak."""
-MARGIN = 0.1
-"""Share that is kept free: the peaks of ``benchmarks/budget.py`` lie up to 8 % above the rest of the prediction."""
+MARGIN = 0.12
+"""Share of what is predicted beside the import baseline that a budget keeps free (measured: ``benchmarks/budget.py``)."""
 DEFAULT_MICRO = 4096
 """Tokens of a micro-batch where no budget presses: more gain nothing on a CPU."""
+
+KINDS = ("libraries", "weights", "trained", "gradients", "optimizer", "activations", "logits", "buffers")
+"""``weights`` are the frozen ones, ``trained`` the numbers that train, ``optimizer`` its state, ``buffers`` all that is there for a moment:
+pages of files being converted, decoded state, what the allocator loses."""
+PHASES = ("data", "load", "first step", "steady state", "checkpoint", "export")
+"""``data``: what a method wants to know of them is found out, where it wants to; ``export``: the result is written."""
+
+Phases = dict[str, dict[str, int]]
+"""Phase to kind to bytes, at the phase's worst moment."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run's steps are cut, and the resident bytes that this should take at the worst moment."""
+    """How a run's steps are cut, and the resident bytes that this should take.
+
+    Args:
+        baseline: resident bytes of this process when nothing but imports had been done.
+        predicted_peak: at the worst moment of all phases, ``baseline`` included.
+    """
 
     micro_tokens: int
     recompute: bool
     logits_chunk: int
     predicted_peak: int
-    parts: dict[str, int]
+    baseline: int
+    phases: Phases
+
+    @property
+    def worst(self) -> str:
+        """The phase with the highest peak."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def needs(self) -> int:
+        """The least budget that allows it: the predicted peak, with the margin."""
+        return round(self.predicted_peak + MARGIN * (self.predicted_peak - self.baseline))
+
+    @property
+    def resident_between(self) -> int:
+        """Resident bytes above which the next micro-batch might pass the predicted peak, so that holes in the heap must be given up."""
+        step = self.phases["steady state"]
+        return self.needs - step["activations"] - step["logits"] - step["buffers"]
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def predict(
-    baseline: int, load: int, traced: Traced, working_set: int, optimizer: int, on_cpu: bool = True, statistics: int = 0
-) -> dict[str, int]:
-    """Bytes by kind.
+@dataclass(frozen=True)
+class Around:
+    """Bytes of a job beside its steps.
 
     Args:
-        baseline: resident bytes of this process before the model is loaded.
-        load: bytes that loading needs beside the model (file pages being converted).
-        working_set: bytes that the step would hold if it recomputed its activations.
-        optimizer: bytes of optimizer state.
-        statistics: bytes that looking at the data takes, before the model is loaded.
+        baseline: resident in this process before anything but imports was done.
+        replaced: of base values that training replaces, which are there until it begins.
+        converted: of pages of a file that are being converted.
+        starting: for making the starting values.
+        looking: for looking at the data, before the model is loaded.
+        state: of optimizer state, when all of it is there.
+        updating: that an optimizer's step holds beside gradients and state; during the backward pass where it ``moves_early``.
+        compiled: of compilers that are imported.
+        exported: made to store the result.
     """
-    step = traced.peak + SPREAD * working_set if on_cpu else 1.1 * traced.peak
-    looking = {"statistics": statistics} if statistics else {}
-    return {
-        "libraries": baseline + LIBRARIES,
-        "model": traced.model,
-        "trained": 4 * traced.trained,
-        "optimizer": optimizer,
-        "step": round(step),
-        "load": load,
-        **looking,
+
+    baseline: int
+    replaced: int = 0
+    converted: int = 0
+    starting: int = 0
+    looking: int = 0
+    state: int = 0
+    updating: int = 0
+    exported: int = 0
+    moves_early: bool = False
+    compiled: int = 0
+
+
+def predict(around: Around, traced: Traced, held: Held, working_set: int, on_cpu: bool = True) -> Phases:
+    """What each phase holds at its worst moment, by kind.
+
+    Args:
+        held: what forward and backward hold.
+        working_set: bytes that the step would hold if it recomputed its activations.
+    """
+    whole = {"weights": traced.model, "trained": 4 * traced.trained}
+    loading = traced.model + around.replaced
+    state = around.state
+    spread = round(SPREAD * (held.activations + held.logits + working_set) if on_cpu else 0.1 * held.total)
+    step = {"gradients": held.gradients, "activations": held.activations, "logits": held.logits, "buffers": spread + around.moves_early * around.updating}
+    update = {**whole, "gradients": traced.gradients, "optimizer": state, "buffers": around.updating}
+    moments: dict[str, list[dict[str, int]]] = {
+        "data": [{"buffers": around.looking}] if around.looking else [],
+        "load": [{"weights": loading, "buffers": around.converted}, {**whole, "weights": loading, "buffers": around.starting}],
+        "first step": [{**whole, **step}, update],
+        "steady state": [{**whole, "optimizer": state, **step}, update],
+        "checkpoint": [{**whole, "optimizer": state}],
+        "export": [{**whole, "buffers": around.exported}],
     }
-
-
-def peak_of(parts: dict[str, int]) -> int:
-    """The worst moment: looking at the data, loading, or a step once the optimizer has its state; with the margin."""
-    resident = parts["libraries"] + parts["model"]
-    looking = parts["libraries"] + parts.get("statistics", 0)
-    worst = max(looking, resident + parts["load"], resident + parts["trained"] + parts["optimizer"] + parts["step"])
-    return round(worst * (1 + MARGIN))
-
-
-def resident_between(budget: int, plan: Plan) -> int:
-    """Resident bytes above which the next micro-batch might not fit into the budget, so that holes in the heap must be given up."""
-    return round(budget / (1 + MARGIN)) - plan.parts["step"]
+    libraries = around.baseline + around.compiled + (LIBRARIES if on_cpu else 0)
+    made = {}
+    for phase, found in moments.items():
+        if found:
+            worst = max(found, key=lambda moment: sum(moment.values()))
+            made[phase] = dict.fromkeys(KINDS, 0) | worst | {"libraries": libraries}
+    return made
 
 
 def default_chunk(vocabulary: int) -> int:
@@ -109,30 +158,33 @@ def candidates(
 
 
 def choose(
-    budget: int,
-    what: str,
-    options: Iterator[tuple[int, bool, int]],
-    price: Callable[[int, bool, int], dict[str, int]],
-) -> Plan:
-    """The first option whose predicted peak fits into ``budget`` bytes, which an error calls ``what``.
+    budget: int, what: str, options: Sequence[tuple[int, bool, int]], baseline: int, price: Callable[[int, bool, int], Phases]
+) -> Plan:  # fmt: skip
+    """The first option whose predicted peak fits, with the margin, into ``budget`` bytes, which an error calls ``what``.
 
     Raises:
         EspalierError: when none does, naming the least that would.
     """
-    least: Plan | None = None
-    for micro, recompute, chunk in options:
-        parts = price(micro, recompute, chunk)
-        plan = Plan(micro, recompute, chunk, peak_of(parts), parts)
-        if plan.predicted_peak <= budget:
-            return plan
-        if least is None or plan.predicted_peak < least.predicted_peak:
-            least = plan
-    assert least is not None
+    tried = (plan_of(option, baseline, price) for option in options)
+    if (found := next((plan for plan in tried if plan.needs <= budget), None)) is not None:
+        return found
+    least = leanest(options, baseline, price)
     raise EspalierError(
-        f"{what} is too small: the least that would do is {format_bytes(least.predicted_peak)} "
+        f"{what} is too small: the least that would do is {format_bytes(least.needs)} "
         f"(micro-batches of {least.micro_tokens} tokens{', recomputation' if least.recompute else ''}, logits of "
         f"{least.logits_chunk} tokens at a time). Raise it, or lower --sequence-length"
     )
+
+
+def plan_of(option: tuple[int, bool, int], baseline: int, price: Callable[[int, bool, int], Phases]) -> Plan:
+    """The plan of one option: (micro_tokens, recompute, logits_chunk)."""
+    phases = price(*option)
+    return Plan(*option, max(sum(kinds.values()) for kinds in phases.values()), baseline, phases)
+
+
+def leanest(options: Sequence[tuple[int, bool, int]], baseline: int, price: Callable[[int, bool, int], Phases]) -> Plan:
+    """The plan that needs the least."""
+    return min((plan_of(option, baseline, price) for option in options), key=lambda plan: plan.needs)
 
 
 def available_memory(device: torch.device) -> int:

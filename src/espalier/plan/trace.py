@@ -13,18 +13,33 @@ import logging
 import math
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from espalier.anatomy.classification import classifies
-from espalier.attach.attachment import attach, attach_updates, release_base, trainable_parameters
+from espalier.attach.attachment import (
+    Attachment,
+    attach,
+    attach_updates,
+    attachments,
+    release_base,
+    trainable_parameters,
+)
+from espalier.attach.coded import CodedWeight
 from espalier.attach.coded_base import quantize_base
+from espalier.attach.course import Course
+from espalier.attach.method import Adapter
 from espalier.attach.tasks import choose_task, tasks_of
 from espalier.delta.forms import Update
 from espalier.errors import EspalierError
@@ -67,12 +82,36 @@ _STAND_INS = {
 """What runs in the place of operators that need numbers, or that fake tensors do not know well."""
 
 
-class _Ledger(TorchDispatchMode):
-    """Counts the bytes of storages that operators make, while they live; views of the tensors that are there are none."""
+@dataclass
+class _Block:
+    """A storage that an operator made: its bytes, when it was made and dropped, and whether it has a column for every token."""
 
-    def __init__(self, there: Iterable[torch.Tensor] = ()) -> None:
+    nbytes: int
+    born: int
+    is_logits: bool
+    died: int | None = None
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that a step holds at its worst moment, by kind."""
+
+    activations: int
+    logits: int
+    gradients: int
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.logits + self.gradients
+
+
+class _Ledger(TorchDispatchMode):
+    """Writes down the storages that operators make, and when they go; views of the tensors that are there are none."""
+
+    def __init__(self, there: Iterable[torch.Tensor] = (), vocabulary: int = 0) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.blocks: list[_Block] = []
+        self._clock, self._vocabulary = 0, vocabulary
         self._seen: dict[int, int] = {}
         self._there = [tensor.untyped_storage() for tensor in there]  # kept, so that no other gets their addresses
         self._known = {storage._cdata for storage in self._there}
@@ -83,13 +122,15 @@ class _Ledger(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._seen and key not in self._known:
-            self._seen[key] = storage.nbytes()
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
+            self._clock += 1
+            self._seen[key] = len(self.blocks)
+            self.blocks.append(_Block(storage.nbytes(), self._clock, tensor.ndim > 1 and tensor.shape[-1] == self._vocabulary))
             weakref.finalize(storage, self._drop, key)
 
     def _drop(self, key: int) -> None:
-        self.live -= self._seen.pop(key, 0)
+        self._clock += 1
+        if (number := self._seen.pop(key, None)) is not None:
+            self.blocks[number].died = self._clock
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = _STAND_INS.get(function, function)(*args, **(kwargs or {}))
@@ -97,22 +138,65 @@ class _Ledger(TorchDispatchMode):
             self._add(leaf)
         return result
 
+    def number_of(self, tensor: torch.Tensor) -> int | None:
+        """Which block a living tensor's storage is."""
+        return self._seen.get(tensor.untyped_storage()._cdata)
+
+    def worst(self, gradients: Collection[int], accumulating: bool) -> Held:
+        """The worst moment.
+
+        Args:
+            gradients: the blocks that are gradients of what is trained.
+            accumulating: whether all of these are there from the start, of a micro-batch before, and new ones are added to them.
+        """
+        whole = sum(self.blocks[number].nbytes for number in gradients) if accumulating else 0
+        now, worst = [0, 0, whole], Held(0, 0, whole)
+        events = [(block.born, 1, number) for number, block in enumerate(self.blocks)]
+        events += [(block.died, -1, number) for number, block in enumerate(self.blocks) if block.died is not None]
+        for _, sign, number in sorted(events):
+            block = self.blocks[number]
+            kind = 2 if number in gradients else int(block.is_logits)
+            now[kind] += sign * block.nbytes
+            if sum(now) > worst.total:
+                worst = Held(*now)
+            if accumulating and kind == 2:
+                now[kind] -= sign * block.nbytes
+        return worst
+
 
 @dataclass(frozen=True)
 class Traced:
-    """One training step: bytes of the frozen ``model``, shapes of what is trained by name, bytes at its ``peak``.
+    """One training step: bytes of the frozen ``model``, shapes of what is trained by name, and what forward and backward hold.
 
-    The peak is of what forward and backward allocate, gradients included; parameters and optimizer are not.
+    Args:
+        moving: shapes of those that move at a time, at most.
+        gradients: bytes of all of them, when the optimizer is about to move what trains.
+        held: of a step of one micro-batch; ``accumulated``: of one of several.
+        exported: bytes of the tensors that are made to store what was trained.
     """
 
     model: int
     shapes: dict[str, tuple[int, ...]]
-    peak: int
+    moving: dict[str, tuple[int, ...]]
+    gradients: int
+    held: Held
+    accumulated: Held
+    exported: int
 
     @property
     def trained(self) -> int:
         """How many numbers are trained."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        return numbers(self.shapes)
+
+    @property
+    def peak(self) -> int:
+        """Bytes that a step of one micro-batch allocates at its worst, gradients included; parameters and optimizer are not."""
+        return self.held.total
+
+
+def numbers(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How many numbers tensors of these shapes have."""
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
 @contextlib.contextmanager
@@ -140,6 +224,7 @@ def trace_step(
     base_bits: int | None = None,
     gradients: Gradients = "all",
     over: Sequence[Mapping[str, Update]] = (),
+    steps: int | None = None,
 ) -> Traced:
     """Run one step of ``tokens`` tokens without data, packed where the family can be, else padded, as classifiers are.
 
@@ -152,11 +237,13 @@ def trace_step(
         base_bits: of the codes that the frozen weights are kept as, if they are.
         gradients: how many of the step's are there at once.
         over: updates of the frozen deltas that the method stands on, innermost first.
+        steps: of the run, if that is known.
 
     Raises:
-        EspalierError: when transformers cannot make the model of the config.
+        EspalierError: when transformers cannot make the model of the config, the method cannot be put on it, or it cannot
+            do what it promises in so many steps.
     """
-    arguments = (config, method, options, dtype, tokens, sequence_length, recompute, chunk, base_bits, gradients, over)
+    arguments = (config, method, options, dtype, tokens, sequence_length, recompute, chunk, base_bits, gradients, over, steps)
     if classifies(config):
         return _trace(*arguments, padded=True)
     try:
@@ -167,7 +254,7 @@ def trace_step(
 
 def _trace(
     config: Any, method: Any, options: dict[str, Any], dtype: torch.dtype, tokens: int, sequence_length: int,
-    recompute: bool, chunk: int, base_bits: int | None, gradients: Gradients, over: Sequence[Mapping[str, Update]], padded: bool,
+    recompute: bool, chunk: int, base_bits: int | None, gradients: Gradients, over: Sequence[Mapping[str, Update]], steps: int | None, padded: bool,
 ) -> Traced:  # fmt: skip
     import transformers
 
@@ -178,16 +265,31 @@ def _trace(
         except (ValueError, KeyError) as error:
             what = "sequence classifier" if classifies(config) else "causal language model"
             raise EspalierError(f"transformers cannot make a {what} of this config: {error}") from error
+        coded: set[str] = set()
         if base_bits is not None:
             quantize_base(model, base_bits)
+            coded = {name.replace("espalier_base.", "") for name, module in model.named_modules() if isinstance(module, CodedWeight)}
         for number, updates in enumerate(over):
             attach_updates(model, updates, f"delta{number}")
         attach(model, method, **options, streams=Numberless)
         release_base(model)
         for task in tasks_of(model)[:1]:  # whichever: they are alike in size
             choose_task(model, task)
-        shapes = {name: tuple(p.shape) for name, p in trainable_parameters(model).items()}
-        frozen = [t for t in (*model.parameters(), *model.buffers()) if not (t.requires_grad or t.is_meta)]
+        *_, attached = attachments(model).values()
+        if coded and coded <= {name for name, slot in attached.slots.items() if slot.update().ignores_base}:
+            raise EspalierError(
+                f"--base-bits keeps frozen weights as codes, and {method.name} trains all {len(coded)} of these itself; leave it out, or take a "
+                "method that adds to frozen weights, such as lora"
+            )
+        trained = trainable_parameters(model)
+        if not trained:
+            raise EspalierError(f"{method.name} with these options trains nothing; give other --targets, or another share")
+        if steps is not None:
+            Course(model, steps).check()
+        moving = _let_move(attached)
+        shapes = {name: tuple(p.shape) for name, p in trained.items()}
+        theirs = {id(p) for p in trained.values()}
+        frozen = [t for t in (*model.parameters(), *model.buffers()) if not (id(t) in theirs or t.is_meta)]
         total = sum(t.numel() * t.element_size() for t in frozen)
         rows = max(1, tokens // sequence_length)
         shape = (rows, sequence_length) if padded else (1, tokens)
@@ -196,10 +298,38 @@ def _trace(
         if not padded:
             inputs = {"position_ids": ids, "segment_lengths": (sequence_length,) * rows}
         model.train()
-        ledger = _Ledger([*model.parameters(), *model.buffers()])
-        freeing = InBackward(trainable_parameters(model), lambda some: None) if gradients == "few" else contextlib.nullcontext()
+        ledger = _Ledger([*model.parameters(), *model.buffers()], config.vocab_size)
+        freeing = InBackward({name: p for name, p in trained.items() if p.requires_grad}, lambda some: None) if gradients == "few" else contextlib.nullcontext()
         with training_form(model, chunk=chunk, recompute=recompute, padded=padded), torch.set_grad_enabled(gradients != "none"), freeing, ledger:
             loss = model(input_ids=ids, targets=ids[:, 0] if classifies(config) else ids.reshape(-1), scale=1.0, **inputs)
             if gradients != "none":
                 loss.backward()
-    return Traced(total, shapes, ledger.peak)
+        there = {n for p in trained.values() if p.grad is not None and (n := ledger.number_of(p.grad)) is not None}
+        held, accumulated = (ledger.worst(there, accumulating) for accumulating in (False, True))
+        moved = {name: shape for name, shape in shapes.items() if id(trained[name]) in moving}
+        whole = sum(ledger.blocks[number].nbytes for number in there)
+        return Traced(total, shapes, moved, whole, held, accumulated, _exported(attached, numbers(shapes)))
+
+
+def _let_move(attached: Attachment) -> set[int]:
+    """Let only what moves at a time require gradients, as in the step that moves the most; the ids of these parameters."""
+    method = attached.method
+    if isinstance(method, Adapter):
+        moving = {target.name for target in method.moving(attached.targets)}
+        for target in attached.targets:
+            if target.name not in moving:
+                attached.slots[target.name].requires_grad_(False)
+    modules = [*attached.slots.values(), *attached.branches.values(), *([attached.pool] if attached.pool is not None else [])]
+    return {id(p) for module in modules for p in module.parameters() if p.requires_grad}
+
+
+def _exported(attached: Attachment, trained: int) -> int:
+    """Bytes that storing what was trained takes beside it; as much again where that depends on numbers."""
+    ledger = _Ledger([t for module in (*attached.slots.values(), *attached.branches.values()) for t in (*module.parameters(), *module.buffers())])
+    try:
+        with ledger:
+            kept = attached.updates(), attached.stored_branches()
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return 4 * trained
+    del kept
+    return ledger.worst((), False).total

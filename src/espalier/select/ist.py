@@ -117,6 +117,11 @@ class IST(Over):
             for part, strength in zip(parts, before, strict=True):
                 part.strength = strength
 
+    def moving(self, targets: Sequence[Target]) -> Sequence[Target]:
+        blocks = sorted({target.block for target in targets if target.block is not None})
+        lowest = blocks[: _share(self.active, blocks)] if blocks else []  # whose backward is the longest
+        return [target for target in super().moving(targets) if target.block is None or target.block in lowest]
+
     def frozen(self, part: Any, moment: Moment) -> Mapping[str, torch.Tensor | bool]:
         return super().frozen(part, moment) if getattr(part, "is_active", True) else dict.fromkeys(part._parameters, True)
 

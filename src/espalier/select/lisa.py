@@ -35,6 +35,10 @@ class LISA(WholeTensors):
         at_least("layers", self.layers, 1)
         at_least("every", self.every, 1)
 
+    def moving(self, targets: Sequence[Target]) -> Sequence[Target]:
+        blocks = sorted({target.block for target in targets if target.block is not None})[: self.layers]  # whose backward is the longest
+        return [target for target in targets if target.block is None or target.block in blocks]
+
     def survey(
         self, targets: Sequence[Target], weight: Callable[[Target], torch.Tensor], statistic: Callable[[str, str], torch.Tensor] | None
     ) -> Mapping[str, list[int]]:

@@ -66,6 +66,7 @@ from espalier.train import checkpoint, mup, session
 from espalier.train import fork as forks
 from espalier.train.laws import knee, step_law
 from espalier.train.loop import Settings
+from espalier.verbs._combinations import refuse
 from espalier.verbs._tasks import Classification, Language, Task, new_classifier
 
 if TYPE_CHECKING:
@@ -78,18 +79,20 @@ class Job:
     def __init__(self, verb: str, arguments: dict[str, Any], options: dict[str, Any], method: str) -> None:
         self.verb = verb
         arguments = {key: _plain(value) for key, value in arguments.items()}
-        arguments["learning_rate"] = _rate(arguments["learning_rate"])
+        arguments["learning_rate"] = _rate(arguments.get("learning_rate"))
         self.a = {
             "targets": None, "full": "rest" if verb == "pretrain" else None, "add_tokens": None, "dropout": 0.0, "floor": 0.0, "label_smoothing": 0.0, "model": None, "trainable": None, "base_bits": None,
-            "over": None, "fork": None, "mup": None, "keep_checkpoints": checkpoint.KEPT, "update_in_backward": False,
+            "over": None, "fork": None, "mup": None, "keep_checkpoints": checkpoint.KEPT, "update_in_backward": False, "loss": "cross_entropy", "reweight": None,
+            "reweight_temperature": 1.0, "out": None, "epochs": None, "warmup": 0.0, "cooldown": 1.0, "clip": 0.0, "eval_data": None, "eval_every": 0, "checkpoint_every": 0,
+            "threads": None, "resume": False, "quiet": False, "data": None,
             **arguments,
         }  # fmt: skip
-        self.display = Display(arguments["quiet"])
-        self.out = Path(arguments["out"])
+        self.display = Display(self.a["quiet"])
+        self.out = Path(self.a["out"] or ".")
         self._check_arguments()
         self._make_methods(method, options)
         # as the methods took them: "8" from a command line and 8 from Python are one value
-        self.given = {**arguments, **{key: self.hyperparameters[key] for key in options}}
+        self.given = {**arguments, **{key: self.hyperparameters[key] for key in self.chosen}}
         self.device = pick_device(self.a["device"])
         self.evaluations: dict[str, dict[str, Any]] = {}
         session.seed_everything(self.a["seed"], self.a["threads"])
@@ -131,22 +134,20 @@ class Job:
             raise EspalierError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: this version trains in one process; run it without torchrun")
 
     def _make_methods(self, name: str, options: dict[str, Any]) -> None:
-        registry.find(name, registry.ATTACHED), registry.find(self.a["optimizer"], "optimizer")
-        own = {h.name for h in registry.find(name, registry.ATTACHED).hyperparameters}
-        theirs = {h.name for h in registry.find(self.a["optimizer"], "optimizer").hyperparameters}
-        self.optimizer_method = registry.make(
-            self.a["optimizer"], "optimizer", **{k: v for k, v in options.items() if k in theirs and k not in own}
-        )
+        infos = {"method": registry.find(name, registry.ATTACHED), "optimizer": registry.find(self.a["optimizer"], "optimizer")}
+        given, self.spelt = registry.share_out(infos, options)
+        self.chosen = [self.spelt[part, key] for part, own in given.items() for key in own if (part, key) in self.spelt]
+        self.optimizer_method = registry.make(self.a["optimizer"], "optimizer", **given["optimizer"])
         self.optimizer_method.state = self.a["state"]
         self.optimizer_method.check()
-        self.method = registry.make(name, registry.ATTACHED, **{k: v for k, v in options.items() if k in own or k not in theirs})
+        self.method = registry.make(name, registry.ATTACHED, **given["method"])
         self._check_gradients()
-        self.hyperparameters = {key: _plain(getattr(self.optimizer_method, key)) for key in sorted(theirs)}
-        self.hyperparameters |= {key: _plain(getattr(self.method, key)) for key in sorted(own)}
-        self._own = own
+        made = {"method": self.method, "optimizer": self.optimizer_method}
+        self.hyperparameters = {spelt: _plain(getattr(made[part], key)) for (part, key), spelt in sorted(self.spelt.items())}
         self.a["targets"] = self.a["targets"] or self.method.targets
         if self.a["learning_rate"] is None:
             self.a["learning_rate"] = self.method.learning_rate
+        refuse(self.method, self.optimizer_method)
 
     def _check_gradients(self) -> None:
         """How many of a step's gradients are there at once, and what cannot be had without all of them.
@@ -189,46 +190,59 @@ class Job:
 
     # -- data
 
-    def read_data(self) -> None:
-        """Tokenizer, config and token stores."""
+    def read_model(self) -> None:
+        """What a model is: config, the deltas that are trained over, and new tokens; no weights."""
         a = self.a
         self.directory: ModelDirectory | None = None
         if a["model"] is not None:
             if a.get("architecture"):
                 raise EspalierError("give --model or --architecture, not both")
             self.directory = ModelDirectory(resolve_model(a["model"]))
-            tokenizer_at, config_at = a.get("tokenizer") or a["model"], self.directory.path
+            self.tokenizer_at, self.config_at = a.get("tokenizer") or a["model"], self.directory.path
         else:
-            if not (a.get("architecture") and a.get("tokenizer")):
+            if not (a.get("architecture") and (a.get("tokenizer") or self.verb == "plan")):
                 raise EspalierError("give --model DIR to go on from, or --architecture config.json and --tokenizer DIR to begin")
-            tokenizer_at, config_at = a["tokenizer"], Path(a["architecture"])
-        self.config = _config(config_at)
-        self.widths = self._widths(config_at) if a["mup"] is not None else None
+            self.tokenizer_at, self.config_at = a.get("tokenizer"), Path(a["architecture"])
+        self.config = _config(self.config_at)
+        self.widths = self._widths(self.config_at) if a["mup"] is not None else None
         self.over = [self._below(Path(folder)) for folder in a["over"] or ()]
         if a["trainable"] is not None and not self.method.by_task:  # how much that trains, the data decide too
-            self._fit_method(parse_numbers(a["trainable"]), config_at)
-        self.tokenizer = load_tokenizer(tokenizer_at)
+            self._fit_method(parse_numbers(a["trainable"]), self.config_at)
+        taken = self.method.positions() if isinstance(self.method, Branch) else 0
+        a["sequence_length"] = session.fitting_length(a["sequence_length"], self.config, taken)
+        self.full: list[str] = a["full"].split(",") if a["full"] else []
+        self.new_tokens: list[int] = []
+        if self.verb != "plan" or a["data"] or a["add_tokens"]:
+            self._read_tokenizer()
+
+    def _read_tokenizer(self) -> None:
+        a = self.a
+        if self.tokenizer_at is None:
+            raise EspalierError("what --data or --add-tokens need is a tokenizer; give --tokenizer DIR")
+        self.tokenizer = load_tokenizer(self.tokenizer_at)
         known = len(self.tokenizer)
         self.new_tokens = _add_tokens(self.tokenizer, a["add_tokens"]) if a["add_tokens"] else []
         self.encoder = Encoder(self.tokenizer)
-        taken = self.method.positions() if isinstance(self.method, Branch) else 0
-        a["sequence_length"] = session.fitting_length(a["sequence_length"], self.config, taken)
         if known > self.config.vocab_size:
-            raise EspalierError(f"the tokenizer in {tokenizer_at} has {known} tokens, the model {self.config.vocab_size}")
+            raise EspalierError(f"the tokenizer in {self.tokenizer_at} has {known} tokens, the model {self.config.vocab_size}")
         if self.new_tokens:
             self.config.vocab_size = max(self.config.vocab_size, len(self.tokenizer))
+
+    def read_data(self) -> None:
+        """Token stores, and what they decide of model and method."""
+        a = self.a
         self.store = self._open(a["data"])
         self.eval_stores = {name: self._open(name) for name in a["eval_data"] or ()}
         if self.method.by_task:
             self._take_tasks()
             if a["trainable"] is not None:
-                self._fit_method(parse_numbers(a["trainable"]), config_at)
+                self._fit_method(parse_numbers(a["trainable"]), self.config_at)
         self._choose_task()
         self.order = self.task.order(self.store, a["sequence_length"], a["seed"])
         if a["steps"] is None:
             a["steps"] = math.ceil((a["epochs"] or 1.0) * self.order.steps_of_epoch(a["batch_size"] * a["sequence_length"]))
         if a["learning_rate"] == "auto":
-            self._take_advice(config_at)
+            self._take_advice(self.config_at)
         self.fork = self._take_fork() if a["fork"] is not None else None
 
     def _take_fork(self) -> forks.Fork | None:
@@ -317,8 +331,9 @@ class Job:
         if not self.method.task_names() and self.store.tasks:
             if odd := next((name for name in self.store.tasks if "," in name), None):
                 raise EspalierError(f"--data {self.a['data']} has a task {odd!r}; the name of a task must have no comma")
-            self.hyperparameters["tasks"] = ",".join(self.store.tasks)
-            self.method = registry.make(self.method.name, registry.ATTACHED, **{key: self.hyperparameters[key] for key in self._own})
+            self.hyperparameters[self.spelt["method", "tasks"]] = ",".join(self.store.tasks)
+            own = {key: self.hyperparameters[spelt] for (part, key), spelt in self.spelt.items() if part == "method"}
+            self.method = registry.make(self.method.name, registry.ATTACHED, **own)
         known = list(self.method.task_names())
         for name, store in {self.a["data"]: self.store, **self.eval_stores}.items():
             if len(known) > 1 and not store.tasks:
@@ -329,7 +344,6 @@ class Job:
     def _choose_task(self) -> None:
         """Labels are classified, and the head that does it trains whole; anything else is text."""
         self.task: Task = Language(self.encoder)
-        self.full: list[str] = self.a["full"].split(",") if self.a["full"] else []
         self.new_head: list[str] = []
         for name, store in {self.a["data"]: self.store, **self.eval_stores}.items():
             if (store.kind == "label") != (self.store.kind == "label"):
@@ -348,12 +362,13 @@ class Job:
 
     def _fit_method(self, numbers: int, config_at: Path) -> None:
         """Make the method as large as ``--trainable`` allows."""
-        if self.method.size in self.given:
-            raise EspalierError(f"give --{self.method.size} or --trainable, not both")
+        size = self.spelt.get(("method", self.method.size), "")
+        if size in self.given:
+            raise EspalierError(f"give --{size.replace('_', '-')} or --trainable, not both")
         targets = targets_of(empty_model(config_at), self.method, self.a["targets"])
         self.method = fit(self.method, targets, numbers)
         value, count = getattr(self.method, self.method.size), trained(self.method, targets)
-        self.hyperparameters[self.method.size] = value
+        self.hyperparameters[size] = value
         self.display.note(f"--trainable {self.a['trainable']}: {self.method.size} {value} trains {count:,} numbers")
 
     def _open(self, data: str) -> TokenStore:
@@ -380,46 +395,52 @@ class Job:
             return trace_step(
                 self.config, self.method, options, dtype=self.dtype, tokens=micro,
                 sequence_length=a["sequence_length"], recompute=recompute, chunk=chunk, base_bits=a["base_bits"],
-                gradients=self.gradients, over=[dict(delta.updates) for delta in self.over],
+                gradients=self.gradients, over=[dict(delta.updates) for delta in self.over], steps=a["steps"],
             )  # fmt: skip
 
-        def price(micro: int, recompute: bool, chunk: int) -> dict[str, int]:
+        def price(micro: int, recompute: bool, chunk: int) -> planning.Phases:
             step, working = traced(micro, recompute, chunk), traced(micro, True, chunk).peak
-            state = self.optimizer_method.state_bytes(step.shapes)
-            load = self._load_bytes(step, starting)
-            parts = planning.predict(resident_memory(), load, step, working, state, self.device.type == "cpu", looking)
-            if self.device.type == "cpu" and step.trained >= 1 << 16 and (a["state"] != "fp32" or self.gradients == "none"):
-                parts["libraries"] += planning.COMPILED
-            if self.gradients != "all":
-                parts["step"] += min(planning.MOVING, 20 * step.trained)
-            return parts
-
-        self.request = self._request()
-        looking, starting = 0, 0
-        if self.request is not None:
-            sequence = traced(a["sequence_length"], True, a["sequence_length"]).peak
-            looking, starting = self._statistics_bytes(self.request, round((1 + planning.SPREAD) * sequence))
+            held = step.held if micro >= a["batch_size"] * a["sequence_length"] else step.accumulated
+            return planning.predict(around, step, held, working, self.device.type == "cpu")
 
         chunk = planning.default_chunk(self.config.vocab_size)
-        choices = planning.candidates(a["batch_size"] * a["sequence_length"], a["sequence_length"], chunk, a)
-        bound = self.budget or round(0.8 * planning.available_memory(self.device))
+        choices = list(planning.candidates(a["batch_size"] * a["sequence_length"], a["sequence_length"], chunk, a))
+        self.request = self._request()
+        first = traced(*choices[0])  # which imports what the model needs
+        self.optimizer_method.check_shapes(first.shapes)
+        self.traced = first
+        baseline, looking, starting = resident_memory(), 0, 0
+        if self.request is not None:
+            sequence = traced(a["sequence_length"], True, a["sequence_length"]).peak
+            looking, starting = self._statistics_bytes(self.request, round((1 + 2 * planning.SPREAD) * sequence))
+        compiles = self.device.type == "cpu" and first.trained >= 1 << 16 and (a["state"] != "fp32" or self.gradients == "none")
+        around = planning.Around(
+            baseline, *self._load_bytes(first), starting, looking,
+            state=self.optimizer_method.state_bytes(first.moving if self.method.state_policy != "keep" else first.shapes),
+            updating=self.optimizer_method.step_bytes(first.moving), exported=first.exported, moves_early=self.gradients != "all",
+            compiled=planning.COMPILED if compiles else 0,
+        )  # fmt: skip
+        bound = self.budget or (1 << 62 if self.verb == "plan" else round(0.8 * planning.available_memory(self.device)))
         what = f"--budget {format_bytes(bound)}" if self.budget else f"80 % of the free memory ({format_bytes(bound)})"
-        self.plan = planning.choose(bound, what, choices, price)
+        self.plan = planning.choose(bound, what, choices, baseline, price)
+        if self.verb == "plan":
+            self.least = planning.leanest(choices[-1:], baseline, price)
         a["micro_batch_size"] = self.plan.micro_tokens // a["sequence_length"]
         a["recompute"], a["logits_chunk"] = self.plan.recompute, self.plan.logits_chunk
-        self._say_plan()
+        if self.verb != "plan":
+            self._say_plan()
 
-    def _load_bytes(self, traced: Traced, starting: int) -> int:
-        """What loading needs beside the frozen model: pages of a file that is converted, values that training replaces; or
-        the starting values, with what it takes to make them."""
+    def _load_bytes(self, traced: Traced) -> tuple[int, int]:
+        """What loading needs beside the frozen model: values that training replaces, and pages of a file that is converted."""
         size = torch.empty(0, dtype=self.dtype).element_size()
-        whole = sum(math.prod(self.directory.info(n).shape) for n in self.directory) * size if self.directory else 4 * self._random_numbers
-        converted = 0
+        whole, converted = 0, 0
+        if self.directory is None:  # a new model begins in float32
+            whole, converted = size * self._random_numbers, max(0, 4 - size) * self._random_numbers
         if self.directory:
+            whole = sum(math.prod(self.directory.info(n).shape) for n in self.directory) * size
             converted = sum(i.nbytes for n in self.directory if (i := self.directory.info(n)).dtype != dtype_name(self.dtype))
         # pages of a mapped file are dropped together, when all that is to be coded is
-        beside = whole if self.a["base_bits"] and self.device.type == "cpu" else max(0, whole - traced.model)
-        return beside + max(converted, 4 * traced.trained + starting)
+        return whole if self.a["base_bits"] and self.device.type == "cpu" else max(0, whole - traced.model), converted
 
     @functools.cached_property
     def _random_numbers(self) -> int:
@@ -440,12 +461,23 @@ class Job:
         p, a = self.plan, self.a
         micro = f"micro-batches of {p.micro_tokens:,} tokens, {'recomputing' if p.recompute else 'keeping'} activations"
         limit = f" of the {format_bytes(self.budget)} allowed" if self.budget else ""
+        steps = f"{a['steps']:,} steps" if a["steps"] else "steps"
         self.display.note(
-            f"plan: {a['steps']:,} steps of {a['batch_size'] * a['sequence_length']:,} tokens in {micro}, logits of "
+            f"plan: {steps} of {a['batch_size'] * a['sequence_length']:,} tokens in {micro}, logits of "
             f"{p.logits_chunk} tokens at a time; predicted peak {format_bytes(p.predicted_peak)}{limit}"
         )
-        kinds = ", ".join(f"{name} {format_bytes(n)}" for name, n in p.parts.items())
-        self.display.note(f"      ({kinds})")
+        kinds = ", ".join(f"{name} {format_bytes(n)}" for name, n in p.phases[p.worst].items() if n)
+        self.display.note(f"      ({p.worst}: {kinds})")
+
+    def prediction(self) -> dict[str, Any]:
+        """The plan as ``espalier plan`` gives it."""
+        state, size = self.optimizer_method.state_bytes(self.traced.shapes), 4 * self.traced.trained
+        return {
+            "model": self.a["model"] or self.a["architecture"], "method": self.method.name, "optimizer": self.a["optimizer"], "state": self.a["state"],
+            "dtype": self.a["dtype"], "trained": self.traced.trained, "batch_tokens": self.a["batch_size"] * self.a["sequence_length"],
+            "budget": self.budget, "needs": self.plan.needs, "least": self.least.needs, **self.plan.as_json(), "worst": self.plan.worst,
+            "peaks": {phase: sum(kinds.values()) for phase, kinds in self.plan.phases.items()}, "checkpoint_bytes": size + state,
+        }  # fmt: skip
 
     # -- model
 
@@ -525,7 +557,7 @@ class Job:
         if self.directory is None:
             raise EspalierError(f"{self.method.name} starts from statistics of the data in a trained model; give --model")
         return Request.of(
-            model=self.directory.fingerprint(), data=self.store.digest, want=parse_want(wanted.statistics), targets=wanted.targets or a["targets"],
+            model=self.directory.fingerprint(), data=self.store.digest if self.a["data"] else "", want=parse_want(wanted.statistics), targets=wanted.targets or a["targets"],
             tokens=wanted.tokens, dtype=self.dtype, rank=wanted.rank, seed=a["seed"], sequence_length=a["sequence_length"],
         )  # fmt: skip
 
@@ -559,7 +591,7 @@ class Job:
             loss=a["loss"], reweight=a["reweight"], reweight_temperature=a["reweight_temperature"], checkpoint_every=a["checkpoint_every"],
             keep_checkpoints=a["keep_checkpoints"], evaluate_every=a["eval_every"],
             padded=self.padded, pad_token=self.task.pad_token, in_backward=a["update_in_backward"],
-            resident_between=planning.resident_between(self.budget, self.plan) if self.budget else 0,
+            resident_between=self.plan.resident_between if self.budget else 0,
         )  # fmt: skip
         parameters = trainable_parameters(self.model)
         course = Course(self.model, a["steps"])
@@ -632,14 +664,15 @@ class Job:
             "steps": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 3),
             "tokens_per_second": round(state.tokens / max(state.seconds, 1e-9), 1),
             "first_loss": losses[0] if losses else None, "final_loss": sum(tail) / len(tail) if tail else None,
-            "peak_memory": peak, "predicted_peak": self.plan.predicted_peak, "budget": self.budget,
+            "peak_memory": peak, "predicted_peak": self.plan.predicted_peak, "import_baseline": self.plan.baseline, "budget": self.budget,
             "evaluation": self.evaluations, "plan": self.plan.as_json(), **({"course": self.found} if self.found else {}),
         }  # fmt: skip
         write_text(self.out / "run" / "result.json", json.dumps(result, indent=1) + "\n")
-        over = peak / self.plan.predicted_peak
+        baseline = self.plan.baseline
+        net, predicted = peak - baseline, self.plan.predicted_peak - baseline
         self.display.note(
-            f"peak memory {format_bytes(peak)}, predicted {format_bytes(self.plan.predicted_peak)} ({over:.0%} of it); "
-            f"{result['tokens_per_second']:,.0f} tokens/s"
+            f"peak memory {format_bytes(peak)}, predicted {format_bytes(self.plan.predicted_peak)}; without the {format_bytes(baseline)} of imports "
+            f"{format_bytes(net)}, predicted {format_bytes(predicted)} ({net / predicted:.0%} of it); {result['tokens_per_second']:,.0f} tokens/s"
         )
         return result
 

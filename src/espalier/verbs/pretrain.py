@@ -106,6 +106,7 @@ def pretrain(
     job = Job("pretrain", {k: v for k, v in locals().items() if k not in ("options", "Job", "registry")}, options, method)
     if (finished := job.finished()) is not None:
         return finished
+    job.read_model()
     job.read_data()
     job.make_plan()
     job.load_model()
