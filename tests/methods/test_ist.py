@@ -237,8 +237,8 @@ def test_what_it_cannot_do_is_refused() -> None:
         Course(model, 100).begin(10)
     with pytest.raises(EspalierError, match="inner is 'ist', which is itself over another method"):
         attach(tiny("llama"), "ist", inner="ist")
-    with pytest.raises(EspalierError, match="no adapter is called 'lara'; did you mean 'lora'"):
-        attach(tiny("llama"), "ist", inner="lara")
+    with pytest.raises(EspalierError, match="no adapter is called 'lorra'; did you mean 'lora'"):
+        attach(tiny("llama"), "ist", inner="lorra")
     with pytest.raises(EspalierError, match="trials is 1"):
         attach(tiny("llama"), "ist", trials=1)
     with pytest.raises(EspalierError, match="rank is 0"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from espalier.errors import EspalierError, at_least
+from espalier.memory import zeroth_order
 from espalier.memory.rule import Rule, Tensors
 from espalier.memory.zeroth_order import ZerothOrder
 from espalier.registry import optimizer
@@ -37,6 +39,7 @@ class MeZO(Rule):
     """decoupled decay per unit of learning rate, at least 0"""
 
     zeroth_order = True
+    working = 12
 
     def check(self) -> None:
         super().check()
@@ -44,6 +47,10 @@ class MeZO(Rule):
             raise EspalierError(f"perturbation is {self.perturbation}; it must be more than 0")
         at_least("samples", self.samples, 1)
         self.inner = None if self.rule == "sgd" else self.standing_on(self.rule)
+
+    def step_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        decoded = 4 * len(self.slots) if self.state != "fp32" else 0
+        return min(zeroth_order.SLICE, sum(map(math.prod, shapes.values()))) * (decoded + self.working)
 
     def build(self, parameters: Mapping[str, torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
         return ZerothOrder(self, self._groups(parameters), learning_rate, self.perturbation, self.samples)

@@ -36,7 +36,7 @@ class PerpGrad(Rule):
     weight_decay: float = 0.0
     """decoupled decay per unit of learning rate, at least 0"""
 
-    working = 12
+    working = 20
 
     def check(self) -> None:
         super().check()
