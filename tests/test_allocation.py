@@ -130,6 +130,8 @@ def test_a_method_is_fitted_to_the_largest_size_under_a_bound(method: str) -> No
     made = registry.make(method, "adapter")
     if not made.size:
         return
+    if getattr(made, made.size) is None:  # a share says it there
+        made = registry.make(method, "adapter", **{made.size: 2})
     targets = select(parameters(tiny("llama")), made.targets.split(","))
     bound = trained(made, targets) + 5
     fitted = fit(made, targets, bound)

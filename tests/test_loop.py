@@ -168,7 +168,7 @@ def test_metrics_are_one_line_a_step_after_stopping_and_resuming(model: Path, te
         ("lora", {"ratio": 16.0, "optimizer": "muon"}), ("sora", {"optimizer": "muon"}),
         ("lora", {"rank": 2, "initialization": "pissa"}), ("hydra", {}), ("svfit", {}), ("dsee", {"rank": 2}), ("binary", {"rank": 4}),
         ("lisa", {"layers": 1, "every": 2, "state": "8bit"}), ("lisa", {"layers": 1, "every": 2, "optimizer": "lion"}),
-        ("gradual-magnitude", {"interval": 1, "begin": 0.0, "optimizer": "muon"}), ("sltrain", {"rank": 4, "state": "8bit"}),
+        ("gradual-magnitude", {"interval": 1, "begin": 0.0, "optimizer": "muon"}), ("sltrain", {"rank": 4, "state": "8bit", "full": "embedding"}),
         ("full", {"optimizer": "fira", "rank": 4, "every": 2}), ("full", {"optimizer": "frugal", "every": 2, "state": "bf16"}),
     ],
 )  # fmt: skip

@@ -120,7 +120,7 @@ def test_a_branch_trains_over_updates_of_weights(there: Path, method: str) -> No
         run(there, "x", over=[*over, str(there / f"branch-{method}")], rank=2)
 
 
-@pytest.mark.parametrize("method", ["full", "houlsby"])
+@pytest.mark.parametrize("method", ["lora", "houlsby"])
 def test_a_chain_trains_on_codes(there: Path, method: str) -> None:
     """The deltas below are those of the base as it is on disk; the new one is recorded as trained on its codes, over them."""
     over, name = [str(there / "first"), str(there / "second")], str(there / "text.txt")

@@ -30,7 +30,7 @@ from espalier.kernels import philox
 from espalier.memory import packed_attention
 from espalier.memory.training_form import training_form
 from espalier.plan.trace import trace_step
-from espalier.train.loop import accumulate
+from espalier.train.steps import Losses, accumulate
 
 METHODS = [info.name for info in registry.methods() if info.role == "brancher"]
 FAMILIES = ("llama", "gpt2", "bert", "qwen3_moe")
@@ -346,7 +346,7 @@ def test_micro_batches_add_up_packed_and_padded(method: str) -> None:
         model.zero_grad()
         with training_form(model, chunk=4, recompute=False, padded=padded):
             batches = [assemble(rows[cut], goals[cut], 64, padded) for cut in cuts]
-            loss, _ = accumulate(model, batches)
+            loss = accumulate(Losses(model), batches)
         results.append((loss, {n: p.grad.clone() for n, p in trainable_parameters(model).items()}))
     for loss, gradients in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-5)

@@ -616,7 +616,7 @@ def test_perpgrad_makes_no_copy_of_a_parameter(monkeypatch: pytest.MonkeyPatch) 
     optimizer = make("perpgrad", rule="lion").build({"model.layers.0.mlp.up_proj.weight": p}, 0.01)
     with _Ledger([p, p.grad]) as ledger:
         optimizer.step()
-    assert ledger.peak < 4 * p.numel() + 20 * 4 * 4096  # the state, and slices
+    assert ledger.worst((), False).total < 4 * p.numel() + 20 * 4 * 4096  # the state, and slices
 
 
 # -- two processes

@@ -28,13 +28,15 @@ from espalier.delta.forms.update import (
 
 
 class _Product(torch.autograd.Function):
-    """``x @ (W + S).T`` that keeps no weight: the backward pass makes it again, and the dense gradient lives only there."""
+    """``x @ (W + S).T + bias`` that keeps no weight: the backward pass makes it again, and the dense gradient lives only there."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, values: torch.Tensor, update: Sparse, base: BaseWeight | None) -> torch.Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, update: Sparse, base: BaseWeight | None
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, values)
         ctx.update, ctx.base = update, base
-        return functional.linear(x, update.put_on(base, values).to(x.dtype))
+        return functional.linear(x, update.put_on(base, values).to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
@@ -43,7 +45,8 @@ class _Product(torch.autograd.Function):
         of_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2).to(gradient.dtype)
         if ctx.update.watch is not None:
             ctx.update.watch(of_weight)
-        return of_x, of_weight.view(-1)[ctx.update.positions].to(values.dtype), None, None
+        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return of_x, of_weight.view(-1)[ctx.update.positions].to(values.dtype), of_bias, None, None
 
 
 @register_form
@@ -111,8 +114,7 @@ class Sparse(AtSupport):
         if torch.compiler.is_compiling():
             return functional.linear(x, self.apply(base.dense()).to(x.dtype), base.bias)  # one product, of W with its entries changed
         wide = torch.float64 if base.dtype == torch.float64 else torch.float32
-        y = _Product.apply(x, self.values.to(wide) * self.gain, self, base)
-        return y if base.bias is None else y + base.bias
+        return _Product.apply(x, self.values.to(wide) * self.gain, base.bias, self, base)
 
     def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
         if self._is_thin:
@@ -123,7 +125,7 @@ class Sparse(AtSupport):
         if torch.compiler.is_compiling():
             y = functional.linear(x, self.materialize(x).to(x.dtype))
         else:
-            y = _Product.apply(x, self.values.to(working_dtype(x)) * self.gain, self, None)
+            y = _Product.apply(x, self.values.to(working_dtype(x)) * self.gain, None, self, None)
         return y if onto is None else onto + y
 
     def lookup(self, ids: torch.Tensor, base: BaseWeight) -> torch.Tensor:
