@@ -164,7 +164,7 @@ class Job:
         what = "--update-in-backward" if a["update_in_backward"] else f"--optimizer {a['optimizer']}"
         if a["clip"]:
             raise EspalierError(f"{what} never has the gradients of all parameters, so their norm cannot be clipped (clip is {a['clip']:g}); give --clip 0")
-        self.method.check_without_gradients(what, has_penalty=not is_blind)
+        self.method.check_without_gradients(what, is_blind=is_blind)
         adds_up = getattr(self.optimizer_method, "adds_up", lambda: False)()
         if a["update_in_backward"] and not adds_up:
             if a["micro_batch_size"] not in (None, a["batch_size"]):
