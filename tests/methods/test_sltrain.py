@@ -184,8 +184,10 @@ def test_what_stands_still_costs_no_gradient_of_the_weight(form: str) -> None:
     for tensor in update.tensors().values():
         tensor.requires_grad_(False)
     x, base = random(6, 7, dtype=torch.float64).requires_grad_(), random(9, 7, dtype=torch.float64)
-    y = update.linear(x, DenseBase(base))
+    bias = random(9, dtype=torch.float64).requires_grad_()
+    y = update.linear(x, DenseBase(base, bias))
     with FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() == 2 * 6 * 9 * 7 + (2 * 9 * 3 * 7 if form == "made" else 0)
     torch.testing.assert_close(x.grad, update.apply(base).sum(0).expand_as(x))
+    torch.testing.assert_close(bias.grad, torch.full_like(bias, 6.0))

@@ -42,12 +42,12 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
         x, values = ctx.saved_tensors
         of_x = gradient @ ctx.update.put_on(ctx.base, values).to(gradient.dtype) if ctx.needs_input_grad[0] else None
+        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         if not ctx.needs_input_grad[1] and ctx.update.watch is None:
-            return of_x, None, None, None
+            return of_x, None, of_bias, None, None
         of_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2).to(gradient.dtype)
         if ctx.update.watch is not None:
             ctx.update.watch(of_weight)
-        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return of_x, of_weight.view(-1)[ctx.update.positions].to(values.dtype), of_bias, None, None
 
 
