@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -62,7 +62,7 @@ from espalier.memory.meter import format_bytes, parse_bytes, peak_memory, releas
 from espalier.memory.training_form import training_form
 from espalier.plan import memory as planning
 from espalier.plan.trace import Gradients, Traced, trace_step
-from espalier.train import checkpoint, mup, session
+from espalier.train import checkpoint, mup, reweight, schedules, session
 from espalier.train import fork as forks
 from espalier.train.laws import knee, step_law
 from espalier.train.loop import Settings
@@ -102,6 +102,10 @@ class Job:
         for name in ("batch_size", "sequence_length", "micro_batch_size", "logits_chunk", "threads", "steps"):
             if a[name] is not None:
                 at_least(name, a[name], 1)
+        choices = {"schedule": schedules.SHAPES, "loss": ("cross_entropy", "stablemax"), "reweight": get_args(reweight.Shape)}
+        for name, allowed in choices.items():
+            if a.get(name) is not None:
+                one_of(name, a[name], allowed)
         for name in ("eval_every", "checkpoint_every", "keep_checkpoints", "clip"):
             at_least(name, a[name], 0)
         if a["steps"] is not None and a["epochs"] is not None:
