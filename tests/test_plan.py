@@ -174,6 +174,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"state": "bf16", "method": "bitfit", "targets": "norm"}, "take --state fp32"),
     ({"base_bits": 8, "method": "full"}, "--base-bits keeps frozen weights as codes, and full trains all"),
     ({"base_bits": 4, "method": "lisa"}, "and lisa trains all"),
+    ({"base_bits": 4, "method": "perp"}, "as codes, which do not keep its zeros, and perp goes by these"),
+    ({"base_bits": 8, "method": "ist", "inner": "perp"}, "do not keep its zeros, and ist goes by these"),
     ({"base_bits": 5}, "base_bits is 5; it must be one of: 4, 8"),
     ({"method": "hft", "share": 0, "targets": "attention"}, "hft with these options trains nothing"),
     ({"method": "increlora", "steps": 1, "rank": 8}, "the run is too short for an average rank of 8"),

@@ -147,3 +147,9 @@ def test_a_run_is_weighted_after_its_warm_up_and_resumes_to_the_same_bits(tmp_pa
     last.rmdir()
     espalier.tune(base, str(text), str(tmp_path / "weighted"), resume=True, **options, reweight="linupper", reweight_temperature=0.3)
     assert (tmp_path / "weighted" / "delta.safetensors").read_bytes() == bits
+
+
+@pytest.mark.parametrize(("option", "value", "known"), [("reweight", "linuper", "linupper, quadratic"), ("loss", "stablemx", "cross_entropy, stablemax"), ("schedule", "cosin", "cosine, linear")])
+def test_a_misspelt_choice_is_refused_and_nothing_else_is_taken(option: str, value: str, known: str) -> None:
+    with pytest.raises(EspalierError, match=f"{option} is '{value}'; it must be one of: {known}"):
+        espalier.tune("seedling", "stdlib:asyncio:train", "out", method="lora", **{option: value})

@@ -306,6 +306,23 @@ def test_recomputation_changes_nothing(method: str, place: str) -> None:
 
 
 @turns
+def test_it_trains_under_autocast(method: str, place: str) -> None:
+    """As mixed precision of another training loop has it: products in bfloat16 of a model in float32."""
+    losses, gradients = [], []
+    for enabled in (False, True):
+        model = fresh(place, method)
+        put(model, method, place)
+        randomize(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = loss_of(model)
+        loss.backward()
+        losses.append(loss.detach().float())
+        gradients.append(torch.cat([p.grad.flatten() for p in trainable_parameters(model).values() if p.grad is not None]))
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.05, atol=0)
+    assert (gradients[1] - gradients[0]).norm() < 0.2 * gradients[0].norm()
+
+
+@turns
 def test_it_compiles_whole(method: str, place: str) -> None:
     torch._dynamo.reset()
     model = shallow(place, method)

@@ -193,6 +193,8 @@ def test_the_law_sees_a_sparse_run_as_a_dense_one_of_its_average_and_is_found_ag
     assert (found.alpha, found.beta) == pytest.approx((law.alpha, law.beta), rel=0.02)
     with pytest.raises(EspalierError, match="4 runs do not determine the law"):
         fit(dense[:4])
+    with pytest.raises(EspalierError, match=r"a run has -1\.0; its parameters, its tokens and its loss must be more than 0"):
+        fit([*dense, Outcome(1e6, 1e6, -1.0)])
 
 
 @pytest.mark.parametrize(

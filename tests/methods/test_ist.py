@@ -243,3 +243,17 @@ def test_what_it_cannot_do_is_refused() -> None:
         attach(tiny("llama"), "ist", trials=1)
     with pytest.raises(EspalierError, match="rank is 0"):
         attach(tiny("llama"), "ist", rank=0)
+
+
+@pytest.mark.parametrize(("inner", "rank"), [("adalora", 2), ("increlora", 2)])
+def test_methods_that_read_gradients_go_without_those_of_layers_that_are_left_out(inner: str, rank: int) -> None:
+    model, parts = ist(4, inner=inner, rank=rank)
+    seen: list[set[int]] = []
+    courses.run(model, 24, lambda step: seen.append(training(parts)))
+    assert all(len(some) == 1 for some in seen) and set.union(*seen) == {0, 1, 2, 3}
+
+
+def test_a_method_that_draws_layers_itself_is_refused() -> None:
+    """No layer might be in both draws."""
+    with pytest.raises(EspalierError, match="inner is 'lisa', which draws itself what trains in a step"):
+        ist(inner="lisa")

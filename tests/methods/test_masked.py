@@ -14,6 +14,7 @@ from espalier import diff, registry
 from espalier.attach.attachment import attach, attachments, settle, stored
 from espalier.attach.load import load_model
 from espalier.errors import EspalierError
+from espalier.kernels.philox import Numberless, Stream
 
 
 def drawn(model: torch.nn.Module, name: str) -> torch.Tensor:
@@ -148,3 +149,24 @@ def test_what_has_no_meaning_is_refused(tmp_path: Path) -> None:
         registry.make("masked", "adapter", support=str(tmp_path / "d"), rank=3)
     with pytest.raises(EspalierError, match="changes none of the 8 parameters"):
         attach(load_model(tmp_path / "base"), "masked", targets="attention", support=str(tmp_path / "d"))
+
+
+def test_without_any_gradient_nothing_could_choose_anew_and_that_is_refused() -> None:
+    method = registry.make("masked", "adapter", score="gradient", every=3)
+    with pytest.raises(EspalierError, match="mezo has no gradients, by which entries are chosen anew; every is 3, and must be 0"):
+        method.check_without_gradients("--optimizer mezo", is_blind=True)
+    method.check_without_gradients("--update-in-backward")
+    registry.make("masked", "adapter", score="gradient").check_without_gradients("--optimizer mezo", is_blind=True)
+
+
+def test_a_plan_has_as_many_entries_as_the_support(tmp_path: Path) -> None:
+    tiny("llama").save_pretrained(tmp_path / "base")
+    first = attach(load_model(tmp_path / "base"), "masked", score="random", density=0.2, targets="mlp")
+    run(first, 1)
+    settle(first).save_pretrained(tmp_path / "tuned")
+    diff(str(tmp_path / "base"), str(tmp_path / "tuned"), str(tmp_path / "d"), quiet=True)
+    real, planned = (
+        attach(load_model(tmp_path / "base"), "masked", name="d", support=str(tmp_path / "d"), streams=streams) for streams in (Stream, Numberless)
+    )
+    counts = [{p.target.name: len(p.values) for p in attachments(model)["d"].parts} for model in (real, planned)]
+    assert counts[0] == counts[1] and sum(counts[0].values()) > 0

@@ -14,6 +14,7 @@ from espalier import apply, registry
 from espalier.attach.attachment import attach, attachments, stored, trainable_parameters
 from espalier.attach.course import Course
 from espalier.attach.load import load_model
+from espalier.attach.method import Moment
 from espalier.checkpoint.directory import ModelDirectory
 from espalier.checkpoint.safetensors_file import tensor_bytes
 from espalier.exchange.save import save
@@ -133,3 +134,20 @@ def test_an_entry_keeps_its_sign() -> None:
     before = tiny("llama")
     assert torch.equal(model(tokens()).logits, before(tokens()).logits)
     assert all(torch.equal(p.start, before.get_parameter(p.target.name).flatten()[p.index.long()]) and bool((p.start < 0).any()) for p in parts)
+
+
+def test_one_threshold_for_the_model_is_one_at_the_switch_too() -> None:
+    """Omega' = Omega and |W'| < tau: a matrix whose entries were all far below tau may grow up to it."""
+    model = tiny("llama")
+    small = model.get_parameter("model.layers.0.mlp.down_proj.weight")
+    with torch.no_grad():
+        small.mul_(1e-3)
+    attach(model, "sara", name="d", targets="mlp", scope="model", density=0.4, switch=0.5)
+    parts = attachments(model)["d"].parts
+    (part,) = (p for p in parts if p.target.name == "model.layers.0.mlp.down_proj.weight")
+    tau = max(float(p.threshold.max()) for p in parts)
+    assert len(part.values) == part.target.size and float(part.threshold) < tau / 10
+    with torch.no_grad():
+        part.values[0], part.values[1] = tau / 2, 2 * tau
+    part.method.reselect(parts, Moment(3, 8))
+    assert part.still.nonzero().flatten().tolist() == [1]

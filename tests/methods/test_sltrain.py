@@ -10,6 +10,7 @@ import torch
 from courses import run
 from families import tiny, tokens
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from espalier.attach.attachment import (
     Attachment,
@@ -20,7 +21,7 @@ from espalier.attach.attachment import (
     trainable_parameters,
 )
 from espalier.delta.base import DenseBase, product
-from espalier.delta.forms import Made
+from espalier.delta.forms import Made, Sparse
 from espalier.errors import EspalierError
 
 
@@ -167,3 +168,26 @@ def test_products_are_those_of_the_dense_weight_in_16_bits() -> None:
     found = update.linear(x, DenseBase(torch.empty(9, 7, dtype=torch.bfloat16)))
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), functional.linear(x.float(), dense), rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("method", ["sltrain", "sara"])
+def test_experts_without_any_entry_are_trained_all_the_same(method: str) -> None:
+    """A share of none, or one that small matrices round to none."""
+    model = attach(tiny("qwen3_moe"), method, targets="experts", density=0.0)
+    model(tokens(), labels=tokens()).loss.backward()
+
+
+@pytest.mark.parametrize("form", ["made", "sparse"])
+def test_what_stands_still_costs_no_gradient_of_the_weight(form: str) -> None:
+    """As layers do that IST leaves out of a step, and deltas that another is trained over."""
+    update: Any = made()[0] if form == "made" else Sparse(random(30, dtype=torch.float64), torch.arange(30, dtype=torch.int32), (9, 7))
+    for tensor in update.tensors().values():
+        tensor.requires_grad_(False)
+    x, base = random(6, 7, dtype=torch.float64).requires_grad_(), random(9, 7, dtype=torch.float64)
+    bias = random(9, dtype=torch.float64).requires_grad_()
+    y = update.linear(x, DenseBase(base, bias))
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * 6 * 9 * 7 + (2 * 9 * 3 * 7 if form == "made" else 0)
+    torch.testing.assert_close(x.grad, update.apply(base).sum(0).expand_as(x))
+    torch.testing.assert_close(bias.grad, torch.full_like(bias, 6.0))

@@ -270,3 +270,14 @@ def test_two_processes_choose_the_same_entries_and_train_them_as_one_does(tmp_pa
                 there = found[name.replace("sharded", "whole")]
                 assert index == there[0]
                 torch.testing.assert_close(torch.tensor(values), torch.tensor(there[1]), rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gradients_that_are_no_numbers_are_left_to_the_loop_to_refuse(value: float) -> None:
+    """They come in a backward pass, which looks for candidates among them, before the loop knows of them."""
+    model, _ = spiel()
+    optimizer, course = begun(model)
+    course.begin(0, 0.01, optimizer)
+    (model(tokens(), labels=tokens()).loss * value).backward()
+    course.before_step()
+    assert not all(bool(p.grad.isfinite().all()) for p in trainable_parameters(model).values() if p.grad is not None)

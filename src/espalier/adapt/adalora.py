@@ -97,7 +97,8 @@ class AdaLoRA(Adapter):
 
     def after_step(self, parts: Sequence[Any], moment: Moment, before: Any) -> None:
         step, end = moment.step + 1, self.end * moment.steps
-        for part in parts if step < end or step == 1 else ():
+        moved = [part for part in parts if part.e.grad is not None]  # all, but where another method leaves some out of a step
+        for part in moved if step < end or step == 1 else ():
             for name in _TRAINED:
                 tensor, mean, deviation = (getattr(part, key) for key in (name, f"sensitivity_{name}", f"uncertainty_{name}"))
                 average_in(whole(tensor * tensor.grad).abs(), mean, deviation, self.decay)

@@ -129,6 +129,8 @@ class IncreLoRA(Adapter):
 
     def before_step(self, parts: Sequence[Any], moment: Moment) -> list[dict[str, torch.Tensor]]:
         for part in parts:
+            if part.e.grad is None:  # another method leaves it out of this step
+                continue
             sensitivity = whole(part.e * part.e.grad).abs().sum() / math.sqrt(part.target.size)
             average_in(sensitivity, part.sensitivity, part.uncertainty, self.decay)
         return [{name: whole(getattr(part, name)).clone() for name in ("B", "e", "A")} for part in parts]

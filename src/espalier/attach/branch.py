@@ -187,9 +187,9 @@ class Composed(Branch):
         """Of the shared tensors; a part's are those of its own method."""
         return {name: options for method in self.made for name, options in method.optimizer_options().items()}
 
-    def check_without_gradients(self, what: str, has_penalty: bool = True) -> None:
+    def check_without_gradients(self, what: str, is_blind: bool = False) -> None:
         for method in self.made:
-            method.check_without_gradients(what, has_penalty)
+            method.check_without_gradients(what, is_blind)
 
     def task_names(self) -> Sequence[str]:
         return list(dict.fromkeys(name for method in self.made for name in method.task_names()))

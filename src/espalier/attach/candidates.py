@@ -37,7 +37,7 @@ def watch(part: Any, k: int, look: Look | None) -> None:
 def propose(part: Any, k: int, gradient: torch.Tensor, expert: int | None = None) -> None:
     """Take the largest of one product's gradients in."""
     for e, one in _matrices(gradient, expert):
-        best = largest(one.abs(), k)
+        best = largest(one.abs().nan_to_num_(), k)  # what is no number, the loop refuses after the backward pass
         _merge(part.candidates.view(-1, k)[e], part.found.view(-1, k)[e], best, one[best].float())
 
 
@@ -76,6 +76,6 @@ def _merge(own: torch.Tensor, sums: torch.Tensor, positions: torch.Tensor, value
     """Take further candidates in, in place: what both have is added up, and of all the largest stay, ascending."""
     union, where = torch.cat((own, positions)).unique(return_inverse=True)
     total = torch.zeros(len(union), device=values.device).index_add(0, where, torch.cat((sums, values)))
-    best = largest(torch.where(union >= 0, total.abs(), -1.0), min(len(own), len(union)))
+    best = largest(torch.where(union >= 0, total.abs().nan_to_num_(), -1.0), min(len(own), len(union)))
     own.fill_(-1)[: len(best)] = union[best]
     sums.zero_()[: len(best)] = total[best]

@@ -129,13 +129,13 @@ class Course:
         self._before = [method.before_step(parts, self._moment) for method, parts in self._driven]
         self._still = [(tensor, mask, whole(tensor.detach()).clone()) for tensor, mask in self._masks]
 
-    def check_without_gradients(self, what: str, has_penalty: bool = True) -> None:
+    def check_without_gradients(self, what: str, is_blind: bool = False) -> None:
         """Refuse a way of training without all gradients at once, where a method needs them; see :class:`Method`.
 
         There, ``before_step`` comes before anything is moved, without gradients.
         """
         for method, _ in self._driven:
-            method.check_without_gradients(what, has_penalty)
+            method.check_without_gradients(what, is_blind)
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from espalier.anatomy.target import Target
-from espalier.attach.method import Adapter, Moment, Tensors
+from espalier.attach.method import Moment, Tensors
+from espalier.attach.whole_tensors import WholeTensors
 from espalier.delta.forms import Replace
 from espalier.errors import EspalierError
 from espalier.kernels.sharded import like, local, whole
 
 
-class Masked(Adapter):
+class Masked(WholeTensors):
     """Base of methods that train ``W' = V``, V zero where the mask ``live`` is false: ``V`` of W's shape, ``live`` too.
 
     Entries that are not live get no gradient, so that clipping and the optimizer's state are those of the others alone, and are
@@ -29,6 +30,9 @@ class Masked(Adapter):
         if not 0 <= self.sparsity < 1:
             raise EspalierError(f"sparsity is {self.sparsity!r}; it must be at least 0 and less than 1")
 
+    def accepts(self, target: Target) -> bool:
+        return target.is_matrix
+
     def masked(self, weight: torch.Tensor, live: torch.Tensor) -> Tensors:
         """The tensors of a parameter that starts at ``weight`` where it is live; both of its logical shape."""
         values = torch.where(live, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
@@ -36,9 +40,6 @@ class Masked(Adapter):
 
     def update(self, part: Any, context: Any) -> Replace:
         return Replace(_Live.apply(part.values, part.live))
-
-    def export(self, part: Any, pool: Any) -> Replace:
-        return Replace(part.values.to(part.base_dtype))
 
     reads_gradients = False
 
@@ -50,9 +51,6 @@ class Masked(Adapter):
         numbers = sum(part.target.size for part in parts)
         live = sum(int(whole(part.values).count_nonzero()) for part in parts)
         return {"prunable": numbers, "sparsity": 1 - live / numbers}
-
-    def count(self, target: Target) -> int:
-        return target.size
 
 
 def matrices_of(target: Target) -> tuple[int, int]:

@@ -78,6 +78,8 @@ class Method:
     """The hyperparameter that sets how many numbers train; "" where none does."""
     targets: ClassVar[str]
     """Targets that ``attach`` takes when none are given."""
+    needs: ClassVar[str] = ""
+    """What it is for, where not every base will do: ``pruned``, a base with zeros; ``sources``, one with deltas that are given."""
     by_task: ClassVar[bool] = False
     """Whether every batch is of one of several tasks, which its hyperparameter ``tasks`` names, with commas."""
 
@@ -168,18 +170,18 @@ class Method:
     """Whether :meth:`before_step` or :meth:`after_step` look at gradients: then the method does not go with ways of training
     that never have all of them (updates during the backward pass, zeroth-order optimizers); else the gradients may be absent."""
 
-    def check_without_gradients(self, what: str, has_penalty: bool = True) -> None:
+    def check_without_gradients(self, what: str, is_blind: bool = False) -> None:
         """Refuse a way of training, called ``what``, that never has all gradients of a step, where the method needs them.
 
         Args:
-            has_penalty: whether a penalty needs them.
+            is_blind: whether there are no gradients at all: then the losses have penalties in them.
 
         Raises:
             EspalierError: naming the method and why.
         """
         own = type(self)
         looks = own.reads_gradients and (own.before_step is not Method.before_step or own.after_step is not Method.after_step)
-        if looks or (has_penalty and own.penalty is not Method.penalty):
+        if looks or (not is_blind and own.penalty is not Method.penalty):
             why = "looks at the gradients of a whole step" if looks else "adds a penalty to the loss of a whole step"
             raise EspalierError(f"{what} does not go with {self.name}, which {why}; leave it out, or take another method")
 

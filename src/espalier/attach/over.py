@@ -14,7 +14,7 @@ _WHOLE = (
     "before_forward", "frozen", "before_step", "after_step", "reselect", "report", "finish", "check_without_gradients", "accepts", "selected", "moving", "start", "survey", "start_from", "gain",
     "bases", "update", "export", "companions", "accompany", "start_bound",
 )  # fmt: skip
-_FACTS = ("kept", "state_policy", "reads_gradients", "takes", "surveys_ranks", "by_task", "needs_base")
+_FACTS = ("kept", "state_policy", "reads_gradients", "takes", "surveys_ranks", "by_task", "needs", "needs_base")
 
 
 class Over(Adapter):

@@ -279,6 +279,11 @@ def _trace(
                 f"--base-bits keeps frozen weights as codes, and {method.name} trains all {len(coded)} of these itself; leave it out, or take a "
                 "method that adds to frozen weights, such as lora"
             )
+        if method.needs == "pruned" and (lost := sorted(coded & attached.slots.keys())):
+            raise EspalierError(
+                f"--base-bits keeps {lost[0]} as codes, which do not keep its zeros, and {method.name} goes by these ({len(lost)} such); "
+                "leave it out, or what is kept as codes out of --targets"
+            )
         trained = trainable_parameters(model)
         if not trained:
             raise EspalierError(f"{method.name} with these options trains nothing; give other --targets, or another share")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from espalier.anatomy.target import Target
-from espalier.attach.method import Moment, Tensors
+from espalier.attach.method import Adapter, Moment, Tensors
 from espalier.attach.over import Over
 from espalier.errors import EspalierError, at_least, within
 from espalier.kernels.philox import Stream
@@ -57,6 +57,8 @@ class IST(Over):
         at_least("every", self.every, 1)
         at_least("step_size", self.step_size, 0)
         self.below.check()
+        if type(self.below).moving is not Adapter.moving:
+            raise EspalierError(f"inner is {self.inner!r}, which draws itself what trains in a step; give one that trains all, such as full")
 
     @property
     def kept(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -18,6 +18,7 @@ from espalier.delta import store
 from espalier.delta.forms import Update
 from espalier.delta.gather import gathered
 from espalier.errors import EspalierError, at_least
+from espalier.kernels.philox import Stream
 from espalier.registry import adapter
 
 
@@ -104,6 +105,9 @@ class Masked(Entries):
             found = best_of_all(self._score(weight, statistic), targets, count, self.score == "smallest")
         return dict.fromkeys((target.name for target in targets), found)
 
+    def start(self, target: Target, weight: torch.Tensor, stream: Stream) -> Tensors:
+        return super().start(target, weight, stream) if self._delta is None else self.at(torch.arange(self.count(target)), target)
+
     def _changed(self, updates: Mapping[str, Update], weight: Callable[[Target], torch.Tensor]) -> Support:
         def mask(target: Target) -> torch.Tensor:
             old = weight(target)
@@ -127,6 +131,11 @@ class Masked(Entries):
     def before_forward(self, parts: Sequence[Any], moment: Moment, measure: Callable[[], float] | None) -> None:
         for part in parts if self.every else ():
             candidates.watch(part, self.each(part.target), candidates.propose if self._chooses(moment) else None)
+
+    def check_without_gradients(self, what: str, is_blind: bool = False) -> None:
+        if self.every and is_blind:
+            raise EspalierError(f"{what} has no gradients, by which entries are chosen anew; every is {self.every}, and must be 0")
+        super().check_without_gradients(what, is_blind)
 
     def _chooses(self, moment: Moment) -> bool:
         return self.every > 0 and moment.step > 0 and moment.step % self.every == 0

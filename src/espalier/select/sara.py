@@ -103,8 +103,9 @@ class SaRA(Entries):
     def reselect(self, parts: Sequence[Any], moment: Moment) -> list[Renewed]:
         if moment.step + 1 != self._switch(moment) or moment.step + 1 == moment.steps:
             return []
+        tau = torch.stack([part.threshold.max() for part in parts]).max()  # of all matrices together
         for part in parts:
-            limit = part.threshold.repeat_interleave(len(part.start) // max(1, len(part.threshold)))
+            limit = tau if self.scope == "model" else part.threshold.repeat_interleave(len(part.start) // max(1, len(part.threshold)))
             part.still.copy_(self.now(part).abs() > limit)
         return [Renewed(part, "values", torch.ones_like(part.still)) for part in parts]
 

@@ -78,7 +78,8 @@ class SpIEL(Entries):
     def before_step(self, parts: Sequence[Any], moment: Moment) -> None:
         for part in parts:
             if self.growth == "momentum":
-                self._accumulate(part)
+                if part.values.grad is not None:  # a layer may have been left out of the step
+                    self._accumulate(part)
                 continue
             if (gradient := candidates.settle(part, self.each(part.target))) is not None:
                 part.sums += gradient

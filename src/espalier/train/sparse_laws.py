@@ -49,8 +49,10 @@ def fit(runs: Sequence[Outcome]) -> Law:
     """The law of one's own runs, by least squares in the logarithm of the loss; no published coefficients were found.
 
     Raises:
-        EspalierError: for fewer than five runs, or runs of one size or of one length, which cannot tell its five numbers apart.
+        EspalierError: for fewer than five runs, numbers that are not positive, or runs of one size or of one length, which cannot tell its five numbers apart.
     """
+    if (least := min((min(astuple(run)) for run in runs), default=1.0)) <= 0:
+        raise EspalierError(f"a run has {least}; its parameters, its tokens and its loss must be more than 0")
     if len(runs) < 5 or len({run.mean_parameters for run in runs}) < 3 or len({run.tokens for run in runs}) < 3:
         raise EspalierError(f"{len(runs)} runs do not determine the law; give 5 or more, of 3 or more sizes and 3 or more lengths")
     from scipy.optimize import least_squares

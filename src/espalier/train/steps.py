@@ -195,7 +195,7 @@ class ByLosses(ByGradients):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.course.check_without_gradients("a zeroth-order optimizer", has_penalty=False)
+        self.course.check_without_gradients("a zeroth-order optimizer", is_blind=True)
 
     @torch.no_grad()
     def take(self, batches: list[Batch], weigh: Weigh | None, refuse: Callable[..., None]) -> tuple[float, float]:

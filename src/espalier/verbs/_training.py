@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -62,7 +62,7 @@ from espalier.memory.meter import format_bytes, parse_bytes, peak_memory, releas
 from espalier.memory.training_form import training_form
 from espalier.plan import memory as planning
 from espalier.plan.trace import Gradients, Traced, trace_step
-from espalier.train import checkpoint, mup, session
+from espalier.train import checkpoint, mup, reweight, schedules, session
 from espalier.train import fork as forks
 from espalier.train.laws import knee, step_law
 from espalier.train.loop import Settings
@@ -102,6 +102,10 @@ class Job:
         for name in ("batch_size", "sequence_length", "micro_batch_size", "logits_chunk", "threads", "steps"):
             if a[name] is not None:
                 at_least(name, a[name], 1)
+        choices = {"schedule": schedules.SHAPES, "loss": ("cross_entropy", "stablemax"), "reweight": get_args(reweight.Shape)}
+        for name, allowed in choices.items():
+            if a.get(name) is not None:
+                one_of(name, a[name], allowed)
         for name in ("eval_every", "checkpoint_every", "keep_checkpoints", "clip"):
             at_least(name, a[name], 0)
         if a["steps"] is not None and a["epochs"] is not None:
@@ -164,7 +168,7 @@ class Job:
         what = "--update-in-backward" if a["update_in_backward"] else f"--optimizer {a['optimizer']}"
         if a["clip"]:
             raise EspalierError(f"{what} never has the gradients of all parameters, so their norm cannot be clipped (clip is {a['clip']:g}); give --clip 0")
-        self.method.check_without_gradients(what, has_penalty=not is_blind)
+        self.method.check_without_gradients(what, is_blind=is_blind)
         adds_up = getattr(self.optimizer_method, "adds_up", lambda: False)()
         if a["update_in_backward"] and not adds_up:
             if a["micro_batch_size"] not in (None, a["batch_size"]):

@@ -84,10 +84,10 @@ class Made(AtSupport):
 
     def _whole(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight that is made, in that dtype."""
-        made = (self.B.to(dtype) * self.scale) @ self.A.to(dtype)
+        made = (self.B.to(dtype) * self.scale) @ self.A.to(dtype)  # which autocast makes narrower
         if self.values is not None:
             assert self.index is not None
-            made = made.flatten().index_add(0, self.index, self.values.to(dtype))
+            made = made.flatten().index_add(0, self.index, self.values.to(made.dtype))
         return made.reshape(self.shape)
 
     def materialize(self, weight: torch.Tensor) -> torch.Tensor:
@@ -130,8 +130,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         x, B, A, values, index = ctx.saved_tensors
-        (gradient,), dtype, scale = gradients, x.dtype, ctx.scale
+        dtype, scale = x.dtype, ctx.scale
+        gradient = gradients[0].to(dtype)  # which autocast makes narrower
         of_x = gradient @ _dense(dtype, B, A, values, index, scale) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[1:4]):
+            return of_x, None, None, None, None, None
         of_W = gradient.reshape(-1, gradient.shape[-1]).T @ x.reshape(-1, x.shape[-1])  # (out, in)
         of_B = (of_W @ A.to(dtype).T).mul_(scale).to(B.dtype)
         of_A = ((B.to(dtype) * scale).T @ of_W).to(A.dtype)
@@ -140,5 +143,5 @@ class _Product(torch.autograd.Function):
 
 def _dense(dtype: torch.dtype, B: torch.Tensor, A: torch.Tensor, values: torch.Tensor, index: torch.Tensor, scale: float) -> torch.Tensor:
     made = (B.to(dtype) * scale) @ A.to(dtype)
-    made.view(-1).index_add_(0, index, values.to(dtype))
+    made.view(-1).index_add_(0, index, values.to(made.dtype))
     return made

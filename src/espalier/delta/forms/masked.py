@@ -56,6 +56,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
         x, weight, B, A, mask = ctx.saved_tensors
+        gradient = gradient.to(x.dtype)  # which autocast makes narrower
         by_x = gradient @ _dense(weight, B, A, mask, ctx.gain, x.dtype) if ctx.needs_input_grad[0] else None
         by_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         if not (ctx.needs_input_grad[3] or ctx.needs_input_grad[4]):
@@ -103,7 +104,7 @@ class MaskedLowRank(Update):
         B, A, mask = *_factors(tensors, shape), tensors["mask"]
         if mask.dtype != torch.uint8 or tuple(mask.shape) != (*lead, packed_size(outputs * inputs)):
             raise EspalierError(f"mask is {mask.dtype} of shape {tuple(mask.shape)}; it must be a bitmap of {outputs} x {inputs} entries in bytes for each matrix")
-        if not mask.is_meta and any(has_padding(one, outputs * inputs) for one in mask.reshape(-1, mask.shape[-1]) if len(one)):
+        if mask.numel() and not mask.is_meta and any(has_padding(one, outputs * inputs) for one in mask.reshape(-1, mask.shape[-1])):
             raise EspalierError("mask has bits behind its last entry")
         return cls(B, A, mask, gain, tuple(shape))
 

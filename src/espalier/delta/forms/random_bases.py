@@ -214,7 +214,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        x, B, made = ctx.saved_tensors
+        x, B, made = (tensor.to(gradient.dtype) for tensor in ctx.saved_tensors)  # which autocast makes narrower
         of_x = gradient @ made if ctx.needs_input_grad[0] else None
         of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] else None
         of_S = None

@@ -42,10 +42,12 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
         x, values = ctx.saved_tensors
         of_x = gradient @ ctx.update.put_on(ctx.base, values).to(gradient.dtype) if ctx.needs_input_grad[0] else None
+        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        if not ctx.needs_input_grad[1] and ctx.update.watch is None:
+            return of_x, None, of_bias, None, None
         of_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2).to(gradient.dtype)
         if ctx.update.watch is not None:
             ctx.update.watch(of_weight)
-        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return of_x, of_weight.view(-1)[ctx.update.positions].to(values.dtype), of_bias, None, None
 
 
@@ -120,7 +122,8 @@ class Sparse(AtSupport):
         if self._is_thin:
             outputs, inputs = self.shape
             y = x.index_select(-1, self.positions % inputs) * (self.values * self.gain).to(x.dtype)
-            return (x.new_zeros(*x.shape[:-1], outputs) if onto is None else onto).index_add(-1, self.positions // inputs, y)
+            onto = x.new_zeros(*x.shape[:-1], outputs) if onto is None else onto
+            return onto.index_add(-1, self.positions // inputs, y.to(onto.dtype))  # which autocast makes narrower
         # one transient dense update; a sparse product would gather a float per entry and token
         if torch.compiler.is_compiling():
             y = functional.linear(x, self.materialize(x).to(x.dtype))

@@ -131,7 +131,8 @@ class AtSupport(Update):
 
     def _parts(self, edges: Sequence[int], shape: tuple[int, ...], even: bool = False) -> list[Update]:
         """The updates between flat entries ``edges``, which have that shape, and as many values each where that is ``even``."""
-        bounds = self._before(edges) if not even else range(0, len(self.values) + 1, len(self.values) // (len(edges) - 1))
+        each = len(self.values) // (len(edges) - 1)
+        bounds = [each * number for number in range(len(edges))] if even else self._before(edges)
         values = self.values[bounds[0] : bounds[-1]].split([b - a for a, b in itertools.pairwise(bounds)])
         parts: list[Update] = []
         for number, part in enumerate(values):
