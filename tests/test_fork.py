@@ -112,7 +112,7 @@ def test_a_run_that_was_recorded_when_there_were_fewer_options_had_their_default
     with pytest.raises(EspalierError, match="loss is 'stablemax', and was 'cross_entropy' there"):
         run(work, "refused", fork=f"{work / 'old'}@6", steps=9, loss="stablemax")
     run(work, "of the old", fork=f"{work / 'old'}@6", steps=7, cooldown=0.1)
-    with pytest.raises(EspalierError, match="reweight is 'linupper', the run in .* was started with None"):
+    with pytest.raises(EspalierError, match=r"reweight is 'linupper', the run in .* was started with None"):
         run(work, "old", steps=12, warmup=0.25, cooldown=0.25, keep_checkpoints=0, resume=True, reweight="linupper")
 
 

@@ -227,6 +227,8 @@ def test_a_qualified_option_is_that_parts_own_and_a_recipe_keeps_it(plan: Plan) 
         plan(rnk=3)
     with pytest.raises(EspalierError, match="optimizer_rank is no option of lora"):
         plan(optimizer_rank=3)
+    with pytest.raises(EspalierError, match="give --rank or --method-rank, which mean the same here, not both"):
+        plan(rank=3, method_rank=4)
 
 
 def test_ranks_of_frugal_stand_for_a_density() -> None:
