@@ -1,7 +1,6 @@
-"""Which optimizer trains best for the memory that it takes? Small Llamas trained from nothing, by held-out loss, bytes of state and time of a step.
+"""Which optimizer trains best for the memory that it takes? Small Llamas trained from nothing, by held-out loss and bytes of state.
 
     python benchmarks/optim.py [--shape 3m|9m] [--methods adamw,galore] [--threads 2] [--out runs/optim] [--dtype bf16] [--quick]
-    python benchmarks/optim.py --timing [--methods ...] [--rounds 9]
 
 The model: a Llama over bytes (259 tokens), so that nearly all of it is in the matrices of its blocks, which are what the low-dimensional optimizers split.
 ``3m``: hidden 256, 4 blocks, 3.1 M parameters in all, 3.0 M of them in the blocks; ``9m``: hidden 384, 5 blocks, 9.0 M in all, 8.8 M in the blocks.
@@ -16,16 +15,13 @@ are best on ``3m``, at the rates that were best there.
 
 Bytes of state are those of the tensors that the optimizer holds after a few steps, beside what ``state_bytes`` predicts of it.
 
-``--timing``, for an idle machine: a whole training step of 4,096 tokens on ``9m``, in turn with the others in one process and against AdamW (torch's fused kernel).
-Ordinary steps are medians over the rounds of the ratio to the AdamW step of the same round. New subspaces are averaged in: the optimizer alone takes as many steps as
-lie between two choices of a subspace (the default, 200 to 250), of which the mean less the median is added to every step, and the largest less the median makes
-the worst single step. The first step, which chooses all subspaces at once, is shown apart.
+What a step costs beside AdamW's is measured by ``optimizer_step.py``, and shown from its results.
 
 Every run is a fresh process, kept in the ledger under ``--out`` by what its result depends on (of the code: the optimizer's own file), so that a benchmark that was broken
 off goes on, and parts (``--methods a,b``) add up, also several at once over one ``--out``. Rows go into results/optim.json, and the plot into results/optim.png, as they
 are made. Ten optimizers on 3m take about
 3 hours on 2 cores, as two parts of one thread each (a step takes a core 1 s in bf16, a run 9 minutes, an optimizer 4.3 runs); four on 9m, which have half as much
-text each, 1 hour; the timing 10 minutes.
+text each, 1 hour.
 """
 
 from __future__ import annotations
@@ -407,69 +403,11 @@ class Lab:
         }  # fmt: skip
 
 
-# -- time
-
-
-def measure_times(a: argparse.Namespace, names: list[str]) -> list[dict[str, Any]]:
-    """Seconds of whole steps in turn, and of the optimizers alone over a whole period of theirs; a row of each, against AdamW."""
-    import torch
-
-    from espalier import registry
-    from espalier.attach.course import Course
-
-    torch.set_num_threads(a.threads)
-    names = list(dict.fromkeys(["adamw", *names]))
-    ids = torch.randint(3, 259, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
-    sides: dict[str, Any] = {}
-    for name in names:
-        s = SETTINGS[name]
-        spec = {"optimizer": s.optimizer, "state": s.state, "method": s.method, "options": options_of(name, a.shape, None), "shape": a.shape, "dtype": a.dtype, "rate": 1e-5}
-        sides[name] = made(spec, 1000)
-
-    def step(name: str) -> tuple[float, float]:
-        """Seconds of a whole step, and of the optimizer's part of it."""
-        model, parameters, optimizer, _ = sides[name]
-        began = time.perf_counter()
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(parameters.values()), CLIP)
-        middle = time.perf_counter()
-        optimizer.step()
-        ended = time.perf_counter()
-        return ended - began, ended - middle
-
-    for name in names:
-        Course(sides[name][0], 1000).begin(0, 1e-5, sides[name][2])
-    first = {name: step(name) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(a.rounds):
-        for name in reversed(names) if number % 2 else names:
-            seconds[name].append(step(name)[0])
-    rows = []
-    for name in names:
-        period = getattr(sides[name][3], "every", 0) or 20
-        alone_seconds = []
-        for _ in range(3 if a.quick else period):
-            began = time.perf_counter()
-            sides[name][2].step()
-            alone_seconds.append(time.perf_counter() - began)
-        ordinary = statistics.median(x / y for x, y in zip(seconds[name], seconds["adamw"], strict=True)) * statistics.median(seconds["adamw"])
-        middle = statistics.median(alone_seconds)
-        average = ordinary + statistics.mean(alone_seconds) - middle
-        rows.append({
-            "setting": name, "code": digest(registry.find(SETTINGS[name].optimizer).file), "ordinary": ordinary, "average": average,
-            "overhead": average / statistics.median(seconds["adamw"]) - 1, "worst": ordinary + max(alone_seconds) - middle, "first": first[name][0],
-            "optimizer": statistics.mean(alone_seconds), "period": len(alone_seconds), "rounds": seconds[name],
-        })  # fmt: skip
-        print(name, {k: f"{v:.4f}" for k, v in rows[-1].items() if isinstance(v, float)}, file=sys.stderr, flush=True)
-    return rows
-
-
 # -- the whole
 
 
 def publish(a: argparse.Namespace, part: str, content: dict[str, Any]) -> dict[str, Any]:
-    """Put rows of a shape, or of the timing, among those that were measured under the same conditions; returns that part."""
+    """Put rows of a shape among those that were measured under the same conditions; returns that part."""
     with alone(a.out / "optim.json"):
         whole = read_result("optim")
         before = whole.get(part, {})
@@ -485,18 +423,19 @@ def publish(a: argparse.Namespace, part: str, content: dict[str, Any]) -> dict[s
 
 
 def plot(whole: dict[str, Any], path: Path) -> None:
-    """Loss against bytes of state, by shape, and against the time of a step."""
+    """Loss against bytes of state, by shape, and against the time of a step by ``optimizer_step.py``."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     drawn = {part: [row for row in whole[part]["rows"] if "loss" in row] for part in SHAPES if part in whole}
-    times = {row["setting"]: row for row in whole.get("timing", {}).get("rows", [])}
+    step = read_result("optimizer_step")
+    times = {name.replace(" fp32", "").replace(" ", "-"): float(over.rstrip("%")) for name, *_, over, _ in step.get("rows", [])}
     panels = [(f"{shape}: loss and optimizer state", "MiB of optimizer state", [(r, r["state bytes"] / 2**20) for r in rows]) for shape, rows in drawn.items() if rows]
-    timed = [(row, 100 * times[row["setting"]]["overhead"]) for row in drawn.get("3m", []) if row["setting"] in times]
+    timed = [(row, times[row["setting"]]) for row in drawn.get("3m", []) if row["setting"] in times]
     if timed:
-        panels.append(("3m: loss, and time of a step on 9m", "% that a step of 4,096 tokens takes longer than AdamW's", timed))
+        panels.append(("3m: loss, and time of a step on 17 M", f"% that a step of {step['tokens']:,} tokens takes longer than AdamW's", timed))
     if not panels:
         return
     figure, all_axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 5.5), constrained_layout=True, squeeze=False)
@@ -518,7 +457,7 @@ def chosen(a: argparse.Namespace) -> list[str]:
     names = [name.strip() for name in a.methods.split(",") if name.strip()]
     if unknown := next((name for name in names if name not in SETTINGS), None):
         raise SystemExit(f"--methods {unknown}: there are {', '.join(SETTINGS)}")
-    if not names and a.shape == "9m" and not a.timing:
+    if not names and a.shape == "9m":
         rows = sorted((row for row in read_result("optim").get("3m", {}).get("rows", []) if "loss" in row), key=lambda row: row["loss"])
         if not rows:
             raise SystemExit("--shape 9m takes the best four of results/optim.json; run --shape 3m first, or give --methods")
@@ -536,9 +475,7 @@ def main() -> None:
     """Run what was asked for, and print its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="", help=f"names with commas of {', '.join(SETTINGS)}; default: all, on 9m the best four")
-    parser.add_argument("--shape", choices=list(SHAPES), default=None, help="default: 3m; for --timing 9m")
-    parser.add_argument("--timing", action="store_true", help="measure the time of steps and nothing else; on an idle machine")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--shape", choices=list(SHAPES), default="3m")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default=default_dtype())
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path("runs/optim"))
@@ -548,17 +485,7 @@ def main() -> None:
     if a.worker:
         worker(json.loads(a.worker))
         return
-    a.shape = a.shape or ("9m" if a.timing else "3m")
     names = chosen(a)
-    if a.timing:
-        a.rounds = 1 if a.quick else a.rounds
-        rows = measure_times(a, names)
-        if not a.quick:
-            conditions = {"shape": a.shape, "tokens": BATCH * LENGTH, "dtype": a.dtype, "threads": a.threads, "rounds": a.rounds}
-            publish(a, "timing", {"conditions": conditions, "rows": rows})
-        columns = ("setting", "ordinary", "average", "overhead", "worst", "first", "optimizer", "period")
-        print(table(columns, [[f"{v:.4g}" if isinstance(v := row[c], float) else v for c in columns] for row in rows]))
-        return
     lab, rows, broken = Lab(a), [], None
     for name in names:
         try:

@@ -5,7 +5,7 @@
 
 Only the methods of the package itself are listed, so that an installed plugin changes no page. Nothing here imports torch:
 the registry reads declarations from source. The page of measurements, ``compare.md``, is of what ``benchmarks/compare.py``,
-``step_cost.py``, ``selections.py`` and ``optim.py`` have put into ``benchmarks/results``; without those there is none. ``docs/choosing.md`` says in a few rules what follows
+``step_cost.py``, ``selections.py``, ``optim.py`` and ``optimizer_step.py`` have put into ``benchmarks/results``; without those there is none. ``docs/choosing.md`` says in a few rules what follows
 from them, and what has not been measured.
 """
 
@@ -170,8 +170,8 @@ def _selections(found: dict[str, Any]) -> list[str]:
 
 
 def _optimizers(found: dict[str, Any]) -> list[str]:
-    """The tables of ``benchmarks/optim.py``."""
-    parts, times = [], {row["setting"]: row for row in found.get("timing", {}).get("rows", [])}
+    """The tables of ``benchmarks/optim.py`` and ``optimizer_step.py``."""
+    parts, step = [], _results("optimizer_step")
     for shape in ("3m", "9m"):
         rows = sorted((row for row in found.get(shape, {}).get("rows", []) if "loss" in row), key=lambda row: row["loss"])
         if not rows:
@@ -196,14 +196,10 @@ def _optimizers(found: dict[str, Any]) -> list[str]:
         parts.append(text + _table(["paper", "says that the loss of", "is", "that of", "difference here", "shows here"], [
             [j["paper"], j["of"], j["says"], j["than"], f"{j['difference']:+.4f} ± {j['deviation']:.4f}", "yes" if j["shows"] else "no"] for j in judged
         ]))  # fmt: skip
-    if times:
-        c = found["timing"]["conditions"]
-        text = f"## Optimizers: the time of a step\n\nA whole training step of {c['tokens']:,} tokens on the shape {c['shape']}, {c['dtype']}, {c['threads']} threads, {c['rounds']} rounds; over that of "
-        text += f"fused AdamW, new subspaces averaged in. {_machine(found['timing']['machine'])}.\n\n"
-        parts.append(text + _table(["optimizer", "seconds", "over AdamW", "worst step", "first step"], [
-            [row["setting"], f"{row['average']:.3f}", f"{row['overhead']:+.1%}", f"{row['worst']:.3f}", f"{row['first']:.3f}"]
-            for row in sorted(times.values(), key=lambda row: row["average"])
-        ]))  # fmt: skip
+    if step and parts:
+        text = f"## Optimizers: the time of a step\n\nOn 17 M parameters in float32, {step['tokens']:,} tokens, {step['threads']} thread(s), in processor time: how much longer a whole training step takes than "
+        text += f"with fused AdamW, on average, new subspaces averaged in, and the slowest; the first step, which allocates, apart. Of `benchmarks/optimizer_step.py`. {_machine(step['machine'])}.\n\n"
+        parts.append(text + _table(["optimizer", "ms a step of it", "slowest", "first", "whole step, mean", "whole step, slowest"], step["rows"]))
     return parts
 
 
@@ -305,15 +301,16 @@ def _rules_for_memory() -> list[str]:
 
 
 def _rules_for_optimizers() -> list[str]:
-    """Which optimizer, by ``benchmarks/optim.py``."""
+    """Which optimizer, by ``benchmarks/optim.py``, and ``optimizer_step.py`` for the time."""
     found = _results("optim")
     rows = [row for row in found.get("3m", {}).get("rows", []) if "loss" in row]
     if not rows:
         return ["Not measured yet: `python benchmarks/optim.py`.", ""]
-    times = {row["setting"]: row for row in found.get("timing", {}).get("rows", [])}
+    step = _results("optimizer_step")
+    times = {name.replace(" fp32", "").replace(" ", "-"): over for name, *_, over, _ in step.get("rows", [])}
 
     def cost(row: dict[str, Any]) -> str:
-        time = f", a step {times[row['setting']]['overhead']:+.1%}" if row["setting"] in times else ""
+        time = f", a step {times[row['setting']]}" if row["setting"] in times else ""
         return f", {_size(row['state bytes'])} of state{time}"
 
     best = _tied(rows)
@@ -325,10 +322,10 @@ def _rules_for_optimizers() -> list[str]:
     lines.append(f"- Least state within 2 % of the lowest loss: {_said(least, 'setting', cost(least))}.")
     least = min(rows, key=lambda row: row["state bytes"])
     lines.append(f"- Least state of all: {_said(least, 'setting', cost(least))}.")
-    if slow := [f"{name} {row['overhead']:+.1%}" for name, row in times.items() if row["overhead"] > 0.1]:
-        lines.append(f"- Steps of {found['timing']['conditions']['tokens']:,} tokens that take over 10 % longer than AdamW's: {', '.join(slow)}.")
+    if slow := [f"{name} {over}" for name, over in times.items() if float(over.rstrip("%")) > 10]:
+        lines.append(f"- Steps of {step['tokens']:,} tokens that take over 10 % longer than AdamW's: {', '.join(slow)}.")
     elif not times:
-        lines.append("- The time of a step is not measured yet: `python benchmarks/optim.py --timing`.")
+        lines.append("- The time of a step is not measured yet: `python benchmarks/optimizer_step.py`.")
     if larger := sorted((row for row in found.get("9m", {}).get("rows", []) if "loss" in row), key=lambda row: row["loss"]):
         lines.append(f"- On three times as many parameters, best first: {', '.join(_said(row, 'setting', cost(row)) for row in larger)}.")
     else:
@@ -383,7 +380,7 @@ def measurements() -> str:
     parts += _optimizers(_results("optim"))
     if not parts:
         return ""
-    head = "# How the methods compare\n\nThis page is written by `make docs` from the results of `benchmarks/compare.py`, `step_cost.py`, `selections.py` and `optim.py`, "
+    head = "# How the methods compare\n\nThis page is written by `make docs` from the results of `benchmarks/compare.py`, `step_cost.py`, `selections.py`, `optim.py` and `optimizer_step.py`, "
     head += "which say what each column is and run it again; do not edit it.\n\n"
     return head + "\n".join(parts)
 

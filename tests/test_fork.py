@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 import espalier
 from espalier.checkpoint.directory import resolve_model
 from espalier.errors import EspalierError
+from espalier.train import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,20 @@ def test_what_is_no_continuation_is_refused_before_anything_is_written(options: 
     assert not (work / "refused").exists()
 
 
+def test_a_run_that_was_recorded_when_there_were_fewer_options_had_their_defaults(work: Path) -> None:
+    shutil.copytree(work / "trunk", work / "old")
+    record = json.loads((work / "old" / "run" / "run.json").read_text())
+    for key in ("loss", "reweight", "reweight_temperature", "mup", "fork", "update_in_backward"):
+        del record["arguments"][key], record["resolved"][key]
+    (work / "old" / "run" / "run.json").write_text(json.dumps(record))
+    assert run(work, "old", steps=12, warmup=0.25, cooldown=0.25, keep_checkpoints=0, resume=True)["steps"] == 12
+    with pytest.raises(EspalierError, match="loss is 'stablemax', and was 'cross_entropy' there"):
+        run(work, "refused", fork=f"{work / 'old'}@6", steps=9, loss="stablemax")
+    run(work, "of the old", fork=f"{work / 'old'}@6", steps=7, cooldown=0.1)
+    with pytest.raises(EspalierError, match=r"reweight is 'linupper', the run in .* was started with None"):
+        run(work, "old", steps=12, warmup=0.25, cooldown=0.25, keep_checkpoints=0, resume=True, reweight="linupper")
+
+
 def test_a_method_that_goes_by_the_length_of_its_run_is_not_forked_to_another(work: Path) -> None:
     options: dict[str, Any] = {"method": "gradual-magnitude", "sparsity": 0.5, "interval": 1}
     run(work, "pruned", steps=4, warmup=0.25, checkpoint_every=2, **options)
@@ -112,3 +127,9 @@ def test_only_the_last_checkpoints_stay_unless_more_are_asked_for(work: Path) ->
     names = {out: [p.name[-2:] for p in sorted((work / out / "run" / "checkpoints").iterdir())] for out in ("trunk", "whole3") if (work / out).exists()}
     assert names.pop("trunk") == ["00", "03", "06", "09", "12"]
     assert all(found == ["06", "09"] for found in names.values())
+
+
+def test_space_is_asked_for_as_many_checkpoints_as_there_will_be(work: Path) -> None:
+    there = len(list((work / "trunk" / "run" / "checkpoints").iterdir()))
+    assert checkpoint.at_once(12, 3, 0) == there == 5 and checkpoint.at_once(13, 3, 0) == 6
+    assert checkpoint.at_once(12, 3, 2) == 2 and checkpoint.at_once(12, 3, 100) == 5 and checkpoint.at_once(10**6, 0, 0) == 1

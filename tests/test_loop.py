@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from families import tiny
 from rich.console import Console
 from transformers import AutoTokenizer
@@ -187,6 +188,9 @@ def test_a_method_is_as_large_as_the_trained_numbers_may_be(model: Path, text: P
     few = run(model, text, tmp_path / "few", steps=1, trainable="5k")
     assert 4_000 < few["trained"] <= 5_000 and json.loads((tmp_path / "few" / "delta.json").read_text())["hyperparameters"]["rank"] > 1
     assert run(model, text, tmp_path / "bytes", steps=1, trainable="20kB")["trained"] == few["trained"]
+    recipe = yaml.safe_load((tmp_path / "few" / "run" / "recipe.yaml").read_text())
+    again = tune(out=str(tmp_path / "again"), quiet=True, **recipe)
+    assert again["trained"] == few["trained"] and again["final_loss"] == few["final_loss"]
     for given, options, message in (
         ("5k", {"rank": 3}, "give --rank or --trainable, not both"), ("a few", {}, "trainable is 'a few'"), ("3", {}, "3 are allowed"),
     ):  # fmt: skip

@@ -93,6 +93,21 @@ def test_of_several_micro_batches_all_gradients_are_there_beside_the_activations
     assert one["gradients"] <= several["gradients"]
 
 
+@pytest.mark.parametrize("options", [{"optimizer": "galore", "choice": "random", "rank": 4}, {"optimizer": "frugal", "rest_rule": "none", "split": "blocks"}], ids=str)
+def test_sums_of_gradients_between_micro_batches_are_there_while_parameters_are_moved_during_the_backward_pass(plan: Plan, model: str, options: dict[str, Any]) -> None:
+    one, several = (plan(method="full", targets="all", update_in_backward=True, micro_batch_size=m, **options)["phases"]["steady state"] for m in (2, 1))
+    parameters = {n: torch.nn.Parameter(p.detach().clone()) for n, p in tiny("llama", vocab_size=4096).named_parameters()}
+    optimizer = registry.make(options.pop("optimizer"), "optimizer", **options)
+    built, held = optimizer.build(parameters, 0.01), 0
+    for p in parameters.values():
+        p.grad = torch.ones_like(p)
+        held += 0 if built.hold(p) else p.nbytes
+    held += sum(t.nbytes for t in built._held.values())
+    shapes = {n: tuple(p.shape) for n, p in parameters.items()}
+    assert optimizer.summed_bytes(shapes) == pytest.approx(held, rel=0.1) and held <= optimizer.summed_bytes(shapes)
+    assert several["gradients"] >= held and several["gradients"] - one["gradients"] > 0.9 * held
+
+
 def test_lisa_has_gradients_and_state_of_what_moves_at_a_time(plan: Plan, model: str) -> None:
     lisa = plan(method="lisa", layers=1, targets="attention,mlp")
     full = plan(method="full", targets="attention,mlp")
@@ -115,8 +130,17 @@ def test_an_architecture_is_planned_without_a_tokenizer_or_a_model(tmp_path: Pat
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 64}))
     found = espalier.plan(architecture=str(tmp_path / "config.json"), **SMALL)
     assert found["method"] == "full" and found["dtype"] == "bf16" and found["phases"]["steady state"]["weights"] < 1024
+    assert espalier.plan(architecture=str(tmp_path / "config.json"), sequence_length=64, quiet=True, device="cpu")["batch_tokens"] == 16 * 64, "as pretrain's"
     with pytest.raises(EspalierError, match="give --tokenizer DIR"):
         espalier.plan(architecture=str(tmp_path / "config.json"), add_tokens="a,b", **SMALL)
+
+
+@pytest.mark.parametrize("density", [0.02, 0.1])
+@pytest.mark.parametrize("method", ["spiel", "masked", "sara"])
+def test_single_entries_are_planned_however_their_places_will_be_stored(plan: Plan, method: str, density: float) -> None:
+    """As numbers where they are few, as a bitmap where they are many, which is made of the numbers themselves."""
+    found = plan(method=method, density=density)
+    assert 4 * found["trained"] <= found["phases"]["export"]["buffers"] + found["phases"]["export"]["trained"]
 
 
 def test_a_method_that_looks_at_the_data_is_planned_as_if_nothing_had_been_looked_at(plan: Plan) -> None:
@@ -205,6 +229,8 @@ def test_a_qualified_option_is_that_parts_own_and_a_recipe_keeps_it(plan: Plan) 
         plan(rnk=3)
     with pytest.raises(EspalierError, match="optimizer_rank is no option of lora"):
         plan(optimizer_rank=3)
+    with pytest.raises(EspalierError, match="give --rank or --method-rank, which mean the same here, not both"):
+        plan(rank=3, method_rank=4)
 
 
 def test_ranks_of_frugal_stand_for_a_density() -> None:

@@ -124,6 +124,15 @@ def test_a_class_is_weighted_text_by_text_and_sequences_without_a_target_count_f
     assert_same(gradients(live, empty, False)[1], own)
 
 
+def test_a_step_without_any_target_is_not_weighted() -> None:
+    live = tiny("llama")
+    empty = batches(1, False, (8, 6))
+    for batch in empty:
+        batch.targets.fill_(IGNORED)
+    loss, own = gradients(live, empty, False, weigh=functools.partial(weights, shape="linupper", temperature=1.0))
+    assert loss == 0 and all(not bool(gradient.any()) for gradient in own.values())
+
+
 def test_a_run_is_weighted_after_its_warm_up_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
     """Dropout is the same in both passes, and what a step does depends on nothing but its number and its data."""
     text, base = tmp_path / "text.txt", str(tmp_path / "base")

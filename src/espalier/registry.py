@@ -368,6 +368,8 @@ def share_out(
     for option, value in options.items():
         part, _, name = option.partition("_")
         if (part, name) in spelt:
+            if name in options and spelt[part, name] == name:
+                raise EspalierError(f"give --{name.replace('_', '-')} or --{option.replace('_', '-')}, which mean the same here, not both")
             given[part][name] = value
         elif len(of := owners.get(option, [])) > 1:
             meant = " or ".join(f"--{one}-{option.replace('_', '-')} for {parts[one].name}" for one in of)

@@ -15,6 +15,8 @@ from families import tiny
 from transformers import AutoTokenizer
 
 from espalier import registry
+from espalier.attach.attachment import attach, trainable_parameters
+from espalier.attach.course import Course
 from espalier.checkpoint.directory import resolve_model
 from espalier.checkpoint.safetensors_file import read_safetensors
 from espalier.data.batches import Cursor
@@ -174,6 +176,23 @@ def test_parts_with_options_of_their_own_each_look_along_their_own_directions() 
     assert float(bowl(tensors)().detach()) < 0.9 * begin
 
 
+def test_parts_that_take_turns_and_lose_their_state_get_new_directions_each_time() -> None:
+    """As LISA's blocks do, where nothing trains always."""
+    model = attach(tiny("llama"), "lisa", targets="attention", layers=1, every=1)
+    course, tensors, moved = Course(model, 24), trainable_parameters(model), []
+    optimizer = mezo(tensors, 1.0)
+    for step in range(24):
+        course.begin(step, 1.0, optimizer)
+        before = {n: p.detach().clone() for n, p in tensors.items()}
+        optimizer.step(lambda: sum((p.double() ** 2).sum() for p in tensors.values()))
+        changes = {n: p.detach() - before[n] for n, p in tensors.items() if not torch.equal(p, before[n])}
+        moved.append({n: c.flatten() / c.norm() for n, c in changes.items()})
+    assert len({frozenset(m) for m in moved}) == 2
+    for number, one in enumerate(moved):
+        for other in moved[:number]:
+            assert all(abs(float(one[n] @ other[n])) < 0.5 for n in one.keys() & other.keys())
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [({"perturbation": 0.0}, "perturbation is 0"), ({"samples": 0}, "samples is 0"), ({"rule": "galore"}, "rule is galore"), ({"rule": "mezo"}, "rule is mezo")],
@@ -258,6 +277,7 @@ def test_what_needs_gradients_is_refused_before_anything_is_loaded(model: Path, 
         ({"clip": 1.0}, "give --clip 0"),
         ({"method": "adalora", "targets": "linear"}, "adalora, which looks at the gradients"),
         ({"update_in_backward": True}, "mezo has no backward pass"),
+        ({"method": "masked", "score": "gradient", "every": 2, "targets": "linear"}, "mezo has no gradients, by which masked --every 2 chooses anew"),
     ):
         with pytest.raises(EspalierError, match=words):
             run(model, tmp_path / "out", **options)

@@ -97,9 +97,7 @@ class Course:
                     if id(parameter) in self._names:
                         parameter.requires_grad_(still.get(local) is not True)
                         if method.state_policy != "keep" and optimizer is not None and not parameter.requires_grad:
-                            state = optimizer.state.pop(parameter, {})
-                            if "drawn" in state:  # random numbers go on where they were
-                                optimizer.state[parameter] = {"drawn": state["drawn"]}
+                            _forget(optimizer, parameter)
                 self._masks += [(getattr(part, local), mask) for local, mask in still.items() if isinstance(mask, torch.Tensor)]
 
     def _measured(self, measure: Callable[[], float]) -> float:
@@ -166,12 +164,18 @@ class Course:
         return {key: value for method, parts in self._driven for key, value in method.report(parts, self.steps).items()}
 
 
+def _forget(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> None:
+    state = optimizer.state.pop(parameter, {})
+    if "drawn" in state:  # random numbers go on where they were
+        optimizer.state[parameter] = {"drawn": state["drawn"]}
+
+
 def _renew(optimizer: torch.optim.Optimizer, renewed: Renewed, seeded: bool) -> None:
     """Let the optimizer's state of renewed numbers begin anew; ours count the steps of these from there on, and take seeds."""
     parameter = getattr(renewed.part, renewed.name)
     seeds = (renewed.gradients, renewed.squares, renewed.steps) if seeded else (None, None, 0)
     if bool(renewed.places.all()) and seeds[0] is None:
-        optimizer.state.pop(parameter, None)
+        _forget(optimizer, parameter)
     elif parameter not in optimizer.state:
         return
     elif hasattr(optimizer, "renew"):

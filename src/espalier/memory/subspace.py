@@ -198,6 +198,11 @@ class LowDimensional(Rule):
             total += {"right": 4 * shape[1] * size, "left": 4 * shape[0] * size, "whole": 0}.get(kind, 8 * size) + self.more_bytes(shape, numel)
         return total
 
+    def summed_bytes(self, shapes: Mapping[str, Shape]) -> int:
+        """Bytes of the sums of gradients between micro-batches, where parameters are moved during the backward pass and parts :meth:`adds_up`."""
+        found = {name: reduced_shape(self.kind(shape), shape, self.size(shape)) if self.splits(name, shape) else shape for name, shape in shapes.items()}
+        return 4 * sum(map(math.prod, found.values()))
+
     def step_bytes(self, shapes: Mapping[str, Shape]) -> int:
         """Bytes of a moment: the directions of a bucket, what one matrix is worked out in, or the choice of its subspace."""
         split = [shape for name, shape in shapes.items() if self.splits(name, shape)]

@@ -28,6 +28,7 @@ class ZerothOrder(Ruled):
 
     The closure is called ``2 samples`` times, with the parameters perturbed in place; it must give the same loss for the same
     parameters (the same batch, the same dropout), as a 0-d tensor, and no gradients. Parameters that do not require gradients stay.
+    State of a parameter beside the rule's: how many steps' directions were ``drawn`` before its next.
     What a perturbation leaves behind when it is taken back is what float32 rounds: at most ``3 (|w| + 2 eps |z|) 2^-24`` of a
     number and sample. Where a loss is not finite, nothing is moved.
 
@@ -76,9 +77,9 @@ class ZerothOrder(Ruled):
         """
         if closure is None:
             raise EspalierError("a zeroth-order optimizer has no gradients: give step a closure that returns the loss")
-        # a parameter whose state was forgotten goes on with the others, not with directions that it has had
-        moved = [p for group in self.param_groups for p in group["params"] if p in self.state]
-        self._number = max((int(self.state[p]["step"]) for p in moved), default=0)
+        # it outlasts a state that is forgotten: no parameter goes along directions that it has had
+        known = [self.state[p] for group in self.param_groups for p in group["params"] if p in self.state]
+        self._number = max((int(state["drawn"]) for state in known), default=0)
         losses = []
         self._slopes = []
         for sample in range(self.samples):
@@ -119,6 +120,7 @@ class ZerothOrder(Ruled):
                 number, parameter, start, _ = piece
                 if parameter.requires_grad:
                     state = self.state[parameter] if start else self._begun(parameter)
+                    state["drawn"] = torch.tensor(float(self._number + 1))
                     part = Part(self.names[id(parameter)], state, parameter.numel(), parameter.numel(), start, some)
                     by_group.setdefault(number, []).append((_view(piece), part))
             for number, pairs in by_group.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -74,9 +74,15 @@ class Frugal(LowDimensional):
 
     def state_bytes(self, shapes: Mapping[str, Shape]) -> int:
         """Bytes of state; of blocks, those of as many of the largest matrices as are chosen at once."""
+        return self._at_once(shapes, super().state_bytes)
+
+    def summed_bytes(self, shapes: Mapping[str, Shape]) -> int:
+        return self._at_once(shapes, super().summed_bytes)
+
+    def _at_once(self, shapes: Mapping[str, Shape], count: Callable[[Mapping[str, Shape]], int]) -> int:
         if self.split != "blocks":
-            return super().state_bytes(shapes)
-        each = {name: LowDimensional.state_bytes(self, {name: shape}) for name, shape in shapes.items()}
+            return count(shapes)
+        each = {name: count({name: shape}) for name, shape in shapes.items()}
         split = sorted((each.pop(name) for name, shape in shapes.items() if self.splits(name, shape)), reverse=True)
         return sum(each.values()) + sum(split[: round(self.density * len(split))])
 

@@ -39,6 +39,7 @@ class MeZO(Rule):
     """decoupled decay per unit of learning rate, at least 0"""
 
     zeroth_order = True
+    scales_as = None
     working = 12
 
     def check(self) -> None:

@@ -97,6 +97,12 @@ def steps(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if _NAME.fullmatch(p.name))
 
 
+def at_once(run_steps: int, every: int, keep: int) -> int:
+    """How many checkpoints a run has at its end: one before its first step, of all ``every`` steps (0: none), and of the last; ``keep`` (0: all) stay."""
+    made = -(-run_steps // every) + 1 if every else 1
+    return min(keep, made) if keep else made
+
+
 def sweep(folder: Path) -> None:
     """Remove what killed writers left."""
     if folder.is_dir():

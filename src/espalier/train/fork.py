@@ -18,7 +18,7 @@ from espalier.data.batches import Cursor
 from espalier.display import Display
 from espalier.errors import EspalierError
 from espalier.train import checkpoint
-from espalier.train.session import Record, read_record
+from espalier.train.session import NONE, Record, read_record
 
 FREE = (
     "steps", "epochs", "schedule", "warmup", "floor", "cooldown", "data", "eval_data", "eval_every", "checkpoint_every", "keep_checkpoints", "budget",
@@ -74,8 +74,8 @@ class Fork:
         return state
 
 
-def find(text: str) -> Fork:
-    """The fork that ``RUN@STEP``, or ``RUN`` for its last checkpoint, means; RUN is the --out of a run.
+def find(text: str, defaults: Mapping[str, Any] = NONE) -> Fork:
+    """The fork that ``RUN@STEP``, or ``RUN`` for its last checkpoint, means; RUN is the --out of a run, ``defaults`` as :func:`read_record` takes them.
 
     Raises:
         EspalierError: when there is no such run or checkpoint, naming those that there are.
@@ -90,4 +90,4 @@ def find(text: str) -> Fork:
         kept = ", ".join(map(str, known)) or "none"
         raise EspalierError(f"--fork {text}: there is no checkpoint of that step; there are: {kept} (--keep-checkpoints of the trunk keeps more)")
     chosen = int(step) if step else max(known)
-    return Fork(known[chosen], chosen, read_record(run / "run.json"))
+    return Fork(known[chosen], chosen, read_record(run / "run.json", defaults))

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+NONE: Mapping[str, Any] = MappingProxyType({})
+
+
 @dataclass
 class Record:
     """``run/run.json``: the arguments as given and as resolved, and what the run stands on."""
@@ -42,14 +46,19 @@ class Record:
     facts: dict[str, Any]
 
 
-def read_record(path: Path) -> Record:
+def read_record(path: Path, defaults: Mapping[str, Any] = NONE) -> Record:
     """The record of a run.
+
+    Args:
+        defaults: of the options that there are now; a run that knew one of them not yet had that.
 
     Raises:
         EspalierError: when the file is none.
     """
     try:
-        return Record(**read_json(path))
+        found = Record(**read_json(path))
+        found.arguments, found.resolved = {**defaults, **found.arguments}, {**defaults, **found.resolved}
+        return found
     except TypeError as error:
         raise EspalierError(f"{path} is not the record of a run ({error})") from error
 
@@ -57,8 +66,11 @@ def read_record(path: Path) -> Record:
 _PRESENTATION = ("resume", "quiet", "out")
 
 
-def earlier_run(out: Path, verb: str, arguments: Mapping[str, Any], resume: bool) -> Record | None:
+def earlier_run(out: Path, verb: str, arguments: Mapping[str, Any], resume: bool, defaults: Mapping[str, Any] = NONE) -> Record | None:
     """The record of the run that ``out`` holds, or ``None`` where there is none yet.
+
+    Args:
+        defaults: as :func:`read_record` takes them.
 
     Raises:
         EspalierError: when ``out`` already holds something and ``resume`` was not asked for, or when it holds
@@ -73,7 +85,7 @@ def earlier_run(out: Path, verb: str, arguments: Mapping[str, Any], resume: bool
         return None
     if not resume:
         raise EspalierError(f"--out {out} already holds a run; pass --resume to go on with it, or give another --out")
-    before = read_record(path)
+    before = read_record(path, defaults)
     if before.verb != verb:
         raise EspalierError(f"{out} holds a run of {before.verb!r}, not of {verb!r}")
     for key in sorted(arguments.keys() | before.arguments.keys()):
@@ -86,14 +98,14 @@ def earlier_run(out: Path, verb: str, arguments: Mapping[str, Any], resume: bool
     return before
 
 
-def open_run(out: Path, record: Record, resume: bool) -> tuple[Run, Record]:
+def open_run(out: Path, record: Record, resume: bool, defaults: Mapping[str, Any] = NONE) -> tuple[Run, Record]:
     """The run's folder ``OUT/run``, new or to be resumed; returns the record that holds.
 
     Raises:
         EspalierError: what :func:`earlier_run` raises, or when the run that is there stands on another base or other data.
     """
     folder = out / "run"
-    before = earlier_run(out, record.verb, record.arguments, resume)
+    before = earlier_run(out, record.verb, record.arguments, resume, defaults)
     if before is None:
         folder.mkdir(parents=True, exist_ok=True)
         _write_recipe(folder, record)
@@ -112,8 +124,8 @@ def _write_recipe(folder: Path, record: Record) -> None:
     from espalier import __version__
 
     header = f"# espalier {record.verb} --config THIS_FILE --out DIR reruns this run (espalier {__version__}, torch {torch.__version__})\n"
-    # epochs are steps by now
-    left_out = (*_PRESENTATION, "epochs")
+    # epochs are steps by now, and what trains so much is the method's own option
+    left_out = (*_PRESENTATION, "epochs", "trainable")
     content = {key: value for key, value in record.resolved.items() if value is not None and key not in left_out}
     write_text(folder / "recipe.yaml", header + yaml.safe_dump(content, sort_keys=False))
 

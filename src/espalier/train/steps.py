@@ -74,7 +74,7 @@ class Losses:
                 sums, counts = (torch.zeros(len(batch.lengths), device=device).index_add_(0, batch.windows, of) for of in (each, (batch.targets >= 0).float()))
                 present.append(counts > 0)
                 means.append((sums / counts)[present[-1]])
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) or not any(len(mean) for mean in means):  # nothing to weight by, or nothing to weight
             return loss, [None] * len(batches)
         found = weigh(torch.cat(means))
         factors = (found * len(found)).float().split([len(mean) for mean in means])
@@ -154,7 +154,8 @@ class DuringBackward(ByGradients):
     def _measure(self, some: list[nn.Parameter]) -> None:
         norms = torch._foreach_norm([p.grad for p in some if p.grad is not None])
         if not bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all()):
-            self._refuse(0.0, next(float(norm) for norm in norms if not math.isfinite(norm)), _MOVED)
+            advice = _MOVED if self._mover.is_last else ADVICE
+            self._refuse(0.0, next(float(norm) for norm in norms if not math.isfinite(norm)), advice)
         for parameter, norm in zip(some, norms, strict=True):
             self._norms[id(parameter)] = self._norms.get(id(parameter), 0.0) + norm
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import importlib
+import inspect
 import json
 import math
 import shutil
@@ -180,6 +183,11 @@ class Job:
 
     # -- the run's folder
 
+    def _defaults(self) -> dict[str, Any]:
+        """Those of the verb's options: what runs had that were recorded when there were fewer."""
+        verb = getattr(importlib.import_module(f"espalier.verbs.{self.verb}"), self.verb)
+        return {name: p.default for name, p in inspect.signature(verb).parameters.items() if p.default is not p.empty}
+
     def finished(self) -> dict[str, Any] | None:
         """The report of a run that was resumed after its end, else nothing.
 
@@ -187,7 +195,7 @@ class Job:
             EspalierError: when ``--out`` holds something else than this run, before anything is read or loaded.
         """
         path = self.out / "run" / "result.json"
-        if session.earlier_run(self.out, self.verb, self.given, self.a["resume"]) is not None and path.exists():
+        if session.earlier_run(self.out, self.verb, self.given, self.a["resume"], self._defaults()) is not None and path.exists():
             self.display.note(f"the run in {self.out} is finished")
             return read_json(path)
         return None
@@ -257,8 +265,8 @@ class Job:
         """
         a, run = self.a, self.out / "run"
         begun = a["resume"] and bool(checkpoint.steps(run / "checkpoints"))
-        fork = None if begun else forks.find(a["fork"])
-        before = fork.record.resolved if fork else session.read_record(run / "run.json").resolved
+        fork = None if begun else forks.find(a["fork"], self._defaults())
+        before = fork.record.resolved if fork else session.read_record(run / "run.json", self._defaults()).resolved
         a["warmup"] = round(before["warmup"] * before["steps"]) / a["steps"]
         for key in ("micro_batch_size", "recompute", "logits_chunk"):
             a[key] = before[key] if a[key] is None else a[key]
@@ -404,7 +412,11 @@ class Job:
 
         def price(micro: int, recompute: bool, chunk: int) -> planning.Phases:
             step, working = traced(micro, recompute, chunk), traced(micro, True, chunk).peak
-            held = step.held if micro >= a["batch_size"] * a["sequence_length"] else step.accumulated
+            if micro >= a["batch_size"] * a["sequence_length"]:
+                return planning.predict(around, step, step.held, working, self.device.type == "cpu")
+            held = step.accumulated
+            if self.gradients == "few":
+                held = dataclasses.replace(held, gradients=held.gradients + self.optimizer_method.summed_bytes(step.moving))
             return planning.predict(around, step, held, working, self.device.type == "cpu")
 
         chunk = planning.default_chunk(self.config.vocab_size)
@@ -526,7 +538,7 @@ class Job:
         """The method's updates; says what trains, and shows what is learnt of the data."""
         a = self.a
         record = session.Record(self.verb, self.given, self._resolved(), self._facts())
-        self.run, self.record = session.open_run(self.out, record, a["resume"])
+        self.run, self.record = session.open_run(self.out, record, a["resume"], self._defaults())
         attach(
             self.model, self.method, targets=a["targets"], full=self.full, new_tokens=self.new_tokens, seed=a["seed"], dropout=a["dropout"],
             statistics=self.statistics,
@@ -605,7 +617,7 @@ class Job:
         torch.manual_seed(a["seed"])  # whatever planning and loading drew: the first checkpoint holds the random state
         if self.fork is not None:
             self.run.state = self.fork.load(tensors, optimizer, self.record.facts["data"] == self.fork.record.facts["data"], self.display)
-        kept = a["keep_checkpoints"] or a["steps"] // max(1, a["checkpoint_every"]) + 1
+        kept = checkpoint.at_once(a["steps"], a["checkpoint_every"], a["keep_checkpoints"])
         session.dry_run(self.out, self.run, tensors, optimizer, self._write_delta, state, kept)
         session.resume_from_last(self.run, tensors, optimizer, self.display)
 

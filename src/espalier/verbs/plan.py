@@ -18,7 +18,7 @@ def plan(
     add_tokens: str | None = None,
     trainable: str | None = None,
     steps: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     sequence_length: int | None = None,
     optimizer: str = "adamw",
     state: Literal["fp32", "bf16", "8bit"] = "fp32",
@@ -50,7 +50,7 @@ def plan(
         add_tokens: new tokens, as in tune
         trainable: train at most so many numbers (such as 200k) or bytes of them (2MiB), as in tune
         steps: optimizer steps, for methods that need so many at least
-        batch_size: sequences per step, each of --sequence-length tokens (packed full)
+        batch_size: sequences per step, each of --sequence-length tokens (packed full); default: 8, and 16 with --architecture
         sequence_length: longest context, in tokens; default: 512, or all positions of a model with fewer
         optimizer: the optimizer (see `espalier methods --kind optim`)
         state: how its state is stored: fp32, bf16 rounded at random, or 8 bits in blocks of 256 (tensors of 4,096 numbers or more)
@@ -78,6 +78,7 @@ def plan(
 
     new = architecture is not None
     arguments = {k: v for k, v in locals().items() if k not in ("options", "Job", "new")}
+    arguments["batch_size"] = batch_size if batch_size is not None else 16 if new else 8
     arguments |= {"method": method or ("full" if new else "lora"), "dtype": dtype or ("bf16" if new else None), "full": full or ("rest" if new else None)}
     job = Job("plan", arguments, options, arguments["method"])
     job.read_model()

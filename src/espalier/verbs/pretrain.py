@@ -72,7 +72,7 @@ def pretrain(
         optimizer: the optimizer (see `espalier methods --kind optim`)
         state: how its state is stored: fp32, bf16 rounded at random, or 8 bits in blocks of 256 (tensors of 4,096 numbers or more)
         clip: largest norm of the gradient; 0: no clipping
-        update_in_backward: move each parameter as soon as its gradient is there, and free that; needs --clip 0 and one micro-batch a step
+        update_in_backward: move each parameter as soon as its gradient is there, and free that; needs --clip 0, and one micro-batch a step but for optimizers whose gradients add up in a small form
         loss: what is trained on; stablemax is the cross-entropy with s(x) = x + 1, below zero 1 / (1 - x), for exp(x); measuring stays as it is
         reweight: weight the sequences of a step by their losses after the warm-up: linupper takes weight from what is known already (a second forward pass)
         reweight_temperature: the weights are a softmax over this; large: nearly equal weights
@@ -80,7 +80,7 @@ def pretrain(
         eval_every: also measure every so many steps; 0: never
         checkpoint_every: steps between checkpoints; 0: only at the start
         keep_checkpoints: how many of them stay, the last ones; 0: all
-        fork: begin with a checkpoint of another run, given as its --out or OUT@STEP; all options but the schedule's and the data are that run's
+        fork: begin with a checkpoint of another run, given as its --out or OUT@STEP; the warm-up, and all options but the rest of the schedule and the data, are that run's
         budget: bound on the process's peak memory, such as 2GiB; chooses the next three
         micro_batch_size: sequences that are in memory at a time
         recompute: recompute activations in the backward pass

@@ -73,7 +73,7 @@ def tune(
         optimizer: the optimizer (see `espalier methods --kind optim`)
         state: how its state is stored: fp32, bf16 rounded at random, or 8 bits in blocks of 256 (tensors of 4,096 numbers or more)
         clip: largest norm of the gradient; 0: no clipping
-        update_in_backward: move each parameter as soon as its gradient is there, and free that; needs --clip 0 and one micro-batch a step
+        update_in_backward: move each parameter as soon as its gradient is there, and free that; needs --clip 0, and one micro-batch a step but for optimizers whose gradients add up in a small form
         loss: what is trained on; stablemax is the cross-entropy with s(x) = x + 1, below zero 1 / (1 - x), for exp(x); measuring stays as it is
         label_smoothing: share of every target that is spread over the whole vocabulary, in [0, 1); of the training loss only
         reweight: weight the sequences of a step by their losses after the warm-up: linupper takes weight from what is known already (a second forward pass)
