@@ -128,19 +128,14 @@ class Masked(Entries):
     def at(self, positions: torch.Tensor, target: Target) -> Tensors:
         return super().at(positions, target) | (candidates.none(len(positions)) if self.every else {})
 
-    def check_without_gradients(self, what: str, has_penalty: bool = True) -> None:
-        super().check_without_gradients(what, has_penalty)
-        if self.every and not has_penalty:  # during the backward pass they are there, one at a time
-            raise EspalierError(f"{what} has no gradients, by which {self.name} --every {self.every} chooses anew; give --every 0, or another optimizer")
-
     def before_forward(self, parts: Sequence[Any], moment: Moment, measure: Callable[[], float] | None) -> None:
         for part in parts if self.every else ():
             candidates.watch(part, self.each(part.target), candidates.propose if self._chooses(moment) else None)
 
     def check_without_gradients(self, what: str, is_blind: bool = False) -> None:
-        if self.every and is_blind:
-            raise EspalierError(f"{what} has no gradients, by which entries are chosen anew; every is {self.every}, and must be 0")
         super().check_without_gradients(what, is_blind)
+        if self.every and is_blind:  # during the backward pass they are there, one at a time
+            raise EspalierError(f"{what} has no gradients, by which {self.name} --every {self.every} chooses anew; give --every 0, or another optimizer")
 
     def _chooses(self, moment: Moment) -> bool:
         return self.every > 0 and moment.step > 0 and moment.step % self.every == 0
