@@ -36,9 +36,9 @@ def least(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def runs(least: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, subprocess.CompletedProcess[str]]:
-    """The least budget and two larger ones, each in a process of its own."""
+    """The least budget and a larger one, each in a process of its own."""
     folder = tmp_path_factory.mktemp("runs")
-    return {budget: tune(folder / budget, budget) for budget in (least, "900MiB", "1.5GiB")}
+    return {budget: tune(folder / budget, budget) for budget in (least, "1.5GiB")}
 
 
 def test_measured_peak_is_within_the_budget(runs: dict[str, subprocess.CompletedProcess[str]]) -> None:
@@ -54,7 +54,7 @@ def test_measured_peak_is_within_the_budget(runs: dict[str, subprocess.Completed
 
 def test_a_larger_budget_is_used(runs: dict[str, subprocess.CompletedProcess[str]]) -> None:
     """More memory buys larger micro-batches and no recomputation, for the same loss."""
-    small, _, large = (json.loads(done.stdout) for done in runs.values())
+    small, large = (json.loads(done.stdout) for done in runs.values())
     assert small["plan"]["recompute"] and not large["plan"]["recompute"]
     assert small["plan"]["micro_tokens"] < large["plan"]["micro_tokens"]
     assert small["final_loss"] == pytest.approx(large["final_loss"], rel=5e-3)
