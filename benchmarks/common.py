@@ -9,11 +9,14 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 RESULTS = Path(__file__).parent / "results"
+Row = dict[str, Any]
+Work = TypeVar("Work")
 
 
 def machine() -> dict[str, Any]:
@@ -86,6 +89,25 @@ def alone(path: Path) -> Iterator[None]:
 
 class RunFailed(SystemExit):
     """A run broke; nothing is kept of it. Caught, the benchmark goes on with what else there is, and ends with this."""
+
+
+def rows_of(work: Iterable[Work], make: Callable[[Work], Row], keep: Callable[[Row], None]) -> tuple[list[Row], RunFailed | None]:
+    """The rows of some work, each kept as soon as it is made, and the last failure: what broke is said, and the rest goes on."""
+    rows, broken = [], None
+    for one in work:
+        try:
+            rows.append(make(one))
+        except RunFailed as error:
+            print(broken := error, file=sys.stderr)
+        else:
+            keep(rows[-1])
+    return rows, broken
+
+
+def say_rows(columns: Sequence[str], rows: Iterable[Row]) -> None:
+    """Print rows that have a loss, the lowest first."""
+    done = sorted((row for row in rows if "loss" in row), key=lambda row: row["loss"])
+    print(table(columns, [[f"{v:.4g}" if isinstance(v := row[c], float) else v for c in columns] for row in done]))
 
 
 class Ledger:

@@ -47,6 +47,8 @@ from common import (
     digest,
     machine,
     read_result,
+    rows_of,
+    say_rows,
     table,
     with_row,
     write_result,
@@ -420,8 +422,9 @@ def main() -> None:
         return
     systems = a.systems.split(",") if a.job != "packages" else ["ours"]
     work = chosen(a.methods, systems)
-    lab, rows, broken = Lab(a), [], None
+    lab = Lab(a)
     if a.speed:
+        rows = []
         for info, system in work:
             speed = lab.speed(info, system)
             rows.append([system, info.name, "none" if speed is None else f"{speed:,.0f}"])
@@ -429,18 +432,10 @@ def main() -> None:
                 publish_speed(lab, f"{system} {info.name}", speed)
         print(table(("system", "method", "tokens a second"), rows))
         return
-    for info, system in work:
-        try:
-            rows.append(lab.row(info, system))
-        except RunFailed as error:
-            print(broken := error, file=sys.stderr)
-            continue
-        if not a.quick:
-            publish(lab, rows[-1])
+    made, broken = rows_of(work, lambda one: lab.row(*one), lambda row: None if a.quick else publish(lab, row))
     columns = ("system", "method", "rate", "loss", "deviation", "accuracy", "forgetting", "trained", "bytes", "peak")
-    done = sorted((row for row in rows if "loss" in row), key=lambda row: row["loss"])
-    print(table(columns, [[f"{v:.4g}" if isinstance(v := row[c], float) else v for c in columns] for row in done]))
-    for row in rows:
+    say_rows(columns, made)
+    for row in made:
         if "refused" in row:
             print(f"{row['system']} {row['method']} has no row: {row['refused']}")
     if broken:

@@ -52,6 +52,8 @@ from common import (
     digest,
     machine,
     read_result,
+    rows_of,
+    say_rows,
     table,
     with_row,
     write_result,
@@ -486,19 +488,16 @@ def main() -> None:
         worker(json.loads(a.worker))
         return
     names = chosen(a)
-    lab, rows, broken = Lab(a), [], None
-    for name in names:
-        try:
-            rows.append(lab.row(name))
-        except RunFailed as error:
-            print(broken := error, file=sys.stderr)
-            continue
+    lab = Lab(a)
+
+    def keep(row: dict[str, Any]) -> None:
         if not a.quick:
             conditions = {**lab.common, "steps": lab.steps(), "grid": list(GRID), "seeds": list(SEEDS), "every": EVERY, **SHAPES[a.shape]}
-            publish(a, a.shape, {"conditions": conditions, "rows": [rows[-1]]})
+            publish(a, a.shape, {"conditions": conditions, "rows": [row]})
+
+    rows, broken = rows_of(names, lab.row, keep)
     columns = ("setting", "rate", "edge", "loss", "deviation", "state bytes", "predicted", "trained", "peak")
-    done = sorted((row for row in rows if "loss" in row), key=lambda row: row["loss"])
-    print(table(columns, [[f"{v:.4g}" if isinstance(v := row[c], float) else v for c in columns] for row in done]))
+    say_rows(columns, rows)
     if judged := judge(rows):
         print("\n" + table(list(judged[0]), [[f"{v:+.4f}" if isinstance(v, float) else v for v in line.values()] for line in judged]))
     for row in rows:

@@ -41,6 +41,7 @@ from common import (
     machine,
     make_llama,
     read_result,
+    rows_of,
     table,
     with_row,
     write_result,
@@ -256,6 +257,7 @@ def main() -> None:
         return
     a.job, a.package = "package", "asyncio"
     lab, todo, broken = compare.Lab(a), work(a.methods), None
+    make = {"rows": lambda one: lab.row(*one), "memory": lambda one: memory_row(lab, *one), "forgetting": lambda one: forgetting_row(lab, one[0])}
     columns = {
         "rows": ("system", "method", "rate", "loss", "deviation", "forgetting", "trained", "bytes"),
         "memory": ("system", "method", "trained", "peak", "imports"),
@@ -264,20 +266,16 @@ def main() -> None:
     for part in a.parts.split(","):
         if part not in columns:
             raise SystemExit(f"--parts {part}: there are {', '.join(columns)}")
-        rows = []
-        for info, system in todo:
-            if part == "forgetting" and (info.name not in FORGETTING or system != "ours"):
-                continue
-            try:
-                made = lab.row(info, system) if part == "rows" else memory_row(lab, info, system) if part == "memory" else forgetting_row(lab, info)
-            except RunFailed as error:
-                print(broken := error, file=sys.stderr)
-                continue
-            rows.append(made)
+
+        def keep(row: dict[str, Any], part: str = part) -> None:
             if not a.quick:
-                publish(lab, part, rows[-1])
+                publish(lab, part, row)
                 if part == "rows":
-                    compare.publish(lab, rows[-1])
+                    compare.publish(lab, row)
+
+        of_part = [one for one in todo if part != "forgetting" or (one[0].name in FORGETTING and one[1] == "ours")]
+        rows, failed = rows_of(of_part, make[part], keep)
+        broken = failed or broken
         done = [row for row in rows if "refused" not in row]
         print(f"\n{part}\n\n" + table(columns[part], [[shown(row[c]) for c in columns[part]] for row in done]))
         for row in rows:

@@ -23,6 +23,7 @@ from espalier import registry
 from espalier.anatomy.parameters import parameters
 from espalier.attach.attachment import attach, trainable_parameters
 from espalier.calibrate.statistics import STATISTICS
+from espalier.checkpoint.directory import resolve_model
 from espalier.exchange.save import save
 
 VOCABULARY = 96
@@ -113,6 +114,21 @@ def tiny(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
 def tokens(rows: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
     """Random token ids without special ones, (rows, length)."""
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+FUNCTIONS = "".join(f"def add_{i}(a, b):\n    return a + {i} * b\n\n\n" for i in range(60))
+"""A text that is quickly learnt."""
+
+
+def save_model(folder: Path, template: str | None = None, family: str = "llama") -> Path:
+    """A tiny model with seedling's tokenizer, in a folder."""
+    from transformers import AutoTokenizer
+
+    tiny(family, vocab_size=4096).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("seedling"))
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def needed(method: str, model: PreTrainedModel, targets: str) -> dict[str, str]:

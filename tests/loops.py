@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -43,6 +43,15 @@ def train(model: torch.nn.Module, loss_of: Loss, steps: int) -> None:
         optimizer.zero_grad()
         loss_of(model).backward()
         assert {n for n, p in model.named_parameters() if p.grad is not None} <= set(parameters)
+        optimizer.step()
+
+
+def train_on(model: torch.nn.Module, batches: Iterable[torch.Tensor], weight_decay: float) -> None:
+    """A step of AdamW on each batch of token ids (rows, length)."""
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-2, weight_decay=weight_decay)
+    for x in batches:
+        optimizer.zero_grad()
+        model(x, labels=x).loss.backward()
         optimizer.step()
 
 

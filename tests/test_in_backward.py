@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import config, tiny, tokens
-from transformers import AutoTokenizer
+from families import FUNCTIONS, config, save_model, tiny, tokens
 
 from espalier import registry
 from espalier.attach.attachment import attach, trainable_parameters
-from espalier.checkpoint.directory import resolve_model
 from espalier.checkpoint.safetensors_file import read_safetensors
 from espalier.errors import EspalierError, NotFiniteError
 from espalier.memory import in_backward
@@ -34,10 +32,8 @@ def nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("backward") / "model"
-    tiny("llama", vocab_size=4096).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(resolve_model("seedling")).save_pretrained(folder)
-    (folder.parent / "text.txt").write_text("".join(f"def add_{i}(a, b):\n    return a + {i} * b\n\n\n" for i in range(60)))
+    folder = save_model(tmp_path_factory.mktemp("backward") / "model")
+    (folder.parent / "text.txt").write_text(FUNCTIONS)
     return folder
 
 

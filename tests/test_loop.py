@@ -16,11 +16,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from families import tiny
+from families import FUNCTIONS, save_model
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from espalier.checkpoint.directory import resolve_model
 from espalier.checkpoint.safetensors_file import read_safetensors
 from espalier.data.encode import Encoder
 from espalier.display import Display
@@ -34,15 +33,6 @@ TEMPLATE = (
 )
 
 
-def save_model(folder: Path, template: str | None = None, family: str = "llama") -> Path:
-    """A tiny model with seedling's tokenizer."""
-    tiny(family, vocab_size=4096).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model("seedling"))
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("loop") / "model")
@@ -51,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("loop") / "text.txt"
-    path.write_text("".join(f"def add_{i}(a, b):\n    return a + {i} * b\n\n\n" for i in range(60)))
+    path.write_text(FUNCTIONS)
     return path
 
 

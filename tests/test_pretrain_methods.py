@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import FUNCTIONS
 
 from espalier.checkpoint.directory import ModelDirectory, resolve_model
 from espalier.errors import EspalierError
@@ -18,7 +19,7 @@ from espalier.verbs.tune import tune
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pretrain") / "text.txt"
-    path.write_text("".join(f"def add_{i}(a, b):\n    return a + {i} * b\n\n\n" for i in range(60)))
+    path.write_text(FUNCTIONS)
     return path
 
 

@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny
-from transformers import AutoTokenizer
+from families import FUNCTIONS, save_model, tiny
 
 from espalier import registry
 from espalier.attach.attachment import attach, trainable_parameters
 from espalier.attach.course import Course
-from espalier.checkpoint.directory import resolve_model
 from espalier.checkpoint.safetensors_file import read_safetensors
 from espalier.data.batches import Cursor
 from espalier.errors import EspalierError, NotFiniteError
@@ -212,10 +210,8 @@ def test_without_a_closure_it_says_what_it_needs() -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("mezo") / "model"
-    tiny("llama", vocab_size=4096).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(resolve_model("seedling")).save_pretrained(folder)
-    (folder.parent / "text.txt").write_text("".join(f"def add_{i}(a, b):\n    return a + {i} * b\n\n\n" for i in range(60)))
+    folder = save_model(tmp_path_factory.mktemp("mezo") / "model")
+    (folder.parent / "text.txt").write_text(FUNCTIONS)
     return folder
 
 

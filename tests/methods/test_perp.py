@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import loops
 import pytest
 import torch
 from families import FAMILIES, fit_for, tiny, tokens
 
 from espalier import apply
 from espalier.anatomy.parameters import parameters
-from espalier.attach.attachment import Attachment, attach, attachments, settle, trainable_parameters
+from espalier.attach.attachment import Attachment, attach, attachments, settle
 from espalier.attach.coded_base import quantize_base
 from espalier.attach.load import load
 from espalier.delta import store
@@ -35,12 +36,7 @@ def perp(family: str = "llama", dtype: torch.dtype = torch.float32, **options: A
 
 
 def train(model: torch.nn.Module, steps: int = 3) -> None:
-    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-2)
-    for seed in range(steps):
-        x = tokens(seed=seed)
-        optimizer.zero_grad()
-        model(x, labels=x).loss.backward()
-        optimizer.step()
+    loops.train_on(model, [tokens(seed=seed) for seed in range(steps)], weight_decay=0.01)
 
 
 @torch.no_grad()

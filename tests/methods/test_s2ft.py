@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import loops
 import peft
 import pytest
 import torch
@@ -40,12 +41,7 @@ def s2ft(family: str, layers: int = 2, **options: Any) -> tuple[torch.nn.Module,
 
 
 def train(model: torch.nn.Module, steps: int = 3) -> None:
-    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-2, weight_decay=0.1)
-    for seed in range(steps):
-        x = tokens(seed=seed)
-        optimizer.zero_grad()
-        model(x, labels=x).loss.backward()
-        optimizer.step()
+    loops.train_on(model, [tokens(seed=seed) for seed in range(steps)], weight_decay=0.1)
 
 
 @torch.no_grad()

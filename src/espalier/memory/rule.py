@@ -113,11 +113,14 @@ class Rule(abc.ABC):
         """Bytes of state for parameters of these names and shapes."""
         return len(self.slots) * sum(stored_state.bytes_of(math.prod(shape), self.state) for shape in shapes.values())
 
-
     def step_bytes(self, shapes: Mapping[str, Shape]) -> int:
         """Bytes that a step holds for a moment beside gradients and state, for parameters of these names and shapes."""
+        return self._held_bytes(shapes, BUCKET)
+
+    def _held_bytes(self, shapes: Mapping[str, Shape], at_once: int) -> int:
+        """Bytes of decoded state and of what is worked with, of so many numbers at once."""
         decoded = 4 * len(self.slots) if self.state != "fp32" else 0
-        return min(BUCKET, sum(math.prod(shape) for shape in shapes.values())) * (decoded + self.working)
+        return min(at_once, sum(map(math.prod, shapes.values()))) * (decoded + self.working)
 
     def check_shapes(self, shapes: Mapping[str, Shape]) -> None:
         """Refuse to be asked for what would make no difference to parameters of these names and shapes.

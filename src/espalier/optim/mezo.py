@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -50,8 +49,7 @@ class MeZO(Rule):
         self.inner = None if self.rule == "sgd" else self.standing_on(self.rule)
 
     def step_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        decoded = 4 * len(self.slots) if self.state != "fp32" else 0
-        return min(zeroth_order.SLICE, sum(map(math.prod, shapes.values()))) * (decoded + self.working)
+        return self._held_bytes(shapes, zeroth_order.SLICE)
 
     def build(self, parameters: Mapping[str, torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
         return ZerothOrder(self, self._groups(parameters), learning_rate, self.perturbation, self.samples)
