@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import sys
@@ -102,6 +103,32 @@ def rows_of(work: Iterable[Work], make: Callable[[Work], Row], keep: Callable[[R
         else:
             keep(rows[-1])
     return rows, broken
+
+
+def best_rate(loss_at: Callable[[float], float | None], middle: float, grid: Sequence[float], more: int = 0) -> tuple[float | None, dict[float, float | None]]:
+    """The learning rate of the lowest loss (``None`` where none is finite), and the loss of every one tried, ascending.
+
+    ``grid``: factors of ``middle``, ascending. While the best is at an edge, and at most ``more`` times, one more rate is
+    tried beyond it, a grid's step away.
+    """
+    step = grid[-1] / grid[-2] if len(grid) > 1 else 1.0
+    tried: dict[float, float | None] = {}
+
+    def attempt(rate: float) -> None:
+        loss = loss_at(rate := float(f"{rate:.3g}"))
+        tried[rate] = loss if loss is not None and math.isfinite(loss) else None
+
+    def best() -> float | None:
+        return min((rate for rate in tried if tried[rate] is not None), key=lambda rate: tried[rate] or 0.0, default=None)
+
+    for factor in grid:
+        attempt(middle * factor)
+    for _ in range(more):
+        if best() == max(tried):
+            attempt(max(tried) * step)
+        elif best() == min(tried):
+            attempt(min(tried) / step)
+    return best(), dict(sorted(tried.items()))
 
 
 def say_rows(columns: Sequence[str], rows: Iterable[Row]) -> None:

@@ -5,12 +5,12 @@
 
 The job ``package``: seedling, adapted to a package of the standard library that it was not trained on. Of the package's files to
 adapt to (``stdlib:NAME:train``) every fifth chooses the learning rate; ``stdlib:NAME:heldout`` is measured on, once. Forgetting is what the
-loss on seedling's own held-out text (``stdlib:valid``, the first 6,000 characters of each file) gains. ``docstrings``: bodies of functions
+loss on seedling's own held-out text (``stdlib:valid``, the first 3,000 characters of each file) gains. ``docstrings``: bodies of functions
 from signature and docstring; ``packages``: which package a docstring comes from (the loss of the classifier; its head trains too).
 
 Every method has the same effort: its default options; the learning rates of :data:`GRID` times its own default on one seed and a third
-of the steps; then :data:`SEEDS` at the best. All run in float32, 8 sequences of 256 tokens a step, AdamW without decay, cosine. A rate that
-lies at the edge of the grid is marked: there the method may do better than is shown. PEFT's method (``peft_twins.py``) is put into the
+of the steps, and one rate more, at most :data:`MORE` times, while the best is at an edge; then :data:`SEEDS` at the best. All run in float32, 4 sequences of 256 tokens a step, AdamW without decay, cosine. A rate that
+is at an edge even then is marked: there the method may do better than is shown. PEFT's method (``peft_twins.py``) is put into the
 model and then trained by the same loop on the same batches, so that only the layers differ; prefix and prompt tuning, which PEFT
 puts in front of the model, and classification are ours alone, and so is EVA.
 
@@ -21,7 +21,7 @@ own, ``--speed``, which wants an idle machine and takes about 20 minutes (estima
 Runs are kept in the ledger under ``--out``, by everything that they depend on (of the code: the method's own file), so that a run that was broken off
 goes on. Parts (``--methods a,b``) add up, also several at once over one ``--out``. The rows go into results/compare.json and the plot of loss against bytes
 into results/compare.png as they are made; ``make docs`` then writes the table into docs/methods/compare.md. All methods take about
-8 hours on 2 cores, two parts of one thread each at once (65 rows of 800 s: a step of LoRA takes a core 1 s); ``--methods front`` takes the (up to ten) methods of ours on the Pareto front of the job ``package``.
+3 hours on 2 cores, two parts of one thread each at once (some 65 rows; 120 steps are about one pass over the package); ``--methods front`` takes the (up to ten) methods of ours on the Pareto front of the job ``package``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import shutil
 import statistics
@@ -44,6 +43,7 @@ from common import (
     Ledger,
     RunFailed,
     alone,
+    best_rate,
     digest,
     machine,
     read_result,
@@ -56,13 +56,15 @@ from common import (
 from peft_twins import PROMPTS, has_twin, twin
 
 KINDS = ("adapt", "select", "branch")
-GRID = (1 / 3, 1, 3, 10)
+GRID = (1, 3, 10, 30)
+MORE = 2
+"""Rates beyond an edge of the grid that are tried while the best is there."""
 SEEDS = (0, 1, 2)
 STEPS = 120
-BATCH, LENGTH, WARMUP, CLIP = 8, 256, 0.05, 1.0
+BATCH, LENGTH, WARMUP, CLIP = 4, 256, 0.05, 1.0
 SPEED_STEPS, TIMED = 8, 5
 """Steps of a run for its speed, and how many of them, the last, are timed."""
-TEXT = 6000
+TEXT = 3000
 """Characters of a file of seedling's own held-out text."""
 
 
@@ -112,9 +114,9 @@ def run_ours(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     import espalier
 
     found = espalier.tune(
-        spec.get("model", "seedling"), spec["data"]["train"], str(out), method=spec["method"], steps=spec["steps"], batch_size=BATCH, sequence_length=LENGTH,
+        spec.get("model", "seedling"), spec["data"]["train"], str(out), method=spec["method"], steps=spec["steps"], batch_size=spec["batch"], sequence_length=LENGTH,
         learning_rate=spec["rate"], warmup=WARMUP, clip=CLIP, eval_data=[spec["data"][part] for part in spec["measured"]],
-        checkpoint_every=0, dtype=spec.get("dtype", "fp32"), micro_batch_size=BATCH, recompute=False, threads=spec["threads"], seed=spec["seed"],
+        checkpoint_every=0, dtype=spec.get("dtype", "fp32"), micro_batch_size=spec["batch"], recompute=False, threads=spec["threads"], seed=spec["seed"],
         quiet=True, weight_decay=0.0, **spec["options"],
     )  # fmt: skip
     scores = {part: found["evaluation"][spec["data"][part]] for part in spec["measured"]}
@@ -149,7 +151,7 @@ def run_peft(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     model = load_model(name, spec.get("dtype", "fp32"), "cpu")
     encoder = Encoder(load_tokenizer(name))
     stores = {part: open_store(open_source(spec["data"][part]), encoder) for part in ("train", *spec["measured"])}
-    chunk, tokens = default_chunk(model.config.vocab_size), BATCH * LENGTH
+    chunk, tokens = default_chunk(model.config.vocab_size), spec["batch"] * LENGTH
     scores: dict[str, dict[str, Any]] = {part: {} for part in spec["measured"]}
 
     def measure(when: str) -> None:
@@ -254,17 +256,18 @@ class Lab:
         spec = {"system": system, "method": info.name, "options": options, "rate": rate, "seed": seed, "steps": steps, "measured": measured}
         whole = {h.name: h.default for h in info.hyperparameters} | options
         key = json.dumps({**spec, **self.common, "options": whole, "code": digest(info.file)}, sort_keys=True)
-        return self.ledger.get(key, lambda: self._process({**spec, "data": self.data, "threads": self.a.threads}))
+        return self.ledger.get(key, lambda: self._process(spec))
 
     def base(self, measured: tuple[str, ...]) -> dict[str, float]:
         """Losses of seedling as it is."""
         spec = {"system": "base", "method": "", "rate": 0.0, "seed": 0, "measured": measured}
         key = json.dumps({**spec, **self.common}, sort_keys=True)
-        found = self.ledger.get(key, lambda: self._process({**spec, "data": self.data, "threads": self.a.threads}))
+        found = self.ledger.get(key, lambda: self._process(spec))
         return {part: score["after"]["loss"] for part, score in found["scores"].items()}
 
     def _process(self, spec: dict[str, Any]) -> dict[str, Any]:
-        command = [sys.executable, __file__, "--worker", json.dumps(spec)]
+        given = {"batch": BATCH, "data": self.data, "threads": self.a.threads}
+        command = [sys.executable, __file__, "--worker", json.dumps({**spec, **given})]
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.a.threads), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:
@@ -279,13 +282,17 @@ class Lab:
         a, given = self.a, options or {}
         steps = max(round(self.a.steps * share), 3)
         default = rate_of(info)
-        grid = [default * factor for factor in (GRID[1:2] if a.quick else GRID)]
-        tried = {rate: self.run(info, system, given, rate, SEEDS[0], steps // 3, ("choose",)) for rate in grid}
-        losses = {rate: found["scores"]["choose"]["after"]["loss"] for rate, found in tried.items() if "failed" not in found}
-        losses = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
-        if not losses:
-            return {"system": system, "method": info.name, "refused": next(iter(tried.values())).get("failed", "no finite loss")}
-        best = min(losses, key=lambda rate: losses[rate])
+        why = "no finite loss"
+
+        def loss_at(rate: float) -> float | None:
+            nonlocal why
+            found = self.run(info, system, given, rate, SEEDS[0], steps // 3, ("choose",))
+            why = found.get("failed", why)
+            return found["scores"]["choose"]["after"]["loss"] if "failed" not in found else None
+
+        best, tried = best_rate(loss_at, default, GRID[:1]) if a.quick else best_rate(loss_at, default, GRID, MORE)
+        if best is None:
+            return {"system": system, "method": info.name, "refused": why}
         measured = tuple(part for part in ("test", "own") if part in self.data)
         runs = [self.run(info, system, given, best, seed, steps, measured) for seed in (SEEDS[:1] if a.quick else SEEDS)]
         ended = [found for found in runs if "failed" not in found]
@@ -298,19 +305,19 @@ class Lab:
         after = [score["after"]["loss"] for score in test]
         accuracy = [score["after"]["accuracy"] for score in test if "accuracy" in score["after"]]
         return {
-            "system": system, "method": info.name, "rate": best, "edge": best in (grid[0], grid[-1]), "ended": len(ended),
+            "system": system, "method": info.name, "rate": best, "edge": best in (min(tried), max(tried)), "ended": len(ended),
             "base loss": base["test"], "loss": statistics.mean(after), "deviation": statistics.stdev(after) if len(after) > 1 else 0.0,
             "accuracy": statistics.mean(accuracy) if accuracy else None,
             "forgetting": statistics.mean(own) - base["own"] if own else None,
             "trained": ended[0]["trained"], "bytes": ended[0]["bytes"], "peak": statistics.median(f["peak"] for f in ended),
-            "grid": {f"{rate:.3g}": losses.get(rate) for rate in grid},
+            "grid": {f"{rate:.3g}": loss for rate, loss in tried.items()},
         }  # fmt: skip
 
 
     def speed(self, info: Any, system: str) -> float | None:
         """Tokens a second of a short run now; nothing where it does not end well."""
         spec = {"system": system, "method": info.name, "options": {}, "rate": rate_of(info), "seed": SEEDS[0], "steps": SPEED_STEPS, "measured": ()}
-        return self._process({**spec, "data": self.data, "threads": self.a.threads}).get("speed")
+        return self._process(spec).get("speed")
 
 
 def rate_of(info: Any) -> float:

@@ -49,6 +49,7 @@ from common import (
     Ledger,
     RunFailed,
     alone,
+    best_rate,
     digest,
     machine,
     read_result,
@@ -364,24 +365,13 @@ class Lab:
 
     def choose(self, name: str) -> tuple[float | None, dict[float, float | None]]:
         """The best learning rate and the losses of all that were tried, on one seed and a third of the steps."""
-        tried: dict[float, float | None] = {}
 
-        def attempt(rate: float) -> None:
+        def loss_at(rate: float) -> float | None:
             found = self.run(name, what="train", rate=rate, seed=SEEDS[0], steps=max(3, self.steps() // 3), measured="choose")
-            tried[rate] = found["loss"] if math.isfinite(found.get("loss", math.nan)) else None
-
-        def best() -> float | None:
-            return min((rate for rate in tried if tried[rate] is not None), key=lambda rate: tried[rate] or 0.0, default=None)
+            return found.get("loss")
 
         middle = SETTINGS[name].rate
-        for factor in GRID[1:2] if self.a.quick else GRID:
-            attempt(float(f"{middle * factor:.3g}"))
-        for _ in range(0 if self.a.quick else MORE):
-            if best() == max(tried):
-                attempt(float(f"{max(tried) * GRID[-1]:.3g}"))
-            elif best() == min(tried):
-                attempt(float(f"{min(tried) * GRID[0]:.3g}"))
-        return best(), tried
+        return best_rate(loss_at, middle, GRID[1:2]) if self.a.quick else best_rate(loss_at, middle, GRID, MORE)
 
     def row(self, name: str) -> dict[str, Any]:
         """The whole of one setting; ``refused`` where no run of it ended well."""
@@ -401,7 +391,7 @@ class Lab:
         return {
             "setting": name, "rate": rate, "edge": bool(tried) and rate in (min(tried), max(tried)), "ended": len(ended), "loss": statistics.mean(losses),
             "deviation": statistics.stdev(losses) if len(losses) > 1 else 0.0, "trained": ended[0]["trained"], "state bytes": state["measured"],
-            "predicted": state["predicted"], "peak": statistics.median(found["peak"] for found in ended), "grid": {f"{r:.3g}": tried[r] for r in sorted(tried)},
+            "predicted": state["predicted"], "peak": statistics.median(found["peak"] for found in ended), "grid": {f"{r:.3g}": loss for r, loss in tried.items()},
         }  # fmt: skip
 
 

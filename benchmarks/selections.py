@@ -49,6 +49,8 @@ from common import (
 from step_cost import default_dtype
 
 STEPS = 5
+BATCH = 8
+"""Steps of a run for its peak, and sequences of one."""
 REFERENCES = (("lora", "ours"), ("lora", "peft"))
 """What selections are beside, full tuning being one of them."""
 MEMORY_OPTIONS = {"lisa": {"every": 2}}
@@ -127,7 +129,7 @@ def worker(spec: dict[str, Any]) -> None:
 
 def measured(lab: compare.Lab, info: Any, spec: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """A run from the ledger, or now; ``given`` is what it is told beside what it depends on."""
-    key = json.dumps({**spec, **lab.common, "method": info.name, "code": digest(info.file)}, sort_keys=True)
+    key = json.dumps({**lab.common, **spec, "method": info.name, "code": digest(info.file)}, sort_keys=True)
 
     def run() -> dict[str, Any]:
         command = [sys.executable, __file__, "--worker", json.dumps({**spec, **given, "method": info.name, "threads": lab.a.threads})]
@@ -151,7 +153,7 @@ def memory_row(lab: compare.Lab, info: Any, system: str) -> dict[str, Any]:
     dtype = default_dtype()
     spec = {
         "what": "memory", "system": system, "options": MEMORY_OPTIONS.get(info.name, {}), "steps": 2 if lab.a.quick else STEPS, "seed": 0,
-        "rate": compare.rate_of(info), "measured": (), "dtype": dtype, "shape": SHAPES[MODEL],
+        "rate": compare.rate_of(info), "measured": (), "dtype": dtype, "shape": SHAPES[MODEL], "batch": BATCH,
     }  # fmt: skip
     found = measured(lab, info, spec, {"model": str(model), "data": lab.data})
     return {"system": system, "method": info.name, "dtype": dtype, **({"refused": found["failed"]} if "failed" in found else found)}
@@ -190,7 +192,7 @@ def publish(lab: compare.Lab, part: str, row: dict[str, Any]) -> None:
     a = lab.a
     conditions = {**lab.common, "steps": a.steps, "seeds": list(compare.SEEDS)}
     if part == "memory":
-        conditions = {"shape": MODEL, "steps": STEPS, "batch": compare.BATCH, "length": compare.LENGTH, "dtype": row["dtype"]}
+        conditions = {"shape": MODEL, "steps": STEPS, "batch": BATCH, "length": compare.LENGTH, "dtype": row["dtype"]}
     with alone(a.out / "select.json"):
         content = read_result("select")
         before = content.get(part, {})
