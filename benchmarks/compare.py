@@ -348,9 +348,7 @@ def chosen(asked: str, systems: list[str]) -> list[tuple[Any, str]]:
         rows = json.loads(path.read_text())["package"]["rows"]
         names = [row["method"] for row in front([row for row in rows if row["system"] == "ours" and "loss" in row])]
         names = [names[round(i * (len(names) - 1) / 9)] for i in range(10)] if len(names) > 10 else names
-    for name in names:
-        registry.find(name)
-    found = [info for info in registry.methods() if info.kind in KINDS and (not names or info.name in names)]
+    found = [registry.find(name) for name in names] or [info for info in registry.methods() if info.kind in KINDS]
     both = [(info, system) for info in found for system in ("ours", "peft") if system in systems]
     return [(info, system) for info, system in both if system == "ours" or (has_twin(info.name) and info.name not in PROMPTS)]
 
