@@ -84,18 +84,46 @@ def test_log_sum_exp_and_its_gradients_are_those_of_the_plain_one(
     torch.testing.assert_close(log_sum_exp(q, k, torch.where(mask, 0.0, -1e30), False, None, None, 0.5, softcap), theirs)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("causal", [True, False])
-def test_the_kernels_log_sum_exp_is_that_of_the_plain_twin(causal: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize(("causal", "lengths"), [(True, None), (False, None), (True, (30, 30, 10))])
+def test_the_kernel_gives_attention_its_log_sum_exp_and_the_gradients_through_both(
+    causal: bool, lengths: tuple[int, ...] | None, dtype: torch.dtype, tolerance: float
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    q, k, y = (torch.randn(2, heads, 70, size, generator=generator, dtype=dtype, requires_grad=True) for heads, size in ((4, 8), (2, 8), (4, 1)))
+    batch = 2 if lengths is None else 1
+    q, k, v = (torch.randn(batch, heads, 70, 8, generator=generator, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    y, z = (torch.randn(batch, 4, 70, size, generator=generator, dtype=torch.float64) for size in (8, 1))
+    hidden = torch.ones(70, 70, dtype=torch.bool).triu(1) if causal else torch.zeros(70, 70, dtype=torch.bool)
+    if lengths:
+        window = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        hidden = hidden | (window[:, None] != window)
+    logits = (q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 0.5).masked_fill(hidden, float("-inf"))
+    wanted = torch.softmax(logits, -1) @ v.repeat_interleave(2, 1), torch.logsumexp(logits, -1, keepdim=True)
+    made = attention._attention(*(t.to(dtype) for t in (q, k, v)), causal, lengths, 0.5)
+    for ours, plain in zip(made, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), plain, rtol=tolerance, atol=tolerance)
+    slopes = [torch.autograd.grad((out * y).sum() + (lse * z).sum(), (q, k, v)) for out, lse in ((made[0].double(), made[1].double()), wanted)]
+    for ours, plain in zip(*slopes, strict=True):
+        assert float((ours - plain).abs().max()) <= tolerance * float(plain.abs().max())
+
+
+@pytest.mark.parametrize("length", [3, 40])
+def test_the_kernel_stands_behind_sdpa_alone_and_changes_nothing(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = copy.deepcopy(tiny("llama"))
+    attach(model, "prefix", length=4)
+    randomize(model)
+    used: list[int] = []
+    plain, kernel = attention.log_sum_exp, attention._attention
+    monkeypatch.setattr(attention, "log_sum_exp", lambda *a: (used.append(0), plain(*a))[1])
+    monkeypatch.setattr(attention, "_attention", lambda *a: (used.append(1), kernel(*a))[1])
+    x = tokens()[:, :length]
     results = []
-    for fast in (True, False):
-        if not fast:
-            monkeypatch.setattr(attention, "_is_fast", lambda *arguments: False)
-        made = log_sum_exp(q, k, None, causal, None, None, 0.5, None)
-        results.append((made, *torch.autograd.grad((made * y).sum(), (q, k))))
-    torch.testing.assert_close(results[0], results[1], rtol=tolerance, atol=tolerance)
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        results.append(model(x).logits)
+    layers = model.config.num_hidden_layers
+    assert used == [1] * layers + [0] * layers
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 def test_no_logits_are_kept_for_the_backward_pass() -> None:
@@ -103,10 +131,6 @@ def test_no_logits_are_kept_for_the_backward_pass() -> None:
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
         log_sum_exp(q, k, None, True, None, None, 0.3, None)
-    assert sorted(kept) == [4 * 64, k.numel(), q.numel(), q.numel()]
-    kept.clear()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
-        log_sum_exp(q, k, None, True, 32, None, 0.3, None)
     assert sorted(kept) == [4 * 64, k.numel(), q.numel()]
 
 

@@ -7,8 +7,9 @@ With the logarithm ``lse`` of the denominator that the implementation had,
 
 where n, d and c are the branch's (a prefix: the weighted values of its own keys, 1, and the log-sum-exp of their
 logits). That is the gated form of arXiv:2110.04366, and it equals attention over the concatenated keys. Implementations
-do not give lse; :func:`log_sum_exp` computes it again from queries, keys and mask, some rows at a time, in the backward
-pass too, so that no logits are kept.
+do not give lse. The CPU's kernel behind ``sdpa`` and our packed attention has it, and :class:`_Attention` is that kernel
+with lse as a second output. For all others :func:`log_sum_exp` computes it again from queries, keys and mask, some rows
+at a time, in the backward pass too, so that no logits are kept.
 
 transformers' models ask a registry for their attention function. Once a branch is put on, that registry hands out each
 function with the branches behind it. Modules without branches are not affected.
@@ -23,7 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from espalier.memory import packed_attention
 
 if TYPE_CHECKING:
     from espalier.attach.places import HeadsSlot
@@ -48,28 +52,35 @@ def _with_branches(
     attend: Callable[..., Any], module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
-    output, weights = attend(module, query, key, value, attention_mask, *args, **kwargs)
     slots: list[HeadsSlot] = [slot for slot in module.__dict__.get("_espalier_heads", ()) if slot.active]
     if not slots:
-        return output, weights
+        return attend(module, query, key, value, attention_mask, *args, **kwargs)
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-    reach = _reach(module, query, attention_mask, kwargs)
-    lse = log_sum_exp(query, key, *reach, kwargs.get("segment_lengths"), scaling, softcap)  # (batch, heads, tokens, 1)
-    if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(lse.dtype).reshape(1, -1, 1, 1))
+    softcap, sinks, lengths = kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("segment_lengths")
     if slots[0].site.heads != query.shape[1] or kwargs.get("position_bias") is not None:
         raise RuntimeError(f"{type(module).__name__} attends in a way that branches in attention do not know")
-    out = output.transpose(1, 2).to(lse.dtype)
+    mask, causal, window = _reach(module, query, attention_mask, kwargs)
+    weights = None
+    # lse is (batch, heads, tokens, 1), and so is out but for its last dimension
+    if not args and mask is None and softcap is None and sinks is None and _has_kernel(module, query, key, causal, window, kwargs):
+        out, lse = _attention(query, key, value, causal, lengths, scaling)
+    else:
+        output, weights = attend(module, query, key, value, attention_mask, *args, **kwargs)
+        out = output.transpose(1, 2)
+        lse = log_sum_exp(query, key, mask, causal, window, lengths, scaling, softcap)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.to(lse.dtype).reshape(1, -1, 1, 1))
+    dtype = out.dtype
     for slot in slots:
         numerator, denominator, log_scale = slot.terms(query, scaling, softcap)
         top = torch.maximum(lse, torch.as_tensor(log_scale, device=lse.device)).detach()
         here, there = torch.exp(lse - top), torch.exp(log_scale - top)
         total = here + there * denominator
-        out = out + slot.gain * there * (numerator - denominator * out) / total
+        weight = slot.gain * there / total
+        out = out * (1 - weight * denominator) + numerator * weight  # in lse's dtype; what is kept is in the model's
         lse = top + torch.log(total)
-    return out.transpose(1, 2).to(output.dtype), weights
+    return out.transpose(1, 2).to(dtype), weights
 
 
 def _reach(
@@ -85,6 +96,72 @@ def _reach(
     if mask is not None:  # flash attention: (batch, keys)
         mask = mask.bool()[:, None, None, :]
     return mask, bool(causal) and query.shape[2] > 1, kwargs.get("sliding_window")
+
+
+_KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_KERNEL_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_ROOM = 8
+"""Channels beside those of a head, for one number: the kernel's code for bfloat16 wants an even number of them."""
+
+
+def _has_kernel(module: nn.Module, query: torch.Tensor, key: torch.Tensor, causal: bool, window: int | None, kwargs: dict[str, Any]) -> bool:
+    """Whether the implementation is one behind which the CPU's kernel stands, and nothing but causality hides a key."""
+    implementation = getattr(module.config, "_attn_implementation", None)  # type: ignore[union-attr]
+    square, near = query.shape[2] == key.shape[2], window is not None and window < key.shape[2]
+    return (
+        implementation in ("sdpa", packed_attention.NAME) and query.device.type == "cpu" and query.dtype.is_floating_point
+        and query.dtype != torch.float16 and (square or not causal) and not near and not kwargs.get("dropout")
+    )  # fmt: skip
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, lengths: tuple[int, ...] | None, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention and its log-sum-exp, (batch, heads, tokens, head_dim) and (batch, heads, tokens, 1); arguments as of :func:`log_sum_exp`."""
+    if lengths is None:
+        repeats = query.shape[1] // key.shape[1]
+        return _Attention.apply(query, key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), causal, scaling)
+    parts = [
+        (packed_attention.joined(out, size, own), packed_attention.joined(lse, size, own))
+        for (size, own), q, k, v in packed_attention.batches(query, key, value, lengths, causal)
+        for out, lse in [_Attention.apply(q, k, v, causal and size > 1, scaling)]
+    ]
+    out, lse = (torch.cat(part, 1).transpose(1, 2) for part in zip(*parts, strict=True))
+    return out, lse
+
+
+class _Attention(torch.autograd.Function):
+    """The CPU's kernel with its log-sum-exp as a second output, in the backward pass too.
+
+    The slope of logits p ∘ (dO V^T - rowsum(dO ∘ O)) needs + p dlse. A channel more, in which V is one, dO is dlse and O is
+    zero, adds it, and nothing else.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = _KERNEL(query, key, value, 0.0, causal, scale=scaling)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.options = (causal, scaling)
+        return out, lse[..., None]
+
+    @staticmethod
+    def backward(ctx: Any, of_out: torch.Tensor, of_lse: torch.Tensor) -> Any:
+        query, key, value, out, lse = ctx.saved_tensors
+        causal, scaling = ctx.options
+        size = query.shape[-1]
+
+        def beside(tensor: torch.Tensor, number: torch.Tensor | float) -> torch.Tensor:
+            wide = functional.pad(tensor, (0, _ROOM))
+            wide[..., size : size + 1] = number
+            return wide
+
+        of_out, query, key, value, out = (
+            beside(tensor, number) for tensor, number in ((of_out, of_lse), (query, 0.0), (key, 0.0), (value, 1.0), (out, 0.0))
+        )
+        gradients = _KERNEL_BACKWARD(of_out, query, key, value, out, lse, 0.0, causal, scale=scaling)
+        return *(gradient[..., :size] for gradient in gradients), None, None
 
 
 def log_sum_exp(
@@ -151,24 +228,8 @@ def _logits(
     return logits, masked
 
 
-_KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_KERNEL_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-
-def _is_fast(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, causal: bool, window: int | None, softcap: float | None
-) -> bool:
-    """Whether the CPU's kernel does this (in bfloat16 it keeps code for every length; see ``memory/packed_attention.py``)."""
-    plain = mask is None and window is None and softcap is None and (not causal or query.shape[2] == key.shape[2])
-    return plain and query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64)
-
-
 class _LogSumExp(torch.autograd.Function):
-    """Saves queries and keys, which attention saves too, and one number a row.
-
-    Where nothing but causality is hidden, the CPU's own kernel does the work: it gives the log-sum-exp beside attention
-    over the keys as values, ``o = softmax(q K^T) K``, in which the gradients are ``o`` for q and those of the values for K.
-    """
+    """Saves queries and keys, which attention saves too, and one number a row."""
 
     @staticmethod
     def forward(
@@ -176,12 +237,6 @@ class _LogSumExp(torch.autograd.Function):
         scaling: float, softcap: float | None,
     ) -> torch.Tensor:  # fmt: skip
         ctx.options = (causal, window, scaling, softcap)
-        ctx.fast = _is_fast(query, key, mask, causal, window, softcap)
-        if ctx.fast:
-            own = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-            out, lse = _KERNEL(query, own, own, 0.0, causal, scale=scaling)
-            ctx.save_for_backward(query, key, out, lse)
-            return lse[..., None]
         step, tokens = _rows(query, key.shape[2]), query.shape[2]
         parts = []
         for start in range(0, tokens, step):
@@ -198,11 +253,6 @@ class _LogSumExp(torch.autograd.Function):
         causal, window, scaling, softcap = ctx.options
         batch, heads, tokens, size = query.shape
         count, keys = key.shape[1:3]
-        if ctx.fast:
-            own, out = key.repeat_interleave(heads // count, 1), mask
-            _, _, slope = _KERNEL_BACKWARD(query * gradient, query, own, own, out, lse, 0.0, causal, scale=scaling)
-            slope = slope.view(batch, count, heads // count, keys, size).sum(2)
-            return out * gradient * scaling, slope * scaling, None, None, None, None, None
         step = _rows(query, keys)
         rows_gradient = []
         key_gradient = torch.zeros(key.shape, dtype=_wide(key), device=key.device)

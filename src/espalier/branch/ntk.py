@@ -35,7 +35,7 @@ class NTKAttention(Branch):
     def branch(self, part: Any, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
         features = functional.elu(query * query.shape[-1] ** -0.25) + 1
         k = torch.where(part.k < 0, -part.k, part.k)
-        return (features @ part.Z).to(part.wide), (features @ k[..., None]).to(part.wide), 0.0
+        return features @ part.Z, (features @ k[..., None]).to(part.wide), 0.0
 
     def count(self, site: Site) -> int:
         return site.heads * site.head_dim * (site.head_dim + 1)

@@ -75,7 +75,7 @@ class Prefix(Branch):
         logits = part.cap((grouped @ key.to(query.dtype).permute(1, 2, 0)[:, None]).to(part.wide) * part.scaling)
         lse = torch.logsumexp(logits, -1, keepdim=True)
         mean = torch.exp(logits - lse).to(query.dtype) @ value.to(query.dtype).transpose(0, 1)[:, None]
-        return mean.to(part.wide).flatten(1, 2), torch.ones_like(lse).flatten(1, 2), lse.flatten(1, 2)
+        return mean.flatten(1, 2), torch.ones_like(lse).flatten(1, 2), lse.flatten(1, 2)
 
     def positions(self) -> int:
         return self.length if self.shift else 0

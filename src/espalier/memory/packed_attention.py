@@ -49,8 +49,22 @@ def _batched(tensor: torch.Tensor, size: int, lengths: list[int]) -> torch.Tenso
     return torch.stack([functional.pad(t, (0, 0, 0, size - t.shape[1])) for t in tensor[0].split(lengths, 1)])
 
 
-def _joined(tensor: torch.Tensor, size: int, lengths: list[int]) -> torch.Tensor:
-    """The inverse, for the output: (windows, heads, size, dim) as (1, sum of lengths, heads, dim)."""
+def batches(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...], causal: bool
+) -> Iterator[tuple[tuple[int, list[int]], torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Groups of a packed row's windows, (size, lengths), with queries, keys and values of as many heads, (windows, heads, size, dim)."""
+    repeats = query.shape[1] // key.shape[1]
+    groups = _groups(lengths, _step(query, causal))
+    sizes = [sum(own) for _, own in groups]
+    for (size, own), *parts in zip(groups, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True):
+        q, k, v = (_batched(part, size, own) for part in parts)
+        if repeats > 1:
+            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        yield (size, own), q, k, v
+
+
+def joined(tensor: torch.Tensor, size: int, lengths: list[int]) -> torch.Tensor:
+    """A group's output, (windows, heads, size, dim) as (1, sum of lengths, heads, dim)."""
     windows = tensor.transpose(1, 2)
     if all(length == size for length in lengths):
         return windows.reshape(1, len(lengths) * size, *windows.shape[2:])
@@ -81,15 +95,10 @@ def packed_attention(
     if unknown.get("s_aux") is not None or unknown.get("position_bias") is not None:
         raise RuntimeError("packed attention knows neither attention sinks nor position biases")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    repeats = query.shape[1] // key.shape[1]
-    groups = _groups(segment_lengths, _step(query, causal))
-    sizes = [sum(lengths) for _, lengths in groups]
-    outputs = []
-    for (size, lengths), *parts in zip(groups, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True):
-        q, k, v = (_batched(part, size, lengths) for part in parts)
-        if repeats > 1:
-            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        outputs.append(_joined(_attend(q, k, v, causal, scaling, dropout, sliding_window, softcap), size, lengths))
+    outputs = [
+        joined(_attend(q, k, v, causal, scaling, dropout, sliding_window, softcap), size, lengths)
+        for (size, lengths), q, k, v in batches(query, key, value, segment_lengths, causal)
+    ]
     return torch.cat(outputs, 1), None
 
 
