@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from espalier.delta.base import BaseWeight
+from espalier.delta.base import BaseWeight, UpdatedBase
 from espalier.delta.forms.low_rank import LowRank
 from espalier.delta.forms.support import AtSupport, entries_of_rows, put
 from espalier.delta.forms.update import (
@@ -144,6 +144,31 @@ class Sparse(AtSupport):
         return rows.flatten().index_add(0, place, values).reshape(rows.shape)
 
 
+class _Columns(torch.autograd.Function):
+    """``x @ (W + update).T + bias``: saves the columns' slice of x, and adds their part to x's gradient where it lies."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, update: Columns, base: BaseWeight
+    ) -> torch.Tensor:
+        onto = base.linear(x)  # which autocast makes narrower
+        inner = x.index_select(-1, update.index).to(onto.dtype) * gain_like(update.gain, onto)
+        ctx.save_for_backward(inner, values)
+        ctx.update, ctx.base = update, base
+        return linear_onto(inner, values.to(onto.dtype), onto)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+        inner, values = ctx.saved_tensors
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = gradient @ ctx.base.dense().to(gradient.dtype)
+            of_x.index_add_(-1, ctx.update.index, (gradient @ values.to(gradient.dtype)) * gain_like(ctx.update.gain, of_x))
+        of_values = (gradient.flatten(0, -2).T @ inner.flatten(0, -2)).to(values.dtype) if ctx.needs_input_grad[1] else None
+        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return of_x, of_values, of_bias, None, None
+
+
 @register_form
 class Columns(Update):
     """``gain * values`` added to the columns ``index`` of W: values (..., out, k), index (..., k), distinct.
@@ -181,6 +206,12 @@ class Columns(Update):
         values = self.values.to(working_dtype(weight)) * self.gain
         dense = values.new_zeros(*values.shape[:-1], self.inputs)
         return dense.scatter(-1, self.index.long().unsqueeze(-2).expand_as(values), values).reshape(self.shape)
+
+    def linear(self, x: torch.Tensor, base: BaseWeight) -> torch.Tensor:
+        trained = isinstance(self.gain, torch.Tensor) and self.gain.requires_grad
+        if torch.compiler.is_compiling() or trained or isinstance(base, UpdatedBase):  # whose updates may train, too
+            return super().linear(x, base)
+        return _Columns.apply(x, self.values, base.bias, self, base)
 
     def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
         return linear_onto(x.index_select(-1, self.index) * gain_like(self.gain, x), self.values.to(x.dtype), onto)
