@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import signal
 import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from families import EXPERTS, VOCABULARY, tiny
+from processes import arm, command_line
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -465,15 +465,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(work: Path, cache: Path, out: Path, *more: str, armed: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def command(work: Path, cache: Path, out: Path, *more: str, armed: tuple[str, int] | None = None) -> subprocess.CompletedProcess[str]:
     """One process; ``armed`` are the moment and count at which it kills itself."""
-    program = [str(Path(__file__).with_name("killed_main.py")), *armed] if armed else ["-m", "espalier"]
     arguments = ["calibrate", "--model", work / "model", "--data", work / "text.txt", "--out", out, "--want", "mean,second_moment,fisher"]
     options = ["--tokens", "200", "--sequence-length", "32", "--threads", "1", "--json", *more]
-    return subprocess.run(
-        [sys.executable, *program, *map(str, arguments), *options], capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ESPALIER_CACHE": str(cache)},
-    )  # fmt: skip
+    return command_line(*arguments, *options, before=functools.partial(arm, *armed) if armed else None, ESPALIER_CACHE=str(cache))
 
 
 def test_the_command_reports_what_was_done_and_returns_at_once_the_second_time(work: Path, tmp_path: Path) -> None:
@@ -499,7 +495,7 @@ def test_a_killed_calibration_goes_on_to_the_same_bits(work: Path, tmp_path: Pat
     assert command(work, tmp_path / "reference-cache", reference).returncode == 0
     for moment, count in (("file", 8), ("rename", 9)):
         cache, out = tmp_path / f"{moment}{count}", tmp_path / f"{moment}{count}.safetensors"
-        killed = command(work, cache, out, armed=(moment, str(count)))
+        killed = command(work, cache, out, armed=(moment, count))
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert not out.exists()
         done = command(work, cache, out)

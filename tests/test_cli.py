@@ -3,48 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import tempfile
-import traceback
-import warnings
 from pathlib import Path
 
 import pytest
 from families import tiny
+from processes import command_line
 
 from espalier.checkpoint.directory import resolve_model
-from espalier.cli.main import VERBS, main
+from espalier.cli.main import VERBS
 
 
 def espalier(*arguments: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process of its own and expect its exit code.
-
-    It is a fork of this one, where everything has been imported, so it begins in no time.
-    """
-    command = ["espalier", *map(str, arguments)]
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        sys.stdout.flush(), sys.stderr.flush()
-        if not (child := os.fork()):
-            status = 1
-            try:
-                os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
-                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-                os.environ.update({"OMP_NUM_THREADS": "1", **environment})
-                sys.argv, warnings.filters = command, []
-                main()
-                status = 0
-            except SystemExit as end:
-                status = int(end.code or 0)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush(), sys.stderr.flush()
-                os._exit(status)
-        returned = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        out.seek(0), err.seek(0)
-        done = subprocess.CompletedProcess(command, returned, out.read().decode(), err.read().decode())
+    """Run a command in a process of its own and expect its exit code."""
+    done = command_line(*arguments, **environment)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny, tokens
+from processes import command_line
 from transformers import AutoTokenizer
 
 import espalier
@@ -422,7 +422,7 @@ def test_a_robust_weight_signature_patches_a_model_and_is_taken_off_again(lora: 
 
 def test_the_commands_print_json_and_say_what_is_wrong_in_one_line(lora: tuple[Path, Path], tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "espalier", *arguments], capture_output=True, text=True, check=False)
+        return command_line(*arguments)
 
     done = run("compress", str(lora[1]), "--method", "compeft", "--density", "0.5", "--out", str(tmp_path / "c"), "--json", "--quiet")
     assert done.returncode == 0 and json.loads(done.stdout)["hyperparameters"]["density"] == 0.5 and not done.stderr

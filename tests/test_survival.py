@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
+import resource
 import shlex
 import shutil
 import signal
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from families import tiny
+from processes import arm, command_line
 
 from espalier.checkpoint.atomic import atomic_directory
 from espalier.checkpoint.directory import resolve_model
@@ -42,11 +45,9 @@ def command(work: Path, out: Path, *more: str) -> list[str]:
     return ["tune", "--model", str(work / "model"), "--data", str(work / "text.txt"), "--out", str(out), *options, *more]
 
 
-def run(arguments: list[str], *armed: str) -> subprocess.CompletedProcess[str]:
-    """One process; ``armed`` are the moment and count at which it kills itself."""
-    program = [str(Path(__file__).with_name("killed_main.py")), *armed] if armed else ["-m", "espalier"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *program, *arguments], capture_output=True, text=True, env=environment, check=False)
+def run(arguments: list[str], moment: str = "", count: int = 0) -> subprocess.CompletedProcess[str]:
+    """One process; with a moment, one that kills itself at the ``count``-th of these."""
+    return command_line(*arguments, before=functools.partial(arm, moment, count) if moment else None)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def assert_same_bits(out: Path, reference: Path) -> None:
 )
 def test_a_killed_run_resumes_to_the_same_bits(moment: str, count: int, work: Path, uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    killed = run(command(work, out), moment, str(count))
+    killed = run(command(work, out), moment, count)
     assert killed.returncode == -signal.SIGKILL
     assert not (out / "delta.json").exists()
     finish(work, out)
@@ -102,7 +103,7 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bits(seed: int, work: Pat
         resume = ("--resume",) if out.exists() else ()
         if attempt % 2:
             moment, count = chance.choice([("file", chance.randint(1, 40)), ("rename", chance.randint(1, 20)), ("step", chance.randint(1, 12))])
-            run(command(work, out, *resume), moment, str(count))
+            run(command(work, out, *resume), moment, count)
             continue
         process = subprocess.Popen(
             [sys.executable, "-m", "espalier", *command(work, out, *resume)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -122,7 +123,7 @@ def half(work: Path) -> Path:
 
 
 def killed_half_way(work: Path, out: Path) -> Path:
-    assert run(command(work, out), "step", "8").returncode == -signal.SIGKILL
+    assert run(command(work, out), "step", 8).returncode == -signal.SIGKILL
     return out
 
 
@@ -234,11 +235,7 @@ def test_writing_that_fails_in_mid_run_is_one_error_and_leaves_the_last_checkpoi
     """The kernel refuses further bytes (a limit on file size stands for a disk that fills up during the run)."""
     out = tmp_path / "run"
     half_done(half, out)
-    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)); from espalier.cli.main import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", limited, *command(work, out, "--resume")], capture_output=True, text=True, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = command_line(*command(work, out, "--resume"), before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)))
     assert "File too large" in refused(done)
     found = checkpoint.steps(out / "run" / "checkpoints")
     assert found and checkpoint.check(found[-1])["step"] >= 6
