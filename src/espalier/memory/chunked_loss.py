@@ -23,21 +23,21 @@ Kind = Literal["cross_entropy", "stablemax", "entropy"]
 
 
 def _losses_and_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, smoothing: float, confidence: torch.Tensor | None, kept: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cross-entropies (n,) of a chunk, and the gradient of each in float32."""
+    logits: torch.Tensor, targets: torch.Tensor, smoothing: float, confidence: torch.Tensor | None, kept: torch.Tensor, wanted: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The cross-entropies (n,) of a chunk, and if ``wanted`` the gradient of each in float32."""
     targets = targets[:, None]
-    probabilities = logits.float()
-    if probabilities is logits:
-        probabilities = logits.clone()
-    normalizer = probabilities.logsumexp(-1, keepdim=True)
-    right = probabilities.gather(-1, targets)
+    wide = logits.float()
+    normalizer = wide.logsumexp(-1, keepdim=True)
+    right = wide.gather(-1, targets)
     if smoothing:  # the target (1 - e) y + e / V: its cross-entropy takes the mean of the logits, and no further row of them
-        right = torch.lerp(right, probabilities.mean(-1, keepdim=True), smoothing)
+        right = torch.lerp(right, wide.mean(-1, keepdim=True), smoothing)
     losses = (normalizer - right).squeeze(-1)
-    probabilities.sub_(normalizer).exp_()
     if confidence is not None:
-        confidence += torch.where(kept, probabilities.amax(-1), 0.0).sum(dtype=torch.float64)
+        confidence += torch.where(kept, (wide.amax(-1) - normalizer.squeeze(-1)).exp(), 0.0).sum(dtype=torch.float64)
+    if not wanted:
+        return losses, None
+    probabilities = (wide - normalizer if wide is logits else wide.sub_(normalizer)).exp_()
     if smoothing:
         probabilities.sub_(smoothing / probabilities.shape[-1])
     probabilities.scatter_add_(-1, targets, torch.full_like(normalizer, smoothing - 1.0))
@@ -72,12 +72,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits = project(part)
             some = targets[start : start + chunk]
             kept, some = some >= 0, some.clamp_min(0)
+            gradient: torch.Tensor | None
             if kind == "entropy":
                 losses, gradient = _entropies_and_gradient(logits.detach())
             elif kind == "stablemax":
                 losses, gradient = stablemax.losses_and_gradient(logits.detach(), some)
             else:
-                losses, gradient = _losses_and_gradient(logits.detach(), some, smoothing, confidence, kept)
+                losses, gradient = _losses_and_gradient(logits.detach(), some, smoothing, confidence, kept, bool(inputs))
             losses = torch.where(kept, losses, 0.0)
             if each is not None:
                 each[start : start + chunk] = losses
@@ -85,7 +86,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if weights is not None:
                 losses, factors = losses * weights[start : start + chunk], factors * weights[start : start + chunk]
             total += losses.sum(dtype=torch.float64)
-            if not inputs:
+            if gradient is None or not inputs:
                 continue
             gradient = gradient.mul_(factors[:, None]).to(logits.dtype)
             wanted = ([part] if hidden.requires_grad else []) + [leaf for leaf in leaves if leaf.requires_grad]
