@@ -8,9 +8,12 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import multiprocessing
 import os
 import platform
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,6 +93,46 @@ def alone(path: Path) -> Iterator[None]:
 
 class RunFailed(SystemExit):
     """A run broke; nothing is kept of it. Caught, the benchmark goes on with what else there is, and ends with this."""
+
+
+IMPORTED = ["torch", "transformers.models.llama.modeling_llama", "espalier.verbs._training", "espalier.verbs.tune", "espalier.verbs.pretrain"]
+
+
+def apart(function: Callable[[dict[str, Any], Path], dict[str, Any]], spec: dict[str, Any], threads: int) -> dict[str, Any]:
+    """What a function of a script finds by a spec and an empty folder, in a process of its own; ``failed``: why Espalier refused.
+
+    Processes are forks of one that has imported :data:`IMPORTED` and done nothing: they begin at once, and the peak of each is its own.
+
+    Raises:
+        RunFailed: when it breaks, with what it said last.
+    """
+    os.environ.update({"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"})
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    answers, answer = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(function, spec, answer))
+    process.start()
+    answer.close()
+    try:
+        found = answers.recv()
+    except EOFError:
+        found = None
+    process.join()
+    if not isinstance(found, dict):
+        raise RunFailed(f"{function.__name__} of {spec} failed:\n{found or f'its process ended with exit code {process.exitcode}'}")
+    return found
+
+
+def _answer(function: Callable[[dict[str, Any], Path], dict[str, Any]], spec: dict[str, Any], answer: Any) -> None:
+    from espalier.errors import EspalierError
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            answer.send(function(spec, Path(folder) / "out"))
+        except EspalierError as error:
+            answer.send({"failed": str(error)})
+        except Exception:
+            answer.send(traceback.format_exc()[-3000:])
 
 
 def rows_of(work: Iterable[Work], make: Callable[[Work], Row], keep: Callable[[Row], None]) -> tuple[list[Row], RunFailed | None]:

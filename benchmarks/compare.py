@@ -14,7 +14,7 @@ is at an edge even then is marked: there the method may do better than is shown.
 model and then trained by the same loop on the same batches, so that only the layers differ; prefix and prompt tuning, which PEFT
 puts in front of the model, and classification are ours alone, and so is EVA.
 
-Every run is a fresh process. Bytes are those of the file of tensors; peak memory is VmHWM, scoring included. Losses do not depend on
+Every run is a process of its own. Bytes are those of the file of tensors; peak memory is VmHWM, scoring included. Losses do not depend on
 what else the machine does, but times do: tokens a second are the median of the last steps of one short run of each method, in a pass of its
 own, ``--speed``, which wants an idle machine and takes about 20 minutes (estimated).
 
@@ -32,17 +32,15 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from common import (
     RESULTS,
     Ledger,
-    RunFailed,
     alone,
+    apart,
     best_rate,
     digest,
     machine,
@@ -212,18 +210,6 @@ def run_base(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     return {"scores": {part: {"after": {"loss": loss}} for part, loss in losses.items()}}
 
 
-def worker(spec: dict[str, Any]) -> None:
-    """One run here; prints what it found, or why it ended."""
-    from espalier.errors import EspalierError
-
-    with tempfile.TemporaryDirectory() as temporary:
-        try:
-            found = {"ours": run_ours, "peft": run_peft, "base": run_base}[spec["system"]](spec, Path(temporary) / "out")
-        except EspalierError as error:
-            found = {"failed": str(error)}
-    print(json.dumps(found))
-
-
 # -- the whole
 
 
@@ -266,13 +252,8 @@ class Lab:
         return {part: score["after"]["loss"] for part, score in found["scores"].items()}
 
     def _process(self, spec: dict[str, Any]) -> dict[str, Any]:
-        given = {"batch": BATCH, "data": self.data, "threads": self.a.threads}
-        command = [sys.executable, __file__, "--worker", json.dumps({**spec, **given})]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.a.threads), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if done.returncode:
-            raise RunFailed(f"{spec['system']} {spec['method']} failed:\n{done.stderr[-3000:]}")
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        run = {"ours": run_ours, "peft": run_peft, "base": run_base}[spec["system"]]
+        found = apart(run, {**spec, "batch": BATCH, "data": self.data, "threads": self.a.threads}, self.a.threads)
         loss = {part: round(s["after"]["loss"], 4) for part, s in found.get("scores", {}).items()}
         print(spec["system"], spec["method"], f"rate {spec['rate']:.2g} seed {spec['seed']}", loss or found, file=sys.stderr, flush=True)
         return found
@@ -420,11 +401,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--speed", action="store_true", help="measure tokens a second and nothing else; on an idle machine")
     parser.add_argument("--quick", action="store_true", help="a few steps at one rate, to see that it runs; nothing is published")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     a = parser.parse_args()
-    if a.worker:
-        worker(json.loads(a.worker))
-        return
     systems = a.systems.split(",") if a.job != "packages" else ["ours"]
     work = chosen(a.methods, systems)
     lab = Lab(a)

@@ -17,7 +17,7 @@ Bytes of state are those of the tensors that the optimizer holds after a few ste
 
 What a step costs beside AdamW's is measured by ``optimizer_step.py``, and shown from its results.
 
-Every run is a fresh process, kept in the ledger under ``--out`` by what its result depends on (of the code: the optimizer's own file), so that a benchmark that was broken
+Every run is a process of its own, kept in the ledger under ``--out`` by what its result depends on (of the code: the optimizer's own file), so that a benchmark that was broken
 off goes on, and parts (``--methods a,b``) add up, also several at once over one ``--out``. Rows go into results/optim.json, and the plot into results/optim.png, as they
 are made. Ten optimizers on 3m take about
 3 hours on 2 cores, as two parts of one thread each (a step takes a core 1 s in bf16, a run 9 minutes, an optimizer 4.3 runs); four on 9m, which have half as much
@@ -35,9 +35,7 @@ import os
 import random
 import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -47,8 +45,8 @@ from typing import Any
 from common import (
     RESULTS,
     Ledger,
-    RunFailed,
     alone,
+    apart,
     best_rate,
     digest,
     machine,
@@ -283,7 +281,7 @@ def tensors_in(value: Any) -> list[Any]:
     return [tensor for item in inner for tensor in tensors_in(item)]
 
 
-def look_at_state(spec: dict[str, Any]) -> dict[str, Any]:
+def look_at_state(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     """Bytes of state after a few steps on random gradients, and as predicted."""
     import torch
 
@@ -295,21 +293,6 @@ def look_at_state(spec: dict[str, Any]) -> dict[str, Any]:
     held = tensors_in(optimizer.state_dict()["state"])
     predicted = rule.state_bytes({name: tuple(p.shape) for name, p in parameters.items()})
     return {"measured": sum(t.numel() * t.element_size() for t in held), "predicted": predicted}
-
-
-def worker(spec: dict[str, Any]) -> None:
-    """One run here; prints what it found, or why it ended."""
-    import torch
-
-    from espalier.errors import EspalierError
-
-    torch.set_num_threads(spec["threads"])
-    with tempfile.TemporaryDirectory() as temporary:
-        try:
-            found = look_at_state(spec) if spec["what"] == "state" else train(spec, Path(temporary) / "out")
-        except EspalierError as error:
-            found = {"failed": str(error)}
-    print(json.dumps(found))
 
 
 # -- losses
@@ -355,11 +338,7 @@ class Lab:
 
     def _process(self, name: str, spec: dict[str, Any]) -> dict[str, Any]:
         began = time.perf_counter()
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.a.threads), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run([sys.executable, __file__, "--worker", json.dumps(spec)], capture_output=True, text=True, env=environment, check=False)
-        if done.returncode:
-            raise RunFailed(f"{name} failed:\n{done.stderr[-3000:]}")
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        found = apart(look_at_state if spec["what"] == "state" else train, spec, self.a.threads)
         print(name, {k: spec[k] for k in ("what", "rate", "seed", "steps") if k in spec}, found, f"{time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         return found
 
@@ -472,11 +451,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path("runs/optim"))
     parser.add_argument("--quick", action="store_true", help="a few steps at one rate, to see that it runs; nothing is published")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     a = parser.parse_args()
-    if a.worker:
-        worker(json.loads(a.worker))
-        return
     names = chosen(a)
     lab = Lab(a)
 

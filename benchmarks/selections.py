@@ -5,7 +5,7 @@
 ``rows``: the comparison job of ``compare.py`` (the job ``package``), from the same ledger under ``--out``: what has been measured there is not measured again, and
 what is measured here is in results/compare.json too.
 
-``memory``: peaks of a fresh process that trains a random Llama of 70 M parameters for :data:`STEPS` steps of 8 times 256 tokens, VmHWM less what it was after the imports,
+``memory``: peaks of a process that trains a random Llama of 70 M parameters for :data:`STEPS` steps of 8 times 256 tokens, VmHWM less what it was after the imports,
 with the default options. Everything is in one loop, PEFT's layers too, so only the layers differ. LISA draws its blocks anew every other step here, as its peak is where
 one set of blocks is left for the next; otherwise each has its default options.
 
@@ -13,7 +13,7 @@ one set of blocks is left for the next; otherwise each has its default options.
 rate; after each the loss on the held-out files of all three and on seedling's own held-out text. A later package's forgetting is what the loss on the
 earlier ones gains from the end of their own training to the end of all. HFT draws another half for each.
 
-Every run is a fresh process, kept in the ledger; parts add up, also several at once (disjoint ``--methods``) over one ``--out``. Results go into
+Every run is a process of its own, kept in the ledger; parts add up, also several at once (disjoint ``--methods``) over one ``--out``. Results go into
 results/select.json and the plot into results/select.png as they are made. (The module ``select`` of the standard library must not find a
 file of its name beside a script: so this one has another.) On 2 cores the rows take about 10 minutes a method where compare.py
 has not made them, the memory 20 minutes in all, and the forgetting 40.
@@ -25,9 +25,7 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +33,8 @@ import compare
 from common import (
     RESULTS,
     SHAPES,
-    RunFailed,
     alone,
+    apart,
     digest,
     machine,
     make_llama,
@@ -112,18 +110,6 @@ def sequence_of(spec: dict[str, Any], out: Path) -> dict[str, Any]:
     return {"losses": losses}
 
 
-def worker(spec: dict[str, Any]) -> None:
-    """One run here; prints what it found, or why it ended."""
-    from espalier.errors import EspalierError
-
-    with tempfile.TemporaryDirectory() as temporary:
-        try:
-            found = {"memory": memory_of, "forgetting": sequence_of}[spec["what"]](spec, Path(temporary) / "out")
-        except EspalierError as error:
-            found = {"failed": str(error)}
-    print(json.dumps(found))
-
-
 # -- the parts
 
 
@@ -132,12 +118,8 @@ def measured(lab: compare.Lab, info: Any, spec: dict[str, Any], given: dict[str,
     key = json.dumps({**lab.common, **spec, "method": info.name, "code": digest(info.file)}, sort_keys=True)
 
     def run() -> dict[str, Any]:
-        command = [sys.executable, __file__, "--worker", json.dumps({**spec, **given, "method": info.name, "threads": lab.a.threads})]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(lab.a.threads), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if done.returncode:
-            raise RunFailed(f"{info.name} failed:\n{done.stderr[-3000:]}")
-        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        work = {"memory": memory_of, "forgetting": sequence_of}[spec["what"]]
+        found = apart(work, {**spec, **given, "method": info.name, "threads": lab.a.threads}, lab.a.threads)
         print(spec["what"], spec.get("system", ""), info.name, found, file=sys.stderr, flush=True)
         return found
 
@@ -252,11 +234,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="that of compare.py, whose runs are used again")
     parser.add_argument("--quick", action="store_true", help="a few steps at one rate, to see that it runs; nothing is published")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     a = parser.parse_args()
-    if a.worker:
-        worker(json.loads(a.worker))
-        return
     a.job, a.package = "package", "asyncio"
     lab, todo, broken = compare.Lab(a), work(a.methods), None
     make = {"rows": lambda one: lab.row(*one), "memory": lambda one: memory_row(lab, *one), "forgetting": lambda one: forgetting_row(lab, one[0])}
