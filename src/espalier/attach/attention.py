@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from espalier.memory import packed_attention
+from espalier.kernels import windows
 
 if TYPE_CHECKING:
     from espalier.attach.places import HeadsSlot
@@ -109,7 +109,7 @@ def _has_kernel(module: nn.Module, query: torch.Tensor, key: torch.Tensor, causa
     implementation = getattr(module.config, "_attn_implementation", None)  # type: ignore[union-attr]
     square, near = query.shape[2] == key.shape[2], window is not None and window < key.shape[2]
     return (
-        implementation in ("sdpa", packed_attention.NAME) and query.device.type == "cpu" and query.dtype.is_floating_point
+        implementation in ("sdpa", windows.NAME) and query.device.type == "cpu" and query.dtype.is_floating_point
         and query.dtype != torch.float16 and (square or not causal) and not near and not kwargs.get("dropout")
     )  # fmt: skip
 
@@ -122,8 +122,8 @@ def _attention(
         repeats = query.shape[1] // key.shape[1]
         return _Attention.apply(query, key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), causal, scaling)
     parts = [
-        (packed_attention.joined(out, size, own), packed_attention.joined(lse, size, own))
-        for (size, own), q, k, v in packed_attention.batches(query, key, value, lengths, causal)
+        (windows.joined(out, size, own), windows.joined(lse, size, own))
+        for (size, own), q, k, v in windows.batches(query, key, value, lengths, causal)
         for out, lse in [_Attention.apply(q, k, v, causal and size > 1, scaling)]
     ]
     out, lse = (torch.cat(part, 1).transpose(1, 2) for part in zip(*parts, strict=True))

@@ -11,64 +11,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from espalier.kernels import windows
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NAME = "espalier_packed"
-
-
-_BLOCK = 64
 _REACH = 3
-
-
-def _step(query: torch.Tensor, causal: bool) -> int:
-    """Windows are filled up to a multiple of this in attention.
-
-    The CPU's bfloat16 kernel compiles and keeps code (4 MB seen in torch 2.13) for every length that it meets;
-    what follows a window's end cannot change it when attention is causal.
-    """
-    return _BLOCK if causal and query.device.type == "cpu" and query.dtype == torch.bfloat16 else 1
-
-
-def _groups(lengths: tuple[int, ...], step: int) -> list[tuple[int, list[int]]]:
-    """Neighbouring windows that run as one batch: (their common length after filling up, their lengths)."""
-    return [(size, list(group)) for size, group in groupby(lengths, lambda n: -(-n // step) * step)]
-
-
-def _batched(tensor: torch.Tensor, size: int, lengths: list[int]) -> torch.Tensor:
-    """(1, heads, sum of lengths, dim) as (windows, heads, size, dim), filled up with zeros."""
-    if all(length == size for length in lengths):
-        return tensor[0].unflatten(1, (len(lengths), size)).transpose(0, 1)
-    return torch.stack([functional.pad(t, (0, 0, 0, size - t.shape[1])) for t in tensor[0].split(lengths, 1)])
-
-
-def batches(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...], causal: bool
-) -> Iterator[tuple[tuple[int, list[int]], torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Groups of a packed row's windows, (size, lengths), with queries, keys and values of as many heads, (windows, heads, size, dim)."""
-    repeats = query.shape[1] // key.shape[1]
-    groups = _groups(lengths, _step(query, causal))
-    sizes = [sum(own) for _, own in groups]
-    for (size, own), *parts in zip(groups, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True):
-        q, k, v = (_batched(part, size, own) for part in parts)
-        if repeats > 1:
-            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        yield (size, own), q, k, v
-
-
-def joined(tensor: torch.Tensor, size: int, lengths: list[int]) -> torch.Tensor:
-    """A group's output, (windows, heads, size, dim) as (1, sum of lengths, heads, dim)."""
-    windows = tensor.transpose(1, 2)
-    if all(length == size for length in lengths):
-        return windows.reshape(1, len(lengths) * size, *windows.shape[2:])
-    return torch.cat([window[:length] for window, length in zip(windows.unbind(0), lengths, strict=True)])[None]
 
 
 def packed_attention(
@@ -96,8 +50,8 @@ def packed_attention(
         raise RuntimeError("packed attention knows neither attention sinks nor position biases")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     outputs = [
-        joined(_attend(q, k, v, causal, scaling, dropout, sliding_window, softcap), size, lengths)
-        for (size, lengths), q, k, v in batches(query, key, value, segment_lengths, causal)
+        windows.joined(_attend(q, k, v, causal, scaling, dropout, sliding_window, softcap), size, lengths)
+        for (size, lengths), q, k, v in windows.batches(query, key, value, segment_lengths, causal)
     ]
     return torch.cat(outputs, 1), None
 
@@ -127,9 +81,9 @@ def install(model: PreTrainedModel) -> str:
     """Make a transformers model use packed attention; returns the implementation that it had."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, packed_attention)
+    AttentionInterface.register(windows.NAME, packed_attention)
     before = str(model.config._attn_implementation)
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(windows.NAME)
     return before
 
 

@@ -64,10 +64,11 @@ class Kronecker(Update):
         return made
 
     def _factors(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B, each multiplied out; they are small beside W."""
-        A = self.A.to(dtype) if self.A_in is None else self.A.to(dtype) @ self.A_in.to(dtype)
-        B = self.B.to(dtype) if self.B_in is None else self.B.to(dtype) @ self.B_in.to(dtype)
-        return A, B
+        """A and B, each multiplied out and then rounded; they are small beside W."""
+        wide = working_dtype(torch.empty(0, dtype=dtype), self.A)
+        A = self.A if self.A_in is None else self.A.to(wide) @ self.A_in.to(wide)
+        B = self.B if self.B_in is None else self.B.to(wide) @ self.B_in.to(wide)
+        return A.to(dtype), B.to(dtype)
 
     def _slice(self, start: int, stop: int) -> Update | None:
         A, B = self._factors(working_dtype(self.A, self.B))  # rows need not begin with a block: they are made
