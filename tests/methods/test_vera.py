@@ -46,9 +46,20 @@ def test_one_pair_serves_every_shape() -> None:
     pool = attachment.pool
     assert pool is not None and {n: b.numel() for n, b in pool.named_buffers()} == {"B": 48 * 6, "A": 48 * 6}
     for slot in attachment.slots.values():
-        drawn = pool.method.prepare(pool, [slot.target])[slot.target.name]
+        made = pool.method.prepare(pool, [slot.target])[slot.target.name]
         for name, basis in slot.method.export(slot, pool).bases.items():
-            assert drawn[name].data_ptr() == getattr(pool, name).data_ptr() and torch.equal(basis.dense(), drawn[name])
+            drawn = made[name].to(torch.float32)
+            assert drawn.data_ptr() == getattr(pool, name).data_ptr() and torch.equal(basis.dense(), drawn)
+
+
+def test_a_step_rounds_the_pair_once_for_all_matrices() -> None:
+    """PEFT keeps one pair too; a copy for each matrix in the backward pass would be larger than all that trains."""
+    model = attach(tiny("llama").to(torch.bfloat16), "vera", rank=6)
+    kept: dict[int, int] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()), t)[1], lambda t: t):
+        loss = model(tokens()).logits.float().square().mean()
+    assert sum(size == 2 * 48 * 6 for size in kept.values()) <= 2
+    loss.backward()
 
 
 def test_experts_share_the_pair() -> None:

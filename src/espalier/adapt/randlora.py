@@ -14,7 +14,7 @@ from espalier.attach.method import Adapter, Tensors
 from espalier.delta.forms import RandomBases
 from espalier.errors import EspalierError, at_least
 from espalier.kernels.philox import Distribution, Stream
-from espalier.kernels.seeded import SeededMatrix
+from espalier.kernels.seeded import Beginning, SeededMatrix
 from espalier.registry import adapter
 
 
@@ -76,19 +76,16 @@ class RandLoRA(Adapter):
         unit = self.sparsity or 3.0  # the inverse variance of what is drawn, for B and A together
         return unit * self.alpha / (rank * (math.sqrt(count) if self.scaling == "root" else 1))
 
-    def prepare(self, pool: Any, targets: Sequence[Target]) -> Mapping[str, dict[str, torch.Tensor]]:
+    def prepare(self, pool: Any, targets: Sequence[Target]) -> Mapping[str, dict[str, Beginning]]:
+        B, A = {pool.B.dtype: pool.B}, {pool.A.dtype: pool.A}
         made = {}
         for target in targets:
             large, small, rank, count = self._sizes(target)
-            B, A = pool.B[: large * count * rank].view(large, -1), pool.A[: rank * small].view(rank, small)
-            made[target.name] = {"B": B, "A": A}
+            made[target.name] = {"B": Beginning(B, large, count * rank), "A": Beginning(A, rank, small)}
         return made
 
-    def update(self, part: Any, context: Mapping[str, torch.Tensor]) -> RandomBases:
-        return RandomBases({"lam": part.lam, "gamma": part.gamma, **context}, {}, part.target.shape, part.gain)
-
-    def export(self, part: Any, pool: Any) -> RandomBases:
-        return RandomBases({"lam": part.lam, "gamma": part.gamma}, part.bases, part.target.shape, part.gain)
+    def update(self, part: Any, context: Mapping[str, Beginning] | None) -> RandomBases:
+        return RandomBases({"lam": part.lam, "gamma": part.gamma}, part.bases, part.target.shape, part.gain, context)
 
     def count(self, target: Target) -> int:
         _, small, rank, count = self._sizes(target)

@@ -14,7 +14,7 @@ from espalier.attach.method import Adapter, Tensors
 from espalier.delta.forms import SeededLowRank
 from espalier.errors import at_least
 from espalier.kernels.philox import Distribution, Stream
-from espalier.kernels.seeded import SeededMatrix
+from espalier.kernels.seeded import Beginning, SeededMatrix
 from espalier.registry import adapter
 
 UNIFORM = Distribution("uniform", (-1.0, 1.0))
@@ -57,15 +57,14 @@ class VeRA(Adapter):
     def gain(self, target: Target) -> float:
         return math.sqrt(6 / self._rank(target)) * math.sqrt(6 / target.inputs)  # of B and A, which are drawn in +-1
 
-    def prepare(self, pool: Any, targets: Sequence[Target]) -> Mapping[str, dict[str, torch.Tensor]]:
-        made = {}
-        for target in targets:
-            rank = self._rank(target)
-            B, A = pool.B[: target.outputs * rank].view(-1, rank), pool.A[: rank * target.inputs].view(rank, -1)
-            made[target.name] = {"B": B, "A": A}
-        return made
+    def prepare(self, pool: Any, targets: Sequence[Target]) -> Mapping[str, dict[str, Beginning]]:
+        B, A = {pool.B.dtype: pool.B}, {pool.A.dtype: pool.A}
+        return {
+            target.name: {"B": Beginning(B, target.outputs, self._rank(target)), "A": Beginning(A, self._rank(target), target.inputs)}
+            for target in targets
+        }
 
-    def update(self, part: Any, context: Mapping[str, torch.Tensor] | None) -> SeededLowRank:
+    def update(self, part: Any, context: Mapping[str, Beginning] | None) -> SeededLowRank:
         return SeededLowRank(part.target.shape, self._rank(part.target), part.bases, {"b": part.b, "d": part.d}, part.gain, context)
 
     def count(self, target: Target) -> int:

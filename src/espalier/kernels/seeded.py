@@ -82,6 +82,32 @@ def held(matrix: SeededMatrix, device: Device = "cpu", dtype: torch.dtype = torc
     return found
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """A matrix of the first numbers of a tensor that many updates share, or some rows of it.
+
+    In a dtype other than the tensor's, the whole tensor is rounded once for all who share ``rounded``.
+    """
+
+    rounded: dict[torch.dtype, torch.Tensor]
+    """the flat tensor in its dtype, first, and in those that were asked for"""
+    rows: int
+    columns: int
+    start: int = 0
+
+    def __getitem__(self, rows: slice) -> Beginning:
+        first, last, _ = rows.indices(self.rows)
+        return replace(self, rows=last - first, start=self.start + first * self.columns)
+
+    def to(self, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix, (rows, columns)."""
+        if (numbers := self.rounded.get(dtype)) is None:
+            numbers = next(iter(self.rounded.values())).to(dtype)
+            if not torch.compiler.is_compiling():
+                self.rounded[dtype] = numbers
+        return numbers[self.start : self.start + self.rows * self.columns].view(self.rows, self.columns)
+
+
 def keeps() -> bool:
     """Whether what is made for a product may be kept for the next one: not where gradients, or a compiler, will see it."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling())

@@ -23,7 +23,7 @@ from espalier.delta.forms.update import (
     working_dtype,
 )
 from espalier.errors import EspalierError
-from espalier.kernels.seeded import SeededMatrix, held, keeps
+from espalier.kernels.seeded import Beginning, SeededMatrix, held, keeps
 
 
 @register_form
@@ -45,6 +45,7 @@ class RandomBases(Update):
         tensors: ``lam`` and ``gamma``; ``B`` and ``A`` where they are no seeds.
         bases: ``B`` and ``A`` as seeds, of the shapes above, where they are no tensors.
         shape: of the weight.
+        drawn: what the seeds draw, where that is in memory from the start.
     """
 
     form = "random_bases"
@@ -56,9 +57,11 @@ class RandomBases(Update):
     A: torch.Tensor | None
 
     def __init__(
-        self, tensors: Mapping[str, torch.Tensor], bases: Mapping[str, SeededMatrix], shape: tuple[int, ...], gain: Gain = 1.0
-    ) -> None:
+        self, tensors: Mapping[str, torch.Tensor], bases: Mapping[str, SeededMatrix], shape: tuple[int, ...], gain: Gain = 1.0,
+        drawn: Mapping[str, Beginning] | None = None,
+    ) -> None:  # fmt: skip
         self.bases = dict(bases)
+        self.drawn = dict(drawn or {})
         self.shape = tuple(shape)
         self.gain = gain
         for name in self.fields:
@@ -96,16 +99,18 @@ class RandomBases(Update):
     def _unbind(self) -> list[Update]:
         frozen = {name: tensor for name in "BA" if (tensor := getattr(self, name)) is not None}
         pairs = zip(self.lam.unbind(0), self.gamma.unbind(0), strict=True)
-        return [RandomBases({"lam": lam, "gamma": gamma, **frozen}, self.bases, self.shape[1:], self.gain) for lam, gamma in pairs]
+        return [RandomBases({"lam": lam, "gamma": gamma, **frozen}, self.bases, self.shape[1:], self.gain, self.drawn) for lam, gamma in pairs]
 
     def _frozen(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         if (stored := getattr(self, name)) is not None:
             return stored.to(dtype)
+        if name in self.drawn:
+            return self.drawn[name].to(dtype)
         return held(self.bases[name], self.lam.device, dtype)
 
     def _keep(self, dtype: torch.dtype) -> None:
         """Hold on to what a product draws, for the next one."""
-        if keeps():
+        if keeps() and not self.drawn:
             self._kept.update({(name, dtype): held(basis, self.lam.device, dtype) for name, basis in self.bases.items()})
 
     @cached_property

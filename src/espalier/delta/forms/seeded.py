@@ -30,6 +30,7 @@ from espalier.delta.forms.update import (
 from espalier.errors import EspalierError
 from espalier.kernels.philox import Distribution, Stream
 from espalier.kernels.seeded import (
+    Beginning,
     SeededMatrix,
     held,
     keeps,
@@ -153,7 +154,7 @@ class SeededLowRank(Update):
 
     def __init__(
         self, shape: tuple[int, ...], rank: int, bases: Mapping[str, SeededMatrix], tensors: Mapping[str, torch.Tensor], gain: Gain = 1.0,
-        drawn: Mapping[str, torch.Tensor] | None = None,
+        drawn: Mapping[str, torch.Tensor | Beginning] | None = None,
     ) -> None:  # fmt: skip
         self.shape = tuple(shape)
         self.rank = rank
