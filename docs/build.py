@@ -247,7 +247,8 @@ def _rules_for_deltas() -> list[str]:
         return ["No method has gained anything.", ""]
     enough = next(row for row in front if base - row["loss"] >= 0.9 * most)
     share = (base - enough["loss"]) / most
-    lines.append(f"- A small delta: {_said(enough, 'method')} has {share:.0%} of the best one's gain in {_size(enough['bytes'])}; the best has {_size(best[0]['bytes'])}.")
+    if enough["bytes"] < best[0]["bytes"]:
+        lines.append(f"- A small delta: {_said(enough, 'method')} has {share:.0%} of the best one's gain in {_size(enough['bytes'])}; the best has {_size(best[0]['bytes'])}.")
     smallest = front[0]
     lines.append(f"- The smallest delta on the front: {_said(smallest, 'method')}, {_size(smallest['bytes'])}, {(base - smallest['loss']) / most:.0%} of the best one's gain.")
     kept = [row for row in rows if row["forgetting"] is not None and base - row["loss"] >= 0.9 * most]
