@@ -21,8 +21,8 @@ def attended(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> tuple[t
     found: list[torch.Tensor] = []
     original = attention._with_branches
 
-    def spy(attend: object, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: object, **kwargs: object) -> object:
-        output, weights = original(attend, module, query, key, value, mask, **kwargs)
+    def spy(implementation: str, attend: object, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: object, **kwargs: object) -> object:
+        output, weights = original(implementation, attend, module, query, key, value, mask, **kwargs)
         if not found:
             (branch,) = module.__dict__["_espalier_heads"]
             k, v = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value))

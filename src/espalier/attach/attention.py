@@ -40,7 +40,7 @@ class BranchedInterface(AttentionInterface):
     """The registry of attention functions, each with the branches of the module that calls it behind it."""
 
     def get_interface(self, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.partial(_with_branches, super().get_interface(attn_implementation, default))
+        return functools.partial(_with_branches, attn_implementation, super().get_interface(attn_implementation, default))
 
 
 def install() -> None:
@@ -49,7 +49,7 @@ def install() -> None:
 
 
 def _with_branches(
-    attend: Callable[..., Any], module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    implementation: str, attend: Callable[..., Any], module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     attention_mask: torch.Tensor | None, *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
     slots: list[HeadsSlot] = [slot for slot in module.__dict__.get("_espalier_heads", ()) if slot.active]
@@ -57,20 +57,20 @@ def _with_branches(
         return attend(module, query, key, value, attention_mask, *args, **kwargs)
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    softcap, sinks, lengths = kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("segment_lengths")
+    softcap, lengths = kwargs.get("softcap"), kwargs.get("segment_lengths")
     if slots[0].site.heads != query.shape[1] or kwargs.get("position_bias") is not None:
         raise RuntimeError(f"{type(module).__name__} attends in a way that branches in attention do not know")
     mask, causal, window = _reach(module, query, attention_mask, kwargs)
     weights = None
     # lse is (batch, heads, tokens, 1), and so is out but for its last dimension
-    if not args and mask is None and softcap is None and sinks is None and _has_kernel(module, query, key, causal, window, kwargs):
+    if not args and mask is None and _has_kernel(implementation, query, key, causal, window, kwargs):
         out, lse = _attention(query, key, value, causal, lengths, scaling)
     else:
         output, weights = attend(module, query, key, value, attention_mask, *args, **kwargs)
         out = output.transpose(1, 2)
         lse = log_sum_exp(query, key, mask, causal, window, lengths, scaling, softcap)
-    if sinks is not None:
-        lse = torch.logaddexp(lse, sinks.to(lse.dtype).reshape(1, -1, 1, 1))
+        if (sinks := kwargs.get("s_aux")) is not None:
+            lse = torch.logaddexp(lse, sinks.to(lse.dtype).reshape(1, -1, 1, 1))
     dtype = out.dtype
     for slot in slots:
         numerator, denominator, log_scale = slot.terms(query, scaling, softcap)
@@ -104,13 +104,13 @@ _ROOM = 8
 """Channels beside those of a head, for one number: the kernel's code for bfloat16 wants an even number of them."""
 
 
-def _has_kernel(module: nn.Module, query: torch.Tensor, key: torch.Tensor, causal: bool, window: int | None, kwargs: dict[str, Any]) -> bool:
-    """Whether the implementation is one behind which the CPU's kernel stands, and nothing but causality hides a key."""
-    implementation = getattr(module.config, "_attn_implementation", None)  # type: ignore[union-attr]
+def _has_kernel(implementation: str, query: torch.Tensor, key: torch.Tensor, causal: bool, window: int | None, kwargs: dict[str, Any]) -> bool:
+    """Whether the implementation is one behind which the CPU's kernel stands, and but for a mask nothing but causality hides a key."""
     square, near = query.shape[2] == key.shape[2], window is not None and window < key.shape[2]
     return (
         implementation in ("sdpa", windows.NAME) and query.device.type == "cpu" and query.dtype.is_floating_point
         and query.dtype != torch.float16 and (square or not causal) and not near and not kwargs.get("dropout")
+        and kwargs.get("softcap") is None and kwargs.get("s_aux") is None
     )  # fmt: skip
 
 
@@ -119,8 +119,7 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and its log-sum-exp, (batch, heads, tokens, head_dim) and (batch, heads, tokens, 1); arguments as of :func:`log_sum_exp`."""
     if lengths is None:
-        repeats = query.shape[1] // key.shape[1]
-        return _Attention.apply(query, key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), causal, scaling)
+        return _Attention.apply(query, *windows.of_every_head(query, key, value), causal, scaling)
     parts = [
         (windows.joined(out, size, own), windows.joined(lse, size, own))
         for (size, own), q, k, v in windows.batches(query, key, value, lengths, causal)

@@ -34,17 +34,21 @@ def _batched(tensor: torch.Tensor, size: int, lengths: list[int]) -> torch.Tenso
     return torch.stack([functional.pad(t, (0, 0, 0, size - t.shape[1])) for t in tensor[0].split(lengths, 1)])
 
 
+def of_every_head(query: torch.Tensor, *shared: torch.Tensor) -> list[torch.Tensor]:
+    """Keys and values that the heads of a group share, (batch, as many heads as queries have, tokens, dim)."""
+    repeats = query.shape[1] // shared[0].shape[1]
+    return [tensor.repeat_interleave(repeats, 1) if repeats > 1 else tensor for tensor in shared]
+
+
 def batches(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...], causal: bool
 ) -> Iterator[tuple[tuple[int, list[int]], torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Groups of a packed row's windows, (size, lengths), with queries, keys and values of as many heads, (windows, heads, size, dim)."""
-    repeats = query.shape[1] // key.shape[1]
     groups = _groups(lengths, _step(query, causal))
     sizes = [sum(own) for _, own in groups]
     for (size, own), *parts in zip(groups, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True):
         q, k, v = (_batched(part, size, own) for part in parts)
-        if repeats > 1:
-            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        k, v = of_every_head(q, k, v)
         yield (size, own), q, k, v
 
 
