@@ -98,15 +98,15 @@ class RunFailed(SystemExit):
 IMPORTED = ["torch", "transformers.models.llama.modeling_llama", "espalier.verbs._training", "espalier.verbs.tune", "espalier.verbs.pretrain"]
 
 
-def apart(function: Callable[[dict[str, Any], Path], dict[str, Any]], spec: dict[str, Any], threads: int) -> dict[str, Any]:
-    """What a function of a script finds by a spec and an empty folder, in a process of its own; ``failed``: why Espalier refused.
+def apart(function: Callable[[dict[str, Any], Path], dict[str, Any]], spec: dict[str, Any]) -> dict[str, Any]:
+    """What a function of a script finds by a spec and an empty folder, in a process of its own of ``threads`` of the spec; ``failed``: why Espalier refused.
 
     Processes are forks of one that has imported :data:`IMPORTED` and done nothing: they begin at once, and the peak of each is its own.
 
     Raises:
         RunFailed: when it breaks, with what it said last.
     """
-    os.environ.update({"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"})
+    os.environ.update({"OMP_NUM_THREADS": str(spec["threads"]), "HF_HUB_OFFLINE": "1"})
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
     answers, answer = context.Pipe(duplex=False)
@@ -232,3 +232,11 @@ def write_result(name: str, content: dict[str, Any]) -> None:
 def with_row(rows: Sequence[dict[str, Any]], row: dict[str, Any], by: Sequence[str]) -> list[dict[str, Any]]:
     """Rows with one more, in the place of the one that has the same values of ``by``."""
     return [r for r in rows if [r[k] for k in by] != [row[k] for k in by]] + [row]
+
+
+def with_rows(part: dict[str, Any], conditions: dict[str, Any], rows: Sequence[Row], by: Sequence[str]) -> dict[str, Any]:
+    """A part of some results with more rows, among those that were measured under the same conditions; whatever else it has stays."""
+    kept = part["rows"] if part.get("conditions") == conditions else []
+    for row in rows:
+        kept = with_row(kept, row, by)
+    return {**part, "conditions": conditions, "machine": machine(), "rows": kept}

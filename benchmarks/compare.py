@@ -48,7 +48,7 @@ from common import (
     rows_of,
     say_rows,
     table,
-    with_row,
+    with_rows,
     write_result,
 )
 from peft_twins import PROMPTS, has_twin, twin
@@ -253,7 +253,7 @@ class Lab:
 
     def _process(self, spec: dict[str, Any]) -> dict[str, Any]:
         run = {"ours": run_ours, "peft": run_peft, "base": run_base}[spec["system"]]
-        found = apart(run, {**spec, "batch": BATCH, "data": self.data, "threads": self.a.threads}, self.a.threads)
+        found = apart(run, {**spec, "batch": BATCH, "data": self.data, "threads": self.a.threads})
         loss = {part: round(s["after"]["loss"], 4) for part, s in found.get("scores", {}).items()}
         print(spec["system"], spec["method"], f"rate {spec['rate']:.2g} seed {spec['seed']}", loss or found, file=sys.stderr, flush=True)
         return found
@@ -340,11 +340,9 @@ def publish(lab: Lab, row: dict[str, Any]) -> None:
     conditions = {**lab.common, "steps": a.steps, "grid": list(GRID), "seeds": list(SEEDS)}
     with alone(a.out / "compare.json"):
         content = read_result("compare")
-        before = content.get(a.job, {})
-        rows = with_row(before["rows"] if before.get("conditions") == conditions else [], row, ("system", "method"))
-        content[a.job] = {**before, "conditions": conditions, "machine": machine(), "rows": rows}
+        content[a.job] = with_rows(content.get(a.job, {}), conditions, [row], ("system", "method"))
         write_result("compare", content)
-        if a.job == "package" and (drawn := [row for row in rows if "loss" in row]):
+        if a.job == "package" and (drawn := [row for row in content[a.job]["rows"] if "loss" in row]):
             plot(drawn, RESULTS / "compare.png")
 
 

@@ -54,7 +54,7 @@ from common import (
     rows_of,
     say_rows,
     table,
-    with_row,
+    with_rows,
     write_result,
 )
 from step_cost import default_dtype
@@ -338,7 +338,7 @@ class Lab:
 
     def _process(self, name: str, spec: dict[str, Any]) -> dict[str, Any]:
         began = time.perf_counter()
-        found = apart(look_at_state if spec["what"] == "state" else train, spec, self.a.threads)
+        found = apart(look_at_state if spec["what"] == "state" else train, spec)
         print(name, {k: spec[k] for k in ("what", "rate", "seed", "steps") if k in spec}, found, f"{time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         return found
 
@@ -377,20 +377,14 @@ class Lab:
 # -- the whole
 
 
-def publish(a: argparse.Namespace, part: str, content: dict[str, Any]) -> dict[str, Any]:
-    """Put rows of a shape among those that were measured under the same conditions; returns that part."""
+def publish(a: argparse.Namespace, conditions: dict[str, Any], row: dict[str, Any]) -> None:
+    """Put a row of a shape among those that were measured under the same conditions."""
     with alone(a.out / "optim.json"):
         whole = read_result("optim")
-        before = whole.get(part, {})
-        rows = before["rows"] if before.get("conditions") == content["conditions"] else []
-        for row in content["rows"]:
-            rows = with_row(rows, row, ("setting",))
-        whole[part] = {**content, "machine": machine(), "rows": rows}
+        whole[a.shape] = with_rows(whole.get(a.shape, {}), conditions, [row], ("setting",))
         whole["papers"] = judge(whole.get("3m", {}).get("rows", []))
         write_result("optim", whole)
         plot(whole, RESULTS / "optim.png")
-    found: dict[str, Any] = whole[part]
-    return found
 
 
 def plot(whole: dict[str, Any], path: Path) -> None:
@@ -458,7 +452,7 @@ def main() -> None:
     def keep(row: dict[str, Any]) -> None:
         if not a.quick:
             conditions = {**lab.common, "steps": lab.steps(), "grid": list(GRID), "seeds": list(SEEDS), "every": EVERY, **SHAPES[a.shape]}
-            publish(a, a.shape, {"conditions": conditions, "rows": [row]})
+            publish(a, conditions, row)
 
     rows, broken = rows_of(names, lab.row, keep)
     columns = ("setting", "rate", "edge", "loss", "deviation", "state bytes", "predicted", "trained", "peak")

@@ -36,12 +36,11 @@ from common import (
     alone,
     apart,
     digest,
-    machine,
     make_llama,
     read_result,
     rows_of,
     table,
-    with_row,
+    with_rows,
     write_result,
 )
 from step_cost import default_dtype
@@ -119,7 +118,7 @@ def measured(lab: compare.Lab, info: Any, spec: dict[str, Any], given: dict[str,
 
     def run() -> dict[str, Any]:
         work = {"memory": memory_of, "forgetting": sequence_of}[spec["what"]]
-        found = apart(work, {**spec, **given, "method": info.name, "threads": lab.a.threads}, lab.a.threads)
+        found = apart(work, {**spec, **given, "method": info.name, "threads": lab.a.threads})
         print(spec["what"], spec.get("system", ""), info.name, found, file=sys.stderr, flush=True)
         return found
 
@@ -177,10 +176,7 @@ def publish(lab: compare.Lab, part: str, row: dict[str, Any]) -> None:
         conditions = {"shape": MODEL, "steps": STEPS, "batch": BATCH, "length": compare.LENGTH, "dtype": row["dtype"]}
     with alone(a.out / "select.json"):
         content = read_result("select")
-        before = content.get(part, {})
-        rows = before["rows"] if before.get("conditions") == conditions else []
-        by = [key for key in ("system", "method") if key in row]
-        content[part] = {"conditions": conditions, "machine": machine(), "rows": with_row(rows, row, by)}
+        content[part] = with_rows(content.get(part, {}), conditions, [row], [key for key in ("system", "method") if key in row])
         write_result("select", content)
         plot(content, RESULTS / "select.png")
 

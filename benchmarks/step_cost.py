@@ -36,7 +36,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import SHAPES, Ledger, digest, llama_config, machine, read_result, table, with_row, write_result
+from common import SHAPES, Ledger, digest, llama_config, machine, read_result, table, with_rows, write_result
 from peft_twins import has_twin, twin
 
 KINDS = ("adapt", "select", "branch")
@@ -301,13 +301,8 @@ def publish(shape: str, conditions: dict[str, Any], floor_peak: int, rows: list[
     """Put rows among those of a shape that were measured under the same conditions."""
     whole = read_result("step_cost")
     before = whole.get(shape, {})
-    if any(before.get(name) != value for name, value in conditions.items()):
-        before = {}
-    kept = before.get("rows", [])
-    for row in rows:
-        kept = with_row(kept, row, ("setting",))
-    why = {**before.get("refused", {}), **refused}
-    whole[shape] = {**conditions, "machine": machine(), "floor peak MiB": floor_peak / 2**20, "rows": kept, "refused": why}
+    why = {**before.get("refused", {}), **refused} if before.get("conditions") == conditions else refused
+    whole[shape] = {**with_rows(before, conditions, rows, ("setting",)), "floor peak MiB": floor_peak / 2**20, "refused": why}
     write_result("step_cost", whole)
 
 

@@ -136,7 +136,8 @@ def _cost(shape: str, found: dict[str, Any]) -> str:
         return "" if value is None else f"{value:.{digits}f}"
 
     text = f"## A step on {shape.replace('m', ' M')} parameters\n\n"
-    text += f"{found['tokens']} tokens, base in {found['dtype']}, {found['threads']} threads, {found['rounds']} rounds. {_machine(found['machine'])}.\n\n"
+    c = found["conditions"]
+    text += f"{c['tokens']} tokens, base in {c['dtype']}, {c['threads']} threads, {c['rounds']} rounds. {_machine(found['machine'])}.\n\n"
     columns = ["setting", "trained", "times the floor", "PEFT's", "PEFT's over ours", "peak MiB", "PEFT's peak MiB"]
     return text + _table(columns, [
         [

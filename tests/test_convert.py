@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -421,12 +420,9 @@ def test_a_robust_weight_signature_patches_a_model_and_is_taken_off_again(lora: 
 
 
 def test_the_commands_print_json_and_say_what_is_wrong_in_one_line(lora: tuple[Path, Path], tmp_path: Path) -> None:
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return command_line(*arguments)
-
-    done = run("compress", str(lora[1]), "--method", "compeft", "--density", "0.5", "--out", str(tmp_path / "c"), "--json", "--quiet")
+    done = command_line("compress", str(lora[1]), "--method", "compeft", "--density", "0.5", "--out", str(tmp_path / "c"), "--json", "--quiet")
     assert done.returncode == 0 and json.loads(done.stdout)["hyperparameters"]["density"] == 0.5 and not done.stderr
-    done = run("convert", str(tmp_path / "c"), "--to", "lora", "--rank", "2", "--out", str(tmp_path / "l"))
+    done = command_line("convert", str(tmp_path / "c"), "--to", "lora", "--rank", "2", "--out", str(tmp_path / "l"))
     assert done.returncode == 0 and "updates are approximated; the worst:" in done.stderr and "worst" in done.stdout
-    done = run("convert", str(tmp_path / "c"), "--to", "lora", "--rank", "0", "--out", str(tmp_path / "z"), "--quiet")
+    done = command_line("convert", str(tmp_path / "c"), "--to", "lora", "--rank", "0", "--out", str(tmp_path / "z"), "--quiet")
     assert done.returncode == 2 and done.stderr.startswith("error: model.layers.0.") and "rank is 0" in done.stderr and done.stderr.count("\n") == 1

@@ -175,6 +175,7 @@ def test_experts_without_any_entry_are_trained_all_the_same(method: str) -> None
     """A share of none, or one that small matrices round to none."""
     model = attach(tiny("qwen3_moe"), method, targets="experts", density=0.0)
     model(tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in trainable_parameters(model).values())
 
 
 @pytest.mark.parametrize("form", ["made", "sparse"])
