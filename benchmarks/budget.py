@@ -21,6 +21,9 @@ from typing import Any
 from common import RESULTS, machine, make_llama, table, write_result
 
 SEEDLING, LLAMA = "seedling, 4.7 M", "llama, 70 M"
+STEPS = 4
+TURNS: dict[str, object] = {"steps": 16}
+"""Steps in which every block, the lowest too, is likely to have its turn: it has the longest backward pass, for which LISA is planned."""
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     f"{model}: {what}": (model, options)
     for model, kinds in {
@@ -48,16 +51,16 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
             "full, lion in bf16": {"sequence_length": 128, "method": "full", "optimizer": "lion", "state": "bf16"},
             "full, galore": {"sequence_length": 128, "method": "full", "optimizer": "galore", "rank": 64},
             "full, frugal": {"sequence_length": 128, "method": "full", "optimizer": "frugal"},
-            "lisa": {"sequence_length": 128, "method": "lisa", "method_every": 1},
-            "lisa of attention and mlp": {"sequence_length": 128, "method": "lisa", "every": 1, "targets": "attention,mlp"},
-            "lisa, frugal in 8 bits": {"sequence_length": 128, "method": "lisa", "optimizer": "frugal", "rank": 64, "state": "8bit", "method_every": 1},
+            "lisa": {"sequence_length": 128, "method": "lisa", "method_every": 1, **TURNS},
+            "lisa of attention and mlp": {"sequence_length": 128, "method": "lisa", "every": 1, "targets": "attention,mlp", **TURNS},
+            "lisa, frugal in 8 bits": {"sequence_length": 128, "method": "lisa", "optimizer": "frugal", "rank": 64, "state": "8bit", "method_every": 1, **TURNS},
         },
     }.items()
     for what, options in kinds.items()
 }
 
 
-def measure(model: Path | str, out: Path, steps: int, **options: object) -> dict[str, Any]:
+def measure(model: Path | str, out: Path, steps: int = STEPS, **options: object) -> dict[str, Any]:
     """The result of one run in a process of its own."""
     data = ["--data", "stdlib:asyncio", "--out", str(out), "--steps", str(steps), "--checkpoint-every", str(steps)]
     return of_espalier("tune", model, data, **options)
@@ -78,7 +81,6 @@ def of_espalier(verb: str, model: Path | str, arguments: Sequence[str], **option
 def main() -> None:
     """Run the cases and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--again", action="store_true", help="also those that have been measured")
     parser.add_argument("--predict", action="store_true", help="only predict, those that have been measured")
@@ -99,7 +101,7 @@ def main() -> None:
             if arguments.predict:
                 plan = of_espalier("plan", model, (), **options)
             else:
-                result = measure(model, folder / f"out{number}", arguments.steps, **options)
+                result = measure(model, folder / f"out{number}", **options)
                 plan = result["plan"]
                 row = {"baseline": round(plan["baseline"] / mebi), "measured": round((result["peak_memory"] - plan["baseline"]) / mebi)}
             phases = {phase: {kind: round(n / mebi, 1) for kind, n in kinds.items() if n} for phase, kinds in plan["phases"].items()}
@@ -107,7 +109,7 @@ def main() -> None:
             row["ratio"] = round(row["measured"] / row["predicted"], 3)
             known[case] = row
             print({key: value for key, value in row.items() if key != "phases"}, row["phases"]["steady state"], file=sys.stderr, flush=True)
-            write_result("budget", {"machine": machine(), "steps": arguments.steps, "cases": [known[case] for case in CASES if case in known]})
+            write_result("budget", {"machine": machine(), "steps": STEPS, "cases": [known[case] for case in CASES if case in known]})
     columns = ("case", "baseline", "predicted", "measured", "ratio")
     print(table([*columns[:1], *(f"{column} MiB" for column in columns[1:4]), columns[4]], [[row[c] for c in columns] for row in known.values()]))
 

@@ -4,8 +4,8 @@
 
 But for LST, the protocol is that of ``compare.py`` (same job, effort and ledger: a learning rate chosen from the grid for every setting, three seeds).
 "Better" means a mean loss on the held-out files that is lower by more than the larger of the two standard deviations over seeds;
-"no worse" that it is not higher by more than that. Prints "shows" or "does not show at this size", and writes results/claims.json. About
-1.5 hours on 2 cores (estimated).
+"no worse" that it is not higher by more than that. Prints "shows" or "does not show at this size", and writes results/claims.json; parts (``--claims a,b``)
+add up, also several at once over one ``--out``. About 1.5 hours on 2 cores (estimated).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, machine, table, write_result
+from common import alone, machine, read_result, table, with_row, write_result
 from compare import STEPS, Lab
 
 Settings = dict[str, tuple[str, dict[str, Any], float]]
@@ -50,7 +50,7 @@ CLAIMS: dict[str, tuple[str, str, Settings]] = {
     "nola": (
         "as good as LoRA of rank 1 with half its numbers (NOLA)",
         f"NOLA of 128 coefficients a factor trains at most half as many numbers ({2 * 128 * TARGETS:,}) as LoRA of rank 1, and is no worse",
-        {"mine": ("nola", {"coefficients": 128}, 1.0), "other": ("lora", {"rank": 1, "alpha": 2.0}, 1.0)},
+        {"mine": ("nola", {"coefficients": 128, "targets": "linear"}, 1.0), "other": ("lora", {"rank": 1, "alpha": 2.0}, 1.0)},
     ),
     "randlora": (
         "full-rank updates beat LoRA with as many trained numbers (RandLoRA)",
@@ -117,6 +117,14 @@ def judge_memory(threads: int, quick: bool) -> tuple[bool, str]:
     return mine <= 0.7 * other, f"{mine / 2**20:.0f} MiB, LoRA's {other / 2**20:.0f} MiB: {mine / other:.2f}"
 
 
+def publish(a: argparse.Namespace, verdict: dict[str, Any]) -> None:
+    """Put a verdict among those of runs of as many steps."""
+    with alone(a.out / "claims.json"):
+        before = read_result("claims")
+        kept = before["verdicts"] if before.get("steps") == a.steps else []
+        write_result("claims", {"machine": machine(), "steps": a.steps, "verdicts": with_row(kept, verdict, ("claim",))})
+
+
 def main() -> None:
     """Run what was asked for, and say what shows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,15 +147,11 @@ def main() -> None:
         shows, figures = judge(claim, rows) if settings else judge_memory(a.threads, a.quick)
         verdicts.append({"claim": claim, "says": says, "pass line": line, "verdict": "shows" if shows else "does not show at this size", "figures": figures})
         print(json.dumps(verdicts[-1]), file=sys.stderr, flush=True)
+        if not a.quick:
+            publish(a, verdicts[-1])
     if not verdicts:
         return
     print(table(list(verdicts[0]), [list(verdict.values()) for verdict in verdicts]))
-    if not a.quick:
-        path = RESULTS / "claims.json"
-        before = json.loads(path.read_text())["verdicts"] if path.exists() else []
-        asked = {verdict["claim"] for verdict in verdicts}
-        kept = [verdict for verdict in before if verdict["claim"] not in asked]
-        write_result("claims", {"machine": machine(), "steps": a.steps, "verdicts": kept + verdicts})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import fcntl
 import hashlib
@@ -45,6 +46,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def versions() -> dict[str, str]:
+    """Of what computes: rows that differ in these are not put side by side."""
+    return {name: version for name, version in machine().items() if name in ("torch", "transformers", "peft")}
+
+
 SHAPES: dict[str, dict[str, int]] = {"70m": {}, "350m": {"hidden": 1024, "layers": 24, "intermediate": 2816, "heads": 16}}
 """Arguments of :func:`llama_config` by the parameters that they make."""
 
@@ -76,10 +82,19 @@ def make_llama(path: Path, **shape: int) -> Path:
 
 
 def digest(file: str) -> str:
-    """Of the contents of a method's file, by its name in the registry: what was measured with another one does not count."""
+    """Of the code in a method's file, by its name in the registry: what was measured with another one does not count. Docstrings and comments do not matter."""
     from espalier import registry
 
-    return hashlib.sha256((Path(registry.__file__).parents[1] / file).read_bytes()).hexdigest()[:12]
+    return digest_of((Path(registry.__file__).parents[1] / file).read_text(encoding="utf-8"))
+
+
+def digest_of(source: str) -> str:
+    """Of what a Python file says without its docstrings and comments."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        for body in (part for name in ("body", "orelse", "finalbody") if isinstance(part := getattr(node, name, None), list)):
+            body[:] = [one for one in body if not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
 
 
 @contextlib.contextmanager
@@ -235,8 +250,10 @@ def with_row(rows: Sequence[dict[str, Any]], row: dict[str, Any], by: Sequence[s
 
 
 def with_rows(part: dict[str, Any], conditions: dict[str, Any], rows: Sequence[Row], by: Sequence[str]) -> dict[str, Any]:
-    """A part of some results with more rows, among those that were measured under the same conditions; whatever else it has stays."""
-    kept = part["rows"] if part.get("conditions") == conditions else []
+    """A part of some results with more rows, among those that were measured under the same conditions on such a machine; whatever else it has stays."""
+    now = machine()
+    is_same = part.get("conditions") == conditions and all(part["machine"][key] == now[key] for key in ("processor", "cores"))
+    kept = part["rows"] if is_same else []
     for row in rows:
         kept = with_row(kept, row, by)
-    return {**part, "conditions": conditions, "machine": machine(), "rows": kept}
+    return {**part, "conditions": conditions, "machine": now, "rows": kept}

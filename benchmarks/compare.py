@@ -11,7 +11,7 @@ from signature and docstring; ``packages``: which package a docstring comes from
 Every method has the same effort: its default options; the learning rates of :data:`GRID` times its own default on one seed and a third
 of the steps, and one rate more, at most :data:`MORE` times, while the best is at an edge; then :data:`SEEDS` at the best. All run in float32, 4 sequences of 256 tokens a step, AdamW without decay, cosine. A rate that
 is at an edge even then is marked: there the method may do better than is shown. PEFT's method (``peft_twins.py``) is put into the
-model and then trained by the same loop on the same batches, so that only the layers differ; prefix and prompt tuning, which PEFT
+model and then trained by the same loop on the same batches, so that only the layers differ (RandLoRA's also by the root of the number of bases in the scale); prefix and prompt tuning, which PEFT
 puts in front of the model, and classification are ours alone, and so is EVA.
 
 Every run is a process of its own. Bytes are those of the file of tensors; peak memory is VmHWM, scoring included. Losses do not depend on
@@ -19,7 +19,7 @@ what else the machine does, but times do: tokens a second are the median of the 
 own, ``--speed``, which wants an idle machine and takes about 20 minutes (estimated).
 
 Runs are kept in the ledger under ``--out``, by everything that they depend on (of the code: the method's own file), so that a run that was broken off
-goes on. Parts (``--methods a,b``) add up, also several at once over one ``--out``. The rows go into results/compare.json and the plot of loss against bytes
+goes on; a row that is in results/compare.json is not measured again either. Parts (``--methods a,b``) add up, also several at once over one ``--out``. The rows go into results/compare.json and the plot of loss against bytes
 into results/compare.png as they are made; ``make docs`` then writes the table into docs/methods/compare.md. All methods take about
 3 hours on 2 cores, two parts of one thread each at once (some 65 rows; 120 steps are about one pass over the package); ``--methods front`` takes the (up to ten) methods of ours on the Pareto front of the job ``package``.
 """
@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -43,11 +44,13 @@ from common import (
     apart,
     best_rate,
     digest,
+    digest_of,
     machine,
     read_result,
     rows_of,
     say_rows,
     table,
+    versions,
     with_rows,
     write_result,
 )
@@ -69,10 +72,17 @@ TEXT = 3000
 # -- data
 
 
-def write_data(folder: Path, job: str, package: str, quick: bool) -> dict[str, str]:
-    """The parts of a job: ``train``, ``choose``, ``test``, and for text ``own``; paths by name."""
+def name_of(job: str, package: str) -> str:
+    """A job with its package, if it has one."""
+    return f"{job}-{package}" if job == "package" else job
+
+
+def write_data(out: Path, job: str, package: str, quick: bool) -> dict[str, str]:
+    """The parts of a job: ``train``, ``choose``, ``test``, and for text ``own``; paths by name. What other code has written under ``out`` is not taken for it."""
     from espalier.bundled.corpus import bundled_files
 
+    code = digest_of(f"{inspect.getsource(write_data)}\n{TEXT}")
+    folder = out.resolve() / ("quick" if quick else "data") / f"{name_of(job, package)}-{code}"
     parts = {part: folder / part for part in ("train", "choose", "test", "own")}
     if job != "package":
         parts = {part: folder / f"{part}.jsonl" for part in ("train", "choose", "test")} | ({"own": parts["own"]} if job == "docstrings" else {})
@@ -224,14 +234,12 @@ class Lab:
         if a.quick:
             a.steps = 6
             (a.out / "quick.jsonl").unlink(missing_ok=True)
-        name = f"{a.job}-{a.package}" if a.job == "package" else a.job
         with alone(a.out / "data"):
-            self.data = write_data(a.out.resolve() / ("quick" if a.quick else "data") / name, a.job, a.package, a.quick)
+            self.data = write_data(a.out, a.job, a.package, a.quick)
         text = sorted(p for path in map(Path, self.data.values()) for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file())
-        versions = {k: v for k, v in machine().items() if k in ("torch", "transformers", "peft")}
         self.common = {
-            "job": name, "data": hashlib.sha256(b"".join(p.read_bytes() for p in text)).hexdigest()[:16],
-            "base": ModelDirectory(resolve_model("seedling")).fingerprint(), "batch": BATCH, "length": LENGTH, "warmup": WARMUP, "clip": CLIP, **versions,
+            "job": name_of(a.job, a.package), "data": hashlib.sha256(b"".join(p.read_bytes() for p in text)).hexdigest()[:16],
+            "base": ModelDirectory(resolve_model("seedling")).fingerprint(), "batch": BATCH, "length": LENGTH, "warmup": WARMUP, "clip": CLIP, **versions(),
         }  # fmt: skip
         self.ledger = Ledger(a.out / ("quick.jsonl" if a.quick else "ledger.jsonl"))
 
@@ -261,6 +269,8 @@ class Lab:
     def row(self, info: Any, system: str = "ours", options: dict[str, Any] | None = None, share: float = 1.0) -> dict[str, Any]:
         """The whole of one method, over a share of the steps; ``refused`` where no run of it ended well."""
         a, given = self.a, options or {}
+        if not given and share == 1.0 and not a.quick and (known := self.published(info, system)) is not None:
+            return known
         steps = max(round(self.a.steps * share), 3)
         default = rate_of(info)
         why = "no finite loss"
@@ -291,9 +301,20 @@ class Lab:
             "accuracy": statistics.mean(accuracy) if accuracy else None,
             "forgetting": statistics.mean(own) - base["own"] if own else None,
             "trained": ended[0]["trained"], "bytes": ended[0]["bytes"], "peak": statistics.median(f["peak"] for f in ended),
-            "grid": {f"{rate:.3g}": loss for rate, loss in tried.items()},
+            "grid": {f"{rate:.3g}": loss for rate, loss in tried.items()}, "code": digest(info.file),
         }  # fmt: skip
 
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What all rows of a job have in common."""
+        return {**self.common, "steps": self.a.steps, "grid": list(GRID), "seeds": list(SEEDS)}
+
+    def published(self, info: Any, system: str) -> dict[str, Any] | None:
+        """The row of results/compare.json that was measured under these conditions with this code, if there is one."""
+        job = read_result("compare").get(self.a.job, {})
+        rows = job["rows"] if job.get("conditions") == self.conditions else []
+        here = (system, info.name, digest(info.file))
+        return next((row for row in rows if (row["system"], row["method"], row.get("code")) == here), None)
 
     def speed(self, info: Any, system: str) -> float | None:
         """Tokens a second of a short run now; nothing where it does not end well."""
@@ -337,10 +358,9 @@ def chosen(asked: str, systems: list[str]) -> list[tuple[Any, str]]:
 def publish(lab: Lab, row: dict[str, Any]) -> None:
     """Put one row among those that were measured under the same conditions."""
     a = lab.a
-    conditions = {**lab.common, "steps": a.steps, "grid": list(GRID), "seeds": list(SEEDS)}
     with alone(a.out / "compare.json"):
         content = read_result("compare")
-        content[a.job] = with_rows(content.get(a.job, {}), conditions, [row], ("system", "method"))
+        content[a.job] = with_rows(content.get(a.job, {}), lab.conditions, [row], ("system", "method"))
         write_result("compare", content)
         if a.job == "package" and (drawn := [row for row in content[a.job]["rows"] if "loss" in row]):
             plot(drawn, RESULTS / "compare.png")

@@ -49,6 +49,7 @@ from common import (
     apart,
     best_rate,
     digest,
+    digest_of,
     machine,
     read_result,
     rows_of,
@@ -308,7 +309,8 @@ class Lab:
         a.out.mkdir(parents=True, exist_ok=True)
         if a.quick:
             (a.out / "quick.jsonl").unlink(missing_ok=True)
-        self.data = a.out.resolve() / ("quick" if a.quick else "data")
+        code = digest_of(f"{inspect.getsource(write_data)}\n{(TOKENS, TEXT, SHAPES)}")  # what other code has written is not taken for it
+        self.data = a.out.resolve() / f"{'quick' if a.quick else 'data'}-{code}"
         with alone(self.data):
             write_data(self.data, a.quick)
         files = sorted(file for file in self.data.rglob("*") if file.is_file())

@@ -1,4 +1,7 @@
-"""The methods that PEFT has too: its config for one of ours, with the same options, so that both do the same arithmetic."""
+"""The methods that PEFT has too: its config for one of ours, with the same options, so that both do the same arithmetic.
+
+But for RandLoRA: ours divides its scale by the root of the number of bases, PEFT's does not; each has its own learning rate.
+"""
 
 from __future__ import annotations
 

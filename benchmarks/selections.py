@@ -40,6 +40,7 @@ from common import (
     read_result,
     rows_of,
     table,
+    versions,
     with_rows,
     write_result,
 )
@@ -147,8 +148,7 @@ def forgetting_row(lab: compare.Lab, info: Any) -> dict[str, Any]:
     data = {}
     for task in TASKS:
         with alone(lab.a.out / "data"):
-            folder = lab.a.out.resolve() / ("quick" if lab.a.quick else "data") / f"package-{task}"
-            data[task] = compare.write_data(folder, "package", task, lab.a.quick)
+            data[task] = compare.write_data(lab.a.out, "package", task, lab.a.quick)
     spec = {"what": "forgetting", "rate": rate, "steps": lab.a.steps, "tasks": TASKS}
     runs = [measured(lab, info, {**spec, "seed": seed}, {"data": data}) for seed in seeds]
     if failed := next((run["failed"] for run in runs if "failed" in run), None):
@@ -173,7 +173,7 @@ def publish(lab: compare.Lab, part: str, row: dict[str, Any]) -> None:
     a = lab.a
     conditions = {**lab.common, "steps": a.steps, "seeds": list(compare.SEEDS)}
     if part == "memory":
-        conditions = {"shape": MODEL, "steps": STEPS, "batch": BATCH, "length": compare.LENGTH, "dtype": row["dtype"]}
+        conditions = {"shape": MODEL, "steps": STEPS, "batch": BATCH, "length": compare.LENGTH, "dtype": row["dtype"], "threads": a.threads, "process": "a fork after the imports", **versions()}
     with alone(a.out / "select.json"):
         content = read_result("select")
         content[part] = with_rows(content.get(part, {}), conditions, [row], [key for key in ("system", "method") if key in row])

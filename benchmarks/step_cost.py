@@ -36,7 +36,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import SHAPES, Ledger, digest, llama_config, machine, read_result, table, with_rows, write_result
+from common import SHAPES, Ledger, digest, llama_config, read_result, table, versions, with_rows, write_result
 from peft_twins import has_twin, twin
 
 KINDS = ("adapt", "select", "branch")
@@ -301,7 +301,9 @@ def publish(shape: str, conditions: dict[str, Any], floor_peak: int, rows: list[
     """Put rows among those of a shape that were measured under the same conditions."""
     whole = read_result("step_cost")
     before = whole.get(shape, {})
-    why = {**before.get("refused", {}), **refused} if before.get("conditions") == conditions else refused
+    measured = {row["setting"] for row in rows}
+    kept = before.get("refused", {}) if before.get("conditions") == conditions else {}
+    why = {label: reason for label, reason in kept.items() if label not in measured} | refused
     whole[shape] = {**with_rows(before, conditions, rows, ("setting",)), "floor peak MiB": floor_peak / 2**20, "refused": why}
     write_result("step_cost", whole)
 
@@ -345,8 +347,7 @@ def main() -> None:
     if a.quick:
         (a.out / "quick.jsonl").unlink(missing_ok=True)
     ledger, clock = Ledger(a.out / ("quick.jsonl" if a.quick else "ledger.jsonl")), Clock(a)
-    versions = {k: v for k, v in machine().items() if k in ("torch", "transformers", "peft")}
-    common = {"shape": a.shape, "tokens": a.tokens, "dtype": a.dtype, "threads": a.threads, **versions}
+    common = {"shape": a.shape, "tokens": a.tokens, "dtype": a.dtype, "threads": a.threads, **versions()}
 
     def key(what: str, label: str, **more: Any) -> str:
         code = digest(registry.find(label.split(",")[0]).file)
@@ -367,10 +368,11 @@ def main() -> None:
         peaks = {side: ledger.get(key(side, label), lambda s=side, n=label: peak(a, s, n)) for side in sides}
         rows.append(summary(label, timed, peaks))
         print(label, {k: shown(v) for k, v in rows[-1].items() if k not in ("setting", "rounds")}, file=sys.stderr, flush=True)
-    columns = [column for column in rows[0] if column != "rounds"]
-    print(table(columns, [[shown(row[column]) for column in columns] for row in rows]))
-    floors = [s for row in rows for s in row["rounds"]["floor"]]
-    print(f"\nfloor: {statistics.median(floors):.3f} s a step of {a.tokens} tokens, {a.dtype}; peak {shown(floor_peak and floor_peak / 2**20)} MiB")
+    if rows:
+        columns = [column for column in rows[0] if column != "rounds"]
+        print(table(columns, [[shown(row[column]) for column in columns] for row in rows]))
+        floors = [s for row in rows for s in row["rounds"]["floor"]]
+        print(f"\nfloor: {statistics.median(floors):.3f} s a step of {a.tokens} tokens, {a.dtype}; peak {shown(floor_peak and floor_peak / 2**20)} MiB")
     if ours := [row["to floor"] for row in rows if math.isfinite(row["to floor"])]:
         print(f"median over {len(ours)} settings: {statistics.median(ours):.3f} times the floor")
     for label, why in refused.items():

@@ -397,7 +397,9 @@ def pages() -> dict[Path, str]:
         head = f"# {TITLES.get(kind, f'Methods of `{kind}/`')}\n\n"
         head += "This page is written by `make docs` from the source of the methods; do not edit it.\n\n"
         lines = sorted({info.file: info.lines for info in found}.values())
-        head += f"{len(found)} methods in {len(lines)} files of {lines[0]} to {lines[-1]} lines, the median {statistics.median_low(lines)}.\n\n"
+        together = {info.file: info.lines for info in own if info.kind in COMPARED}
+        head += f"{len(found)} methods in {len(lines)} files of {lines[0]} to {lines[-1]} lines, the median {statistics.median_low(lines)}"
+        head += f"; of the {len(together)} files of {', '.join(COMPARED)} together {statistics.median_low(together.values())}.\n\n" if kind in COMPARED else ".\n\n"
         head += "How they compare on one job, and what a step of each costs: [compare.md](compare.md).\n\n" if kind in COMPARED and measured else ""
         head += "".join(f"- [{info.name}](#{info.name}): {info.summary.replace('``', '`')}\n" for info in found)
         made[FOLDER / f"{kind}.md"] = head + "\n" + "\n".join(map(section, found))

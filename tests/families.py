@@ -166,12 +166,14 @@ def _sources(kind: type[PretrainedConfig], said: str, targets: str) -> str:
 
 
 def statistics_of(model: torch.nn.Module, seed: int = 7) -> Callable[[str, str], torch.Tensor]:
-    """Statistics, as ``attach`` takes them, of random inputs whose features differ in size."""
+    """Statistics, as ``attach`` takes them, of random inputs whose features differ in size; those of gradients are random too."""
     targets = {target.name: target for target in parameters(model)}
 
     def statistic(name: str, which: str) -> torch.Tensor:
         target = targets[name]
         generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+        if STATISTICS[which].kind == "gradient":
+            return torch.randn(model.get_parameter(name).shape, generator=generator)
         made = []
         for _ in range(math.prod(target.lead)):
             rows = torch.randn(64, target.inputs, generator=generator) * torch.linspace(2, 0.1, target.inputs)

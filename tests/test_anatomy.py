@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from espalier import attach
 from espalier.anatomy.layout import Piece, locate, place
 from espalier.anatomy.parameters import parameters, select
+from espalier.anatomy.site import select_sites, sites
 from espalier.anatomy.structure import Anatomy, Part, anatomy, couplings, logical_tensors, permute
 from espalier.checkpoint.directory import ModelDirectory
 from espalier.errors import EspalierError
@@ -497,6 +498,17 @@ def test_a_pattern_that_matches_nothing_names_the_roles_there_are() -> None:
 def test_asking_for_q_of_a_model_that_fuses_qkv_says_what_to_ask_for() -> None:
     with pytest.raises(EspalierError, match=r"keeps q, k and v in one matrix: use attention\.qkv"):
         chosen("gpt2", "attention.q")
+
+
+def test_blocks_behind_an_at_are_those_that_are_meant() -> None:
+    targets = parameters(tiny("llama", num_hidden_layers=5))
+    names = [target.name for target in select(targets, ["mlp.up@0-1+4", "*o_proj*@3", "head"])]
+    ups, outputs = ([f"model.layers.{i}.{part}.weight" for i in blocks] for part, blocks in (("mlp.up_proj", (0, 1, 4)), ("self_attn.o_proj", (3,))))
+    assert sorted(names) == sorted([*ups, *outputs, "lm_head.weight"])
+    assert [site.name for site in select_sites(sites(tiny("llama", num_hidden_layers=5)), ["mlp@2-3"])] == ["blocks.2.mlp", "blocks.3.mlp"]
+    for pattern, words in (("mlp@", "blocks such as"), ("mlp@1-", "blocks such as"), ("@3", "stands before"), ("mlp@7", "matches no parameter")):
+        with pytest.raises(EspalierError, match=words):
+            select(targets, [pattern])
 
 
 def test_an_empty_selection_is_refused() -> None:

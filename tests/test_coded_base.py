@@ -6,6 +6,7 @@ import copy
 import math
 from pathlib import Path
 
+import loops
 import pytest
 import torch
 from families import config, statistics_of, tiny, tokens
@@ -31,6 +32,7 @@ from espalier.errors import EspalierError
 from espalier.plan.trace import trace_step
 
 METHODS = [info.name for info in registry.methods() if info.role == "adapter" and "needs" not in info.settings]
+BRANCHES = [info.name for info in registry.methods() if info.role == "brancher" and "needs" not in info.settings]
 
 
 def decoded(family: str, bits: int) -> torch.nn.Module:
@@ -72,6 +74,7 @@ def equal_to_decoded(method: str, family: str, targets: str | None = None, bits:
     results = []
     for model_ in (decoded(family, bits), quantize_base(tiny(family), bits)):
         attach(model_, method, targets=targets, seed=3, statistics=statistics_of(model_))
+        loops.randomize(model_, 0.05)
         x = tokens()
         loss = model_(x, labels=x).loss
         loss.backward()
@@ -83,9 +86,16 @@ def equal_to_decoded(method: str, family: str, targets: str | None = None, bits:
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("method", "family"), [*((method, None) for method in METHODS), ("lora", "gpt2"), ("dora", "gpt2")])
-def test_a_method_on_codes_has_the_loss_and_the_gradients_of_one_on_what_they_mean(method: str, family: str | None) -> None:
-    equal_to_decoded(method, family or family_for(registry.make(method, "adapter")))
+def test_a_method_on_codes_has_the_loss_and_the_gradients_of_one_on_what_they_mean(method: str, family: str | None, bits: int) -> None:
+    equal_to_decoded(method, family or family_for(registry.make(method, "adapter")), bits=bits)
+
+
+@pytest.mark.parametrize(("family", "bits"), [("llama", 8), ("gpt2", 4)])
+@pytest.mark.parametrize("method", BRANCHES)
+def test_a_branch_on_codes_has_the_loss_and_the_gradients_of_one_on_what_they_mean(method: str, family: str, bits: int) -> None:
+    equal_to_decoded(method, family, bits=bits)
 
 
 def takes_experts(method: str) -> bool:

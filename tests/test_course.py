@@ -144,3 +144,27 @@ def test_methods_of_a_composition_see_their_own_shared_tensors_alone() -> None:
     assert set(stored["shared"]) == {"a", "b"} and set(stored["blocks.0.mlp"]) == {"v", "seen"}
     with pytest.raises(EspalierError, match="two of the methods that both is made of share a tensor called 'a'"):
         attach(tiny("llama"), Both("a", "a"))
+
+
+@pytest.mark.parametrize(("method", "options", "step"), [("lamda", {"rank": 8, "freeze": 0.5}, 3), ("increlora", {}, 0), ("sara", {}, 5)])
+def test_what_stands_still_is_no_part_of_the_gradients_norm(method: str, options: dict[str, Any], step: int) -> None:
+    """Else clipping would scale what moves down by numbers that do not."""
+    model, x = tiny("llama"), tokens()
+    attach(model, method, **options)
+    course = Course(model, 10)
+    for now in range(step + 1):
+        course.begin(now)
+        model.zero_grad()
+        (model(x, labels=x).loss + course.penalty()).backward()
+        gradients = {name: p.grad.clone() for name, p in trainable_parameters(model).items() if p.grad is not None}
+        before = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
+        course.before_step()
+        seen = {name: p.grad.clone() for name, p in trainable_parameters(model).items() if p.grad is not None}
+        with torch.no_grad():
+            for p in trainable_parameters(model).values():
+                p += 1e-3
+        course.after_step()
+    moved = {name: (trainable_parameters(model)[name] != before[name]) for name in seen}
+    assert any(bool((gradients[name][~moved[name]] != 0).any()) for name in seen)
+    assert all(bool((seen[name][~moved[name]] == 0).all()) for name in seen)
+    assert any(bool((seen[name][moved[name]] != 0).any()) for name in seen)

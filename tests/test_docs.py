@@ -52,7 +52,7 @@ def rules(results: Path) -> str:
 def test_which_one_to_use_says_what_was_not_measured(tmp_path: Path) -> None:
     page = rules(tmp_path)
     assert page.count("ot measured yet") == 4
-    assert "Optimizers without a loss: adabelief, adamw" in page
+    assert "Optimizers without a loss: adabelief, adafactor, adamw" in page
 
 
 def test_which_one_to_use_follows_from_the_tables(tmp_path: Path) -> None:

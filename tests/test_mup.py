@@ -169,7 +169,7 @@ def test_what_trains_whole_beside_the_targets_has_its_rates_too(work: Path, tmp_
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "galore", "mezo"])
+@pytest.mark.parametrize("optimizer", ["muon", "adafactor", "galore", "mezo"])
 def test_an_optimizer_whose_steps_go_otherwise_is_refused(optimizer: str, work: Path, tmp_path: Path) -> None:
     with pytest.raises(EspalierError, match=f"how the steps of the optimizer {optimizer} go by the width is not known"):
         pretrained(work, tmp_path / "out", mup=str(work / "32" / "config.json"), optimizer=optimizer)

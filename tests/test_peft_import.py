@@ -37,12 +37,20 @@ HEAD = {"gpt2": ["lm_head"]}
 
 def made(base: nn.Module, kind: str, **options: Any) -> Any:
     """A PEFT model whose adapter was moved from its start."""
+    return moved(begun(base, kind, **options))
+
+
+def begun(base: nn.Module, kind: str, **options: Any) -> Any:
+    """A PEFT model as it starts."""
     family = base.config.model_type
     if kind in ("IA3", "Lora", "AdaLora", "Vera", "RandLora"):
         options.setdefault("fan_in_fan_out", family == "gpt2")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(base, getattr(peft, f"{kind}Config")(**{"target_modules": LINEAR.get(family), **options}))
+        return peft.get_peft_model(base, getattr(peft, f"{kind}Config")(**{"target_modules": LINEAR.get(family), **options}))
+
+
+def moved(model: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -86,7 +94,11 @@ def imported(adapter: Path, base: nn.Module, folder: Path) -> tuple[store.Delta,
 
 def agree(kind: str, base: nn.Module, folder: Path, **options: Any) -> store.Delta:
     """Import what PEFT writes and hold it against what PEFT merges; returns the delta."""
-    theirs = made(tiny_like(base), kind, **options)
+    return agrees(made(tiny_like(base), kind, **options), base, folder)
+
+
+def agrees(theirs: Any, base: nn.Module, folder: Path) -> store.Delta:
+    """The same of a PEFT model on another copy of the base."""
     adapter = saved(theirs, folder / "adapter")
     delta, new = imported(adapter, base, folder / "base")
     for name, weight in merged(theirs, new).items():
@@ -151,7 +163,7 @@ def test_a_model_with_the_delta_does_what_peft_does(what: str, tmp_path: Path) -
     convert(str(saved(theirs, tmp_path / "adapter")), str(tmp_path / "delta"), model=str(tmp_path / "base"), quiet=True)
     ours = load(tmp_path / "base", [tmp_path / "delta"])
     with torch.no_grad():
-        torch.testing.assert_close(ours(tokens()).logits, theirs(tokens()).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours(tokens()).logits, theirs(tokens()).logits, **CLOSE)
 
 
 OPTIONS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -187,6 +199,43 @@ def test_an_adapter_is_imported_whole_that_has(what: str, tmp_path: Path) -> Non
     delta = agree(kind, tiny(family), tmp_path, **options)
     if "saved whole" in what or "both sides" in what:
         assert "replace" in {update.form for update in delta.updates.values()}
+
+
+def ranks_of(delta: store.Delta) -> dict[str, int]:
+    """The ranks of updates of low rank, by module."""
+    return {name.removesuffix(".weight"): update.A.shape[-2] for name, update in delta.updates.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("adjusts", [True, False])
+def test_a_lora_that_began_as_eva_is_imported_with_the_ranks_and_alphas_that_it_was_given(adjusts: bool, family: str, tmp_path: Path) -> None:
+    """EVA spreads the ranks by what inputs explain; what is left without any is no module of the adapter."""
+    config = peft.EvaConfig(rho=2.0, adjust_scaling_factors=adjusts)
+    theirs = begun(tiny(family), "Lora", r=3, lora_alpha=5, init_lora_weights="eva", eva_config=config)
+    data = [{"input_ids": tokens(4, seed=seed), "attention_mask": torch.ones(4, 12)} for seed in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.initialize_lora_eva_weights(theirs, data, show_progress_bar=False)
+    first = {name: p.detach().clone() for name, p in theirs.named_parameters() if "lora_A" in name}
+    delta = agrees(moved(theirs), tiny(family), tmp_path)
+    config = theirs.peft_config["default"]
+    assert config.init_lora_weights == "eva" and len(config.rank_pattern) > 2 and bool(config.alpha_pattern) == adjusts
+    assert ranks_of(delta) == {name.split(".model.", 1)[1].split(".lora_A")[0]: len(A) for name, A in first.items()}
+
+
+@pytest.mark.parametrize("target", [3, 1])
+def test_an_adalora_whose_ranks_were_pruned_is_imported_with_what_is_left(target: int, tmp_path: Path) -> None:
+    """``rank_pattern`` names the singular values that are left, in the file too; some modules have none. The first rank stays the divisor."""
+    theirs = made(tiny("llama"), "AdaLora", init_r=4, target_r=target, lora_alpha=6, total_step=6, tinit=1, tfinal=2, deltaT=1)
+    optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=0.1)
+    for step in range(1, 7):
+        optimizer.zero_grad()
+        theirs(tokens(seed=step), labels=tokens(seed=step)).loss.backward()
+        optimizer.step()
+        theirs.base_model.update_and_allocate(step)
+    left = {name.split(".lora_E")[0]: sum(kept) for name, kept in theirs.peft_config["default"].rank_pattern.items()}
+    assert sum(left.values()) == target * len(left) and len(set(left.values())) > 1 and (target > 1 or 0 in left.values())
+    assert ranks_of(agrees(theirs, tiny("llama"), tmp_path)) == {name: rank for name, rank in left.items() if rank}
 
 
 def test_a_butterfly_of_several_levels_is_a_chain_of_permuted_rotations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,15 +20,22 @@ from espalier.delta.forms import (
     FORMS,
     Columns,
     Dense,
+    Diagonal,
     LowRank,
     Magnitude,
+    MaskedLowRank,
     Pooled,
+    RandomBases,
     Replace,
+    ScaledLowRank,
     Sparse,
     Update,
     form,
 )
+from espalier.delta.forms.masked import bitmaps
 from espalier.errors import EspalierError
+from espalier.kernels.philox import Distribution, Stream
+from espalier.kernels.seeded import SeededMatrix
 
 ADDITIVE = ("dense", "low_rank", "pooled", "columns", "sparse")
 MAGNITUDES = tuple(f"magnitude of {inner}" for inner in ADDITIVE)
@@ -379,3 +386,57 @@ def test_the_gradient_of_every_expert_is_shown_with_its_number() -> None:
     update.apply(weight).sum().backward()
     assert set(seen) == {0, 1, None} and seen[None].shape == (2, 3, 4)
     torch.testing.assert_close(seen[1], x.sum(0).expand(3, 4))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "columns", "masked_low_rank", "scaled_low_rank"])
+@pytest.mark.parametrize("below", ["update", "weight", "nothing"])
+@pytest.mark.parametrize("batch", [(), (3, 4)])
+def test_what_trains_below_a_form_gets_its_gradient_and_tokens_may_be_of_any_shape(kind: str, below: str, batch: tuple[int, ...]) -> None:
+    outputs, inputs = 6, 5
+    drawn = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=drawn, dtype=torch.float64)
+
+    weight, B, A, x = numbers(outputs, inputs), numbers(outputs, 2), numbers(2, inputs), numbers(*batch, inputs)
+    mask = bitmaps(numbers(outputs, inputs) > 0)
+    made: dict[str, Update] = {
+        "sparse": Sparse(numbers(9), torch.arange(0, 27, 3), (outputs, inputs)),
+        "columns": Columns(numbers(outputs, 2), torch.tensor([1, 3]), inputs),
+        "masked_low_rank": MaskedLowRank(numbers(outputs, 2), numbers(2, inputs), mask),
+        "scaled_low_rank": ScaledLowRank(numbers(outputs, 2), numbers(2, inputs)),
+    }
+    update, lower = made[kind], LowRank(B, A)
+    trained = {"update": [B, A], "weight": [weight], "nothing": []}[below] + [next(iter(update.tensors().values()))]
+    for tensor in trained:
+        tensor.requires_grad_()
+    base = UpdatedBase(DenseBase(weight), lower) if below == "update" else DenseBase(weight)
+    dense = update.apply(lower.apply(weight) if below == "update" else weight)
+    weigh = numbers(*batch, outputs)
+    found = torch.autograd.grad((update.linear(x, base) * weigh).sum(), trained)
+    expected = torch.autograd.grad(((x @ dense.T) * weigh).sum(), trained)
+    for mine, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, right)
+
+
+@pytest.mark.parametrize("kind", ["magnitude", "rows", "columns"])
+def test_a_scale_near_one_is_not_rounded_to_it_in_bfloat16(kind: str) -> None:
+    weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    base = DenseBase(weight.bfloat16())
+    scale = torch.full((32 if kind == "columns" else 64,), 1.003)
+    update = (
+        Magnitude(scale * base.dense().float().norm(dim=1), LowRank(torch.zeros(64, 1), torch.zeros(1, 32))) if kind == "magnitude"
+        else Diagonal(**{"rows": None, "columns": None, kind: scale}, shape=(64, 32))  # type: ignore[arg-type]
+    )  # fmt: skip
+    ratio = update.linear(x, base).float().norm() / base.linear(x).float().norm()
+    assert float(ratio) == pytest.approx(1.003, abs=5e-4)
+
+
+def test_another_gain_is_that_of_experts_that_were_unbound_before() -> None:
+    stream, uniform = Stream(0, "bases"), Distribution("uniform", (-1.0, 1.0))
+    factors = {"B": SeededMatrix.of(stream, 8, 8, uniform), "A": SeededMatrix.of(stream, 4, 8, uniform)}
+    update = RandomBases({"lam": random(0, 3, 2, 4), "gamma": random(1, 3, 2, 8)}, factors, (3, 8, 8), 1.0)
+    weight = torch.zeros(8, 8)
+    whole = update.unbind()[1].materialize(weight)
+    torch.testing.assert_close(update.scaled(0.5).unbind()[1].materialize(weight), whole / 2)

@@ -383,7 +383,7 @@ def make_below(above: Any, name: str, role: str, option: str = "rule") -> Any:
     """A method that another one stands on, which has an option for it.
 
     It has the hyperparameters of that one that both have; where it is not that option's default, only those that were given: what
-    is a good epsilon for one rule is none for another.
+    is a good epsilon for one rule is none for another. What comes of it is what both have afterwards, so that records tell it.
 
     Raises:
         EspalierError: as :func:`make`.
@@ -391,4 +391,7 @@ def make_below(above: Any, name: str, role: str, option: str = "rule") -> Any:
     defaults = {f.name: f.default for f in dataclasses.fields(above)}
     both = [h.name for h in find(name, role).hyperparameters if h.name in defaults]
     is_usual = name == defaults[option]
-    return make(name, role, **{h: getattr(above, h) for h in both if is_usual or getattr(above, h) != defaults[h]})
+    made = make(name, role, **{h: getattr(above, h) for h in both if is_usual or getattr(above, h) != defaults[h]})
+    for h in both:
+        setattr(above, h, getattr(made, h))
+    return made

@@ -5,17 +5,25 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as distributed
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-def run(method: str, family: str, targets: str | None, bits: int | None, folder: Path, rank: int) -> dict[str, float]:
-    """Two steps in both ways; the largest differences of the losses and of the saved tensors."""
+PLAIN = {"options": {}, "optimizer": "sgd", "steps": 2, "rate": 0.1, "cuts": 1, "seed": 3}
+"""A short course; ``cuts``: into how many micro-batches one process cuts what two have one of each."""
+
+
+def run(method: str, family: str, targets: str | None, bits: int | None, course: dict[str, Any] | None, out: Path, rank: int) -> dict[str, float]:
+    """A course in both ways; the largest differences of the losses and of the saved and kept tensors, and what became of the optimizer's state."""
     from families import fit_for, statistics_of, tiny
 
     from espalier import registry
@@ -24,33 +32,34 @@ def run(method: str, family: str, targets: str | None, bits: int | None, folder:
     from espalier.attach.course import Course
     from espalier.checkpoint.safetensors_file import read_safetensors
     from espalier.exchange.save import save
+    from espalier.memory.joined_optimizer import build
 
     generator = torch.Generator().manual_seed(1)
     x = torch.randint(0, 64, (4, 9), generator=generator)
+    given = PLAIN | (course or {})
 
-    def steps(model: torch.nn.Module, mine: torch.Tensor) -> list[float]:
-        optimizer = torch.optim.SGD(trainable_parameters(model).values(), lr=0.1)
-        course = Course(model, 2)
+    def steps(model: torch.nn.Module, mine: torch.Tensor, cuts: int) -> tuple[list[float], dict[str, torch.Tensor], int]:
+        """The losses, the tensors that checkpoints keep, and how many of these are others than at the start."""
+        course = Course(model, given["steps"])
+        optimizer = build(makers[given["optimizer"]], trainable_parameters(model), given["rate"], course.optimizer_options())
+        start = {name: tensor.clone() for name, tensor in course.kept().items()}
         losses = []
-        for step in range(2):
-            course.begin(step, 0.1, measure=lambda: float(model(mine, labels=mine).loss))
-            if bits is None:
-                loss = model(mine, labels=mine).loss
-                (loss + course.penalty()).backward()
-            else:
-                loss = torch.zeros(())
-                for micro in mine.chunk(2):
-                    part = model(micro, labels=micro).loss / 2
-                    part.backward()
-                    loss += part.detach()
+        for step in range(given["steps"]):
+            course.begin(step, given["rate"], optimizer, measure=lambda: float(model(mine, labels=mine).loss))
+            loss = torch.zeros(())
+            for micro in mine.chunk(cuts):
+                part = model(micro, labels=micro).loss / cuts
+                (part + course.penalty() / cuts).backward()
+                loss += part.detach()
             course.before_step()
             optimizer.step()
             course.after_step()
             optimizer.zero_grad()
             losses.append(float(loss))
-        return losses
+        kept = course.kept()
+        return losses, kept, sum(not torch.equal(tensor, start[name]) for name, tensor in kept.items())
 
-    base = folder / f"base-{family}-{registry.find(method).settings.get('needs')}"
+    base = out.parent / f"base-{family}-{registry.find(method).settings.get('needs')}"
     whole, sharded = (fit_for(method, copy.deepcopy(tiny(family))).eval() for _ in range(2))
     if rank == 0 and not base.exists():
         whole.save_pretrained(base)
@@ -64,7 +73,7 @@ def run(method: str, family: str, targets: str | None, bits: int | None, folder:
             dropout.p = 0.0
     results, held = [], 0.0
     for model, mine in ((whole, x), (sharded, x[rank * 2 : rank * 2 + 2])):
-        attach(model, method, targets=targets, seed=3, statistics=statistics_of(model))
+        attach(model, method, targets=targets, seed=given["seed"], statistics=statistics_of(model), **given["options"])
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
             for p in trainable_parameters(model).values():
@@ -75,24 +84,80 @@ def run(method: str, family: str, targets: str | None, bits: int | None, folder:
             fully_shard(model)
             codes = [p for name, p in model.named_parameters() if ".espalier_base." in name]
             held = sum(p.to_local().numel() for p in codes) / max(1, sum(p.numel() for p in codes))
-        losses = torch.tensor(steps(model, mine))
+            happened.clear()
+        found, kept, changed = steps(model, mine, 2 if bits else given["cuts"] if model is whole else 1)
+        losses = torch.tensor(found)
         if model is sharded:
             distributed.all_reduce(losses)
             losses /= 2
-        out = folder / f"{method}-{family}-{bits}-{'sharded' if model is sharded else f'whole{rank}'}"
+        saved = out / ("sharded" if model is sharded else f"whole{rank}")
         if model is whole:
-            distributed_save(save, model, out, base)
+            distributed_save(save, model, saved, base)
         else:
-            save(model, out, base=base)
+            save(model, saved, base=base)
         distributed.barrier()
-        results.append((losses, out))
+        results.append((losses, saved, kept))
+    (one, out_one, kept_one), (two, out_two, kept_two) = results
+    everywhere = torch.tensor([apart(kept_one, kept_two)])
+    distributed.all_reduce(everywhere, distributed.ReduceOp.MAX)
     if rank:
         return {}
-    (one, out_one), (two, out_two) = results
     left, right = read_safetensors(out_one / "delta.safetensors"), read_safetensors(out_two / "delta.safetensors")
     assert left.keys() == right.keys()
-    differences = [float((left[n].double() - right[n].double()).abs().max()) for n in left if left[n].numel()]
-    return {"loss": float((one - two).abs().max()), "tensors": max(differences), "count": len(left), "held": held}
+    return {
+        "loss": float((one - two).abs().max()), "tensors": apart(left, right), "count": len(left), "held": held,
+        "kept": float(everywhere), "changed": changed, **happened,
+    }  # fmt: skip
+
+
+def apart(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    """The largest difference of tensors of the same names."""
+    return max((float((left[n].double() - right[n].double()).abs().max()) for n in left if left[n].numel()), default=0.0)
+
+
+def sgd(parameters: dict[str, torch.nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    """Torch's, with a momentum that a course may have to drop."""
+    return torch.optim.SGD(parameters.values(), lr=rate, momentum=0.9)
+
+
+def torch_adamw(parameters: dict[str, torch.nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters.values(), lr=rate, eps=1e-3)
+
+
+def ours(name: str, state: str = "fp32", **options: Any) -> Callable[[dict[str, torch.nn.Parameter], float], torch.optim.Optimizer]:
+    """One of this package's optimizers."""
+    from espalier import registry
+
+    made = registry.make(name, "optimizer", **options)
+    made.state = state
+    return made.build
+
+
+makers = {
+    "sgd": sgd, "torch": torch_adamw, "adamw": ours("adamw", epsilon=1e-3), "adamw bf16": ours("adamw", "bf16", epsilon=1e-3),
+    "galore": ours("galore", rank=4, every=1, choice="random", epsilon=1e-3),
+}  # fmt: skip
+"""Epsilons are such that a gradient of nothing but rounding makes no step."""
+happened: Counter[str] = Counter()
+"""How often state of sharded parameters was forgotten, and of how many of their numbers renewed."""
+
+
+def watch_state() -> None:
+    """Count in ``happened`` what courses do to the state of sharded parameters."""
+    from espalier.attach import course
+
+    forget, renew = course._forget, course._renew
+
+    def forgotten(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> None:
+        happened["forgotten"] += parameter in optimizer.state and isinstance(parameter, DTensor)
+        forget(optimizer, parameter)
+
+    def renewed(optimizer: torch.optim.Optimizer, what: Any, seeded: bool) -> None:
+        parameter = getattr(what.part, what.name)
+        happened["renewed"] += int(what.places.sum()) if parameter in optimizer.state and isinstance(parameter, DTensor) else 0
+        renew(optimizer, what, seeded)
+
+    course._forget, course._renew = forgotten, renewed
 
 
 def distributed_save(save: object, model: torch.nn.Module, out: Path, base: Path) -> None:
@@ -110,9 +175,8 @@ def main(rank: int, folder: str, cases: str) -> None:
     """Run every case and write the report (rank 0)."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    report = {}
-    for method, family, targets, bits in json.loads(cases):
-        report[f"{method} {family} {bits}"] = run(method, family, targets, bits, Path(folder), rank)
+    watch_state()
+    report = {what: run(*case, Path(folder) / what, rank) for what, case in json.loads(cases).items()}
     if rank == 0:
         (Path(folder) / "report.json").write_text(json.dumps(report))
     distributed.destroy_process_group()

@@ -30,7 +30,9 @@ from espalier.train import checkpoint
 ALL = [info.name for info in registry.methods() if info.role == "optimizer"]
 METHODS = [name for name in ALL if not getattr(registry.load(registry.find(name, "optimizer")), "zeroth_order", False)]
 """Those that are given gradients; the others are in ``tests/methods/test_mezo.py``."""
-OURS = [name for name in METHODS if name != "muon"]
+TORCHS = ("adafactor", "muon")
+"""They keep their state in float32 alone."""
+OURS = [name for name in METHODS if name not in TORCHS]
 SMALL: dict[str, dict[str, Any]] = {
     name: {"rank": 4, "every": 3} for name in ("galore", "fira", "natural-galore", "gradnorm-lorp")
 } | {"frugal": {"every": 3}}
@@ -46,11 +48,11 @@ def parameters(seed: int = 0, shapes: Mapping[str, tuple[int, ...]] = SHAPES) ->
     return {name: torch.nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
 
 
-def pull(tensors: dict[str, torch.nn.Parameter], step: int) -> None:
-    """Gradients of a step, from nothing but its number."""
+def pull(tensors: dict[str, torch.nn.Parameter], step: int, along: float = 0.1) -> None:
+    """Gradients of a step, from nothing but its number, and a part along the weights."""
     generator = torch.Generator().manual_seed(1000 + step)
     for p in tensors.values():
-        p.grad = (torch.randn(p.shape, generator=generator) + 0.1 * p.detach()).to(p.dtype)
+        p.grad = (torch.randn(p.shape, generator=generator) + along * p.detach()).to(p.dtype)
 
 
 def make(name: str, state: str = "fp32", **options: Any) -> Rule:
@@ -89,14 +91,40 @@ def adabelief(g: torch.Tensor, s: dict[str, Any], b1: float, b2: float, eps: flo
     return (s["m"] / (1 - b1 ** s["t"])) / ((s["v"] / (1 - b2 ** s["t"])).sqrt() + eps)
 
 
+def adafactor(w: torch.Tensor, g: torch.Tensor, s: dict[str, Any], exponent: float, threshold: float) -> torch.Tensor:
+    """The direction for a rate of 0.01, divided by it."""
+    s["t"] = s.get("t", 0) + 1
+    one_minus, squares = s["t"] ** -exponent, g * g
+    if g.ndim > 1:
+        s["R"] = (1 - one_minus) * s.get("R", 0.0) + one_minus * squares.mean(1)
+        s["C"] = (1 - one_minus) * s.get("C", 0.0) + one_minus * squares.mean(0)
+        v = torch.outer(s["R"], s["C"]) / s["R"].mean()
+    else:
+        v = s["v"] = (1 - one_minus) * s.get("v", torch.zeros_like(g)) + one_minus * squares
+    u = g / v.sqrt()
+    u = u / max(1.0, float(u.square().mean().sqrt()) / threshold)
+    return min(0.01, s["t"] ** -0.5) / 0.01 * max(1e-3, float(w.square().mean().sqrt())) * u
+
+
 def lion(g: torch.Tensor, s: dict[str, Any], b1: float, b2: float) -> torch.Tensor:
     m = s.get("m", torch.zeros_like(g))
     s["m"] = b2 * m + (1 - b2) * g
     return (b1 * m + (1 - b1) * g).sign()
 
 
-def reference(name: str, weight: torch.Tensor, gradients: list[torch.Tensor], is_matrix: bool, rank: int, every: int) -> torch.Tensor:
-    """A weight after these gradients, rate 0.01, decay 0.1 for matrices, by the equations."""
+def perpendicular(w: torch.Tensor, g: torch.Tensor, most: float) -> torch.Tensor:
+    left = g - (w * g).sum() / (w * w).sum() * w
+    return left * min(float(g.norm() / left.norm()), most)
+
+
+def reference(
+    name: str, weight: torch.Tensor, gradients: list[torch.Tensor], is_matrix: bool, rank: int, every: int, columns: list[torch.Tensor | None]
+) -> torch.Tensor:
+    """A weight after these gradients, rate 0.01, decay 0.1 for matrices, by the equations.
+
+    Args:
+        columns: those of each step that have state, where the optimizer draws them.
+    """
     w, s, lengths = weight.double(), {}, {}
     project: Any = None
     for step, gradient in enumerate(gradients):
@@ -105,18 +133,31 @@ def reference(name: str, weight: torch.Tensor, gradients: list[torch.Tensor], is
             decay = 1 - 0.01 * 0.1
         else:
             decay = 1.0
-        if name in ("adamw", "adabelief", "lion") or not is_matrix:
+        if name == "perpgrad" and w.ndim == 2:
+            g = perpendicular(w, g, 2.5)
+        if name in ("adamw", "adabelief", "lion", "adafactor", "perpgrad") or not is_matrix:
             match name:
+                case "adafactor":
+                    d = adafactor(w, g, s, 0.8, 1.0)
                 case "adabelief":
                     d = adabelief(g, s, 0.9, 0.999, 1e-16)
                 case "lion":
                     d = lion(g, s, 0.95, 0.98)
                 case "adamw":
                     d = adam(g, s, 0.9, 0.95, 1e-8)
+                case "perpgrad":
+                    d = adam(g, s, 0.9, 0.99, 1e-8)
                 case "frugal":
                     d = adam(g, s, 0.9, 0.999, 1e-8)
                 case _:
                     d = adam(g, s, 0.9, 0.999, 1e-6)
+            w = decay * w - 0.01 * d
+            continue
+        if name == "frugal":
+            if step % every == 0:
+                s.clear()
+            d = 0.5 * g.sign()
+            d[:, columns[step]] = adam(g[:, columns[step]], s, 0.9, 0.999, 1e-8)
             w = decay * w - 0.01 * d
             continue
         right = g.shape[0] >= g.shape[1]
@@ -153,20 +194,35 @@ def reference(name: str, weight: torch.Tensor, gradients: list[torch.Tensor], is
     return w
 
 
-@pytest.mark.parametrize("name", ["adamw", "adabelief", "lion", "galore", "fira", "natural-galore", "gradnorm-lorp"])
+EQUATIONS: dict[str, dict[str, Any]] = {
+    "adamw": {}, "adabelief": {}, "lion": {}, "adafactor": {}, "frugal": {"density": 0.25, "rest_scale": 0.5}, "perpgrad": {"most": 2.5},
+} | {name: {"staggered": False} for name in ("galore", "fira", "natural-galore", "gradnorm-lorp")}  # fmt: skip
+"""Options of those that :func:`reference` knows."""
+
+
+def test_every_optimizer_with_gradients_but_muon_is_held_against_its_equations() -> None:
+    assert set(EQUATIONS) == {*METHODS} - {"muon"}
+
+
+@pytest.mark.parametrize("name", EQUATIONS)
 def test_ten_steps_are_those_of_the_equations_in_float64(name: str) -> None:
-    options = {"staggered": False} if name in SMALL else {}
-    tensors, before = run(name, weight_decay=0.1, **options), parameters()
-    drawn = parameters()
-    history: dict[str, list[torch.Tensor]] = {n: [] for n in drawn}
-    optimizer = make(name, weight_decay=0.1, **options).build(drawn, 0.01)
+    tensors, before = parameters(), parameters()
+    optimizer = make(name, weight_decay=0.1, **EQUATIONS[name]).build(tensors, 0.01)
+    gradients: dict[str, list[torch.Tensor]] = {n: [] for n in tensors}
+    columns: dict[str, list[torch.Tensor | None]] = {n: [] for n in tensors}
     for step in range(10):
-        pull(drawn, step)
-        for n, p in drawn.items():
-            history[n].append(p.grad.clone())  # type: ignore[union-attr]
+        pull(tensors, step, along=step % 4 if name == "perpgrad" else 0.1)  # what is left is lengthened by 1 to 3
+        for n, p in tensors.items():
+            gradients[n].append(p.grad.clone())  # type: ignore[union-attr]
         optimizer.step()
+        for n, p in tensors.items():
+            columns[n].append(optimizer.state[p].get("basis"))
     for n, p in tensors.items():
-        expected = reference(name, before[n].detach(), history[n], "layers" in n and p.ndim == 2, 4, 3)
+        is_matrix = "layers" in n and p.ndim == 2
+        if name == "frugal" and is_matrix:
+            drawn = [frozenset(c.tolist()) for c in columns[n] if c is not None]
+            assert [len(d) for d in drawn] == [p.shape[1] // 4] * 10 and drawn == [drawn[step - step % 3] for step in range(10)] and len(set(drawn)) == 4
+        expected = reference(name, before[n].detach(), gradients[n], is_matrix, 4, 3, columns[n])
         worst = float((p.detach().double() - expected).abs().max())
         # Adam divides by roots of what is nearly nothing along singular vectors that float32 knows to 1e-6
         assert worst < (2e-4 if name == "natural-galore" else 2e-5), (n, worst)
@@ -177,7 +233,7 @@ def test_ten_steps_are_those_of_the_equations_in_float64(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_saved_and_loaded_it_goes_on_to_the_same_bits(name: str, tmp_path: Any) -> None:
-    for state in ("fp32", *(("bf16", "8bit") if name != "muon" else ())):
+    for state in ("fp32", *(("bf16", "8bit") if name not in TORCHS else ())):
         shapes = {**SHAPES, "model.layers.0.mlp.gate_proj.weight": (80, 64)}  # large enough for 8 bits
         straight, broken = parameters(shapes=shapes), parameters(shapes=shapes)
         one = make(name, state).build(straight, 0.01)
@@ -201,7 +257,7 @@ def test_its_state_dict_goes_on_to_the_same_bits_alone_and_joined(name: str, dty
     from espalier.memory.joined_optimizer import build
 
     shapes = {**SHAPES, "model.layers.0.mlp.gate_proj.weight": (80, 64)}
-    for state, options in itertools.product(("fp32", *(("bf16", "8bit") if name != "muon" else ())), ({}, {"model.embed_tokens.weight": {"rate": 2.0}})):
+    for state, options in itertools.product(("fp32", *(("bf16", "8bit") if name not in TORCHS else ())), ({}, {"model.embed_tokens.weight": {"rate": 2.0}})):
         straight = {n: torch.nn.Parameter(p.detach().to(dtype)) for n, p in parameters(shapes=shapes).items()}
         broken = {n: torch.nn.Parameter(p.detach().clone()) for n, p in straight.items()}
         one, two = (build(make(name, state).build, tensors, 0.01, options) for tensors in (straight, broken))
@@ -240,11 +296,11 @@ def test_the_bytes_of_frugal_in_blocks_are_those_of_its_share_of_them() -> None:
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("state", ["fp32", "bf16", "8bit"])
 def test_its_state_has_the_bytes_that_it_says(name: str, state: str) -> None:
-    if name == "muon" and state != "fp32":
+    if name in TORCHS and state != "fp32":
         with pytest.raises(EspalierError, match="state is"):
             make(name, state)
         return
-    shapes = {**SHAPES, "model.layers.0.mlp.gate_proj.weight": (96, 64)}
+    shapes = {**SHAPES, "model.layers.0.mlp.gate_proj.weight": (4096, 16)}  # so tall that lengths of its rows are stored as the slots are
     tensors, rule = parameters(shapes=shapes), make(name, state, **({"every": 100} if name in SMALL else {}))
     optimizer = rule.build(tensors, 0.01)
     for step in range(6):
@@ -301,6 +357,26 @@ def test_a_parameter_without_a_gradient_stays(name: str) -> None:
 def test_two_runs_are_the_same(name: str) -> None:
     one, two = run(name, 5), run(name, 5)
     assert all(torch.equal(one[n], two[n]) for n in one)
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "options"),
+    [("frugal", "fp32", {"split": "columns"}), ("frugal", "fp32", {"split": "blocks"}), ("galore", "fp32", {"choice": "random"}), ("adamw", "bf16", {})],
+)
+def test_what_is_drawn_is_of_the_seed(name: str, state: str, options: dict[str, Any]) -> None:
+    """Columns, the order of blocks, subspaces, and how state is rounded."""
+
+    def after(seed: int) -> torch.Tensor:
+        shapes = {f"model.layers.{i}.mlp.up_proj.weight": (80, 64) for i in range(4)}  # of 4,096 numbers and more, so that state is rounded
+        tensors, rule = parameters(shapes=shapes), make(name, state, **options)
+        rule.seed = seed
+        optimizer = rule.build(tensors, 0.01)
+        for step in range(3):
+            pull(tensors, step)
+            optimizer.step()
+        return torch.cat([p.detach().flatten() for p in tensors.values()])
+
+    assert torch.equal(after(1), after(1)) and not torch.equal(after(1), after(2))
 
 
 def test_bfloat16_state_is_right_on_average() -> None:
@@ -390,7 +466,7 @@ def test_a_projector_of_full_rank_by_the_identity_is_adamw(monkeypatch: pytest.M
     """Adam is not invariant to rotations: only the identity, or a signed permutation, gives its trajectory."""
     monkeypatch.setattr("espalier.memory.subspace.LowDimensional.splits", lambda self, name, shape: "layers" in name and len(shape) == 2)
     before = copy.deepcopy(after("galore", rank=64, scale=1.0, **ADAM))
-    monkeypatch.setattr("espalier.memory.subspace.leading", lambda matrix, rank, choice, stream: torch.eye(matrix.shape[1])[:, :rank])
+    monkeypatch.setattr("espalier.memory.subspace.leading", lambda matrix, rank, *rest: torch.eye(matrix.shape[1])[:, :rank])
     for name in ("galore", "fira"):
         assert close(after(name, rank=64, scale=1.0, **ADAM), after("adamw", **ADAM))
     assert not close(before, after("adamw", **ADAM), 1e-4)
@@ -518,13 +594,14 @@ def test_any_rule_may_stand_below(name: str, rule: str) -> None:
 
 
 def test_a_rule_that_is_not_the_usual_one_has_its_own_defaults_but_for_what_is_given() -> None:
-    belief = make("galore", rule="adabelief", beta2=0.99).inner  # type: ignore[attr-defined]
-    assert (belief.epsilon, belief.beta1, belief.beta2) == (1e-16, 0.9, 0.99)
+    above = make("galore", rule="adabelief", beta2=0.99)
+    for rule in (above, above.inner):  # type: ignore[attr-defined]
+        assert (rule.epsilon, rule.beta1, rule.beta2) == (1e-16, 0.9, 0.99)  # what is recorded is what is used
     assert make("galore").inner.epsilon == 1e-6  # type: ignore[attr-defined]
 
 
 def test_a_rule_that_is_none_is_refused() -> None:
-    for rule, words in (("galore", "rule is galore"), ("muon", "rule is muon"), ("nothing", "nothing")):
+    for rule, words in (("galore", "rule is galore"), ("muon", "rule is muon"), ("adafactor", "rule is adafactor"), ("nothing", "nothing")):
         with pytest.raises(EspalierError, match=words):
             make("fira", rule=rule)
 
@@ -558,7 +635,7 @@ def test_what_becomes_of_the_moments_when_the_subspace_changes(moments: str) -> 
     assert torch.allclose(optimizer.state[p]["exp_avg"].view(24, 4), 0.5 * expected + 0.5 * (reduced_by @ new), atol=1e-6)
 
 
-@pytest.mark.parametrize("choice", ["svd", "randomized", "random"])
+@pytest.mark.parametrize("choice", ["svd", "randomized", "qr", "random"])
 def test_a_subspace_is_orthonormal_and_a_sketch_is_near_the_leading_one(choice: str) -> None:
     from espalier.kernels.philox import Stream
     from espalier.memory.subspace import leading
@@ -566,10 +643,26 @@ def test_a_subspace_is_orthonormal_and_a_sketch_is_near_the_leading_one(choice: 
     generator = torch.Generator().manual_seed(0)
     u, v = torch.linalg.qr(torch.randn(60, 40, generator=generator)).Q, torch.linalg.qr(torch.randn(40, 40, generator=generator)).Q
     matrix = u @ torch.diag(0.7 ** torch.arange(40.0)) @ v.T
-    basis = leading(matrix, 5, choice, Stream(0, "x"))  # type: ignore[arg-type]
+    basis = leading(matrix, 5, "random", Stream(0, "y"))
+    for _ in range(12 if choice == "qr" else 1):
+        basis = leading(matrix, 5, choice, Stream(0, "x"), basis)  # type: ignore[arg-type]
     assert torch.allclose(basis.T @ basis, torch.eye(5), atol=1e-5)
     captured = float((basis.T @ v[:, :5]).square().sum()) / 5
     assert captured > 0.999 if choice != "random" else captured < 0.5
+
+
+def test_where_the_decomposition_does_not_converge_a_sketch_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole_svd, refused = torch.linalg.svd, []
+
+    def svd(matrix: torch.Tensor, **options: Any) -> Any:
+        if matrix.shape in ((24, 16), (16, 16)):  # of a gradient, not of its product with a sketch
+            refused.append(matrix.shape)
+            raise torch.linalg.LinAlgError("did not converge")
+        return whole_svd(matrix, **options)
+
+    monkeypatch.setattr(torch.linalg, "svd", svd)
+    tensors = run("galore", 5)
+    assert refused and all(bool(torch.isfinite(p).all()) for p in tensors.values())
 
 
 def test_in_eight_bits_a_small_mean_is_not_left_over_a_root_of_zero() -> None:
@@ -623,25 +716,35 @@ def test_perpgrad_makes_no_copy_of_a_parameter(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder, worker = tmp_path_factory.mktemp("sharded"), Path(__file__).with_name("optimizer_worker.py")
     cases = json.dumps([(name, state) for name in OURS for state in ("fp32", "8bit")])
     commands = [[sys.executable, str(worker), str(rank), str(folder), cases] for rank in range(2)]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) for command in commands]
     errors = [process.communicate(timeout=600)[1].decode() for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(errors)
-    found: dict[str, dict[str, float]] = json.loads((folder / "report.json").read_text())
+    found: dict[str, dict[str, Any]] = json.loads((folder / "report.json").read_text())
     return found
 
 
+WHOLE_STATE = {
+    "galore": {"basis", "taken", "exp_avg"}, "fira": {"basis", "rest_norm"}, "natural-galore": {"basis", "history"},
+    "gradnorm-lorp": {"basis", "lengths_exp_avg", "lengths_step"}, "frugal": {"basis", "drawn", "exp_avg"},
+}  # fmt: skip
+"""Some state of split matrices that every process has whole; of the others, the step."""
+
+
 @pytest.mark.parametrize("name", OURS)
-def test_sharded_over_two_processes_it_does_what_one_does(name: str, sharded: dict[str, dict[str, float]]) -> None:
+def test_sharded_over_two_processes_it_does_what_one_does(name: str, sharded: dict[str, dict[str, Any]]) -> None:
     assert sharded[f"{name} fp32"]["difference"] < 1e-6
     assert sharded[f"{name} 8bit"]["difference"] < 0.05  # blocks that share a scale begin where a shard does
-    assert sharded[f"{name} fp32"]["replicas"] and sharded[f"{name} 8bit"]["replicas"]
+    for state in ("fp32", "8bit"):
+        replicas = sharded[f"{name} {state}"]["replicas"]
+        assert {what.partition(" of ")[0] for what in replicas} >= WHOLE_STATE.get(name, {"step", "exp_avg"})
+        assert [what for what, is_same in replicas.items() if not is_same] == []
 
 
-def test_processes_that_fill_their_pieces_differently_do_not_wait_for_each_other(sharded: dict[str, dict[str, float]]) -> None:
+def test_processes_that_fill_their_pieces_differently_do_not_wait_for_each_other(sharded: dict[str, dict[str, Any]]) -> None:
     assert sharded["in pieces"]["difference"] < 1e-6
 
 

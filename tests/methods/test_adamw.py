@@ -115,3 +115,38 @@ def test_a_saved_optimizer_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 def test_options_out_of_range_are_refused(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(EspalierError, match=complaint):
         registry.make("adamw", "optimizer", **options)
+
+
+def test_numbers_of_their_own_age_keep_it_under_a_closure_and_when_loaded() -> None:
+    places = torch.zeros(6, 4, dtype=torch.bool)
+    places[0] = True
+
+    def made(dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+        parameter = torch.nn.Parameter(torch.ones(6, 4, dtype=dtype))
+        optimizer = adamw({"matrix": parameter})
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        optimizer.renew(parameter, places, None, None, 0)  # type: ignore[attr-defined]
+        return parameter, optimizer
+
+    found = []
+    for with_closure in (False, True):
+        parameter, optimizer = made()
+        parameter.grad = None
+
+        def closure(parameter: torch.nn.Parameter = parameter) -> float:
+            parameter.grad = torch.full_like(parameter, 2.0)
+            return 1.0
+
+        if not with_closure:
+            closure()
+        optimizer.step(closure if with_closure else None)
+        assert optimizer.state[parameter]["age"][0].tolist() == [1.0] * 4
+        found.append(parameter.detach())
+    assert torch.equal(*found)
+    parameter, optimizer = made(torch.bfloat16)
+    optimizer.state[parameter]["age"] += 300
+    _, again = made(torch.bfloat16)
+    again.load_state_dict(optimizer.state_dict())
+    (state,) = again.state.values()
+    assert state["age"].dtype == torch.float32 and state["age"][0].tolist() == [300.0] * 4

@@ -96,7 +96,7 @@ def test_a_block_that_moves_again_gets_another_random_subspace() -> None:
 
     def basis(gradient: torch.Tensor, *arguments: Any) -> torch.Tensor:
         made = choose(rule, gradient, *arguments)
-        drawn.setdefault(arguments[-1][0], []).append(tuple(sorted(made.tolist())))
+        drawn.setdefault(arguments[2][0], []).append(tuple(sorted(made.tolist())))
         return made
 
     rule.basis = basis

@@ -17,6 +17,7 @@ from espalier.anatomy.parameters import parameters
 from espalier.anatomy.structure import anatomy, logical_tensors
 from espalier.anatomy.symmetry import symmetries
 from espalier.attach.attachment import attach, attachments, trainable_parameters
+from espalier.branch.lst import Ladder
 from espalier.errors import EspalierError
 from espalier.plan.trace import trace_step
 
@@ -214,3 +215,21 @@ def test_a_pruned_start_needs_the_statistics_and_trains() -> None:
     model, _, _ = pruned("llama", every=2)
     assert torch.equal(model(tokens()).logits, before), "the start is the base"
     model(tokens(), labels=tokens()).loss.backward()
+
+
+def test_a_tuple_may_be_asked_for() -> None:
+    model, x = tiny("llama"), tokens()
+    attach(model, "lst")
+    (hidden, *_), named = model.model(x, return_dict=False), model.model(x)
+    torch.testing.assert_close(hidden, named.last_hidden_state)
+
+
+def test_what_each_block_is_comes_along_with_its_rung() -> None:
+    from transformers import SmolLM3Config
+
+    config = SmolLM3Config(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        no_rope_layers=[1, 0, 1, 0], pad_token_id=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    ladder = Ladder(config, 2, 2)
+    assert ladder.rungs == [1, 3] and list(ladder.side.config.no_rope_layers) == [0, 0]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,23 +89,44 @@ def test_both_sides_are_the_same_way_from_where_the_parameters_are() -> None:
         assert not torch.allclose(seen[0][n], seen[2][n], atol=0.1)
 
 
-def test_it_is_the_papers_equation() -> None:
-    """``w <- w - lr (g z + decay w)`` with g the slope, z that of the generator."""
-    tensors = parameters()
-    before, first = {n: p.detach().clone() for n, p in tensors.items()}, {}
-    losses = []
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_several_steps_are_those_of_the_papers_equation_in_float64(rule: str) -> None:
+    """``w <- w - lr (g z + decay w)`` with g the slope, z that of the generator; the mean of ``g z`` over samples, or what Adam makes of it."""
+    tensors, eps, samples = parameters(), 0.1, 2
+    optimizer = mezo(tensors, 0.01, perturbation=eps, samples=samples, weight_decay=0.5, rule=rule, beta1=0.8, beta2=0.9, epsilon=0.1)
+    expected = {n: p.detach().double() for n, p in tensors.items()}
+    mean, square = ({n: torch.zeros_like(w) for n, w in expected.items()} for _ in range(2))
+    before: dict[str, torch.Tensor] = {}
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def loss(at: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return sum(((w.double() - 1) ** 2 + 0.1 * (w.double() - 1) ** 3).sum() for w in at.values()) / 2  # type: ignore[return-value]
 
     def closure() -> torch.Tensor:
-        if not losses:
-            first.update({n: (p.detach() - before[n]) / 0.1 for n, p in tensors.items()})
-        losses.append(float(bowl(tensors)()))
-        return bowl(tensors)()
+        seen.append({n: (p.detach() - before[n]).double() / eps for n, p in tensors.items()})
+        return loss(tensors)
 
-    mezo(tensors, 0.01, perturbation=0.1, weight_decay=0.5).step(closure)
-    slope = (losses[0] - losses[1]) / 0.2
+    for step in range(1, 7):
+        before.update({n: p.detach().clone() for n, p in tensors.items()})
+        optimizer.step(closure)
+        directions = seen[-2 * samples :: 2]
+        slopes = [(loss({n: w + eps * z[n] for n, w in expected.items()}) - loss({n: w - eps * z[n] for n, w in expected.items()})) / (2 * eps) for z in directions]
+        for n, w in expected.items():
+            d = sum(slope * z[n] for slope, z in zip(slopes, directions, strict=True)) / samples
+            if rule == "adamw":
+                mean[n] = 0.8 * mean[n] + 0.2 * d
+                square[n] = 0.9 * square[n] + 0.1 * d**2
+                d = mean[n] / (1 - 0.8**step) / ((square[n] / (1 - 0.9**step)).sqrt() + 0.1)
+            expected[n] = w * (1 - 0.01 * 0.5 if w.ndim > 1 else 1) - 0.01 * d
+    assert len(seen) == 6 * 2 * samples
     for n, p in tensors.items():
-        expected = before[n] * (1 - 0.01 * 0.5 if p.ndim > 1 else 1) - 0.01 * slope * first[n]
-        assert torch.allclose(p.detach(), expected, atol=1e-5 * abs(slope))
+        torch.testing.assert_close(p.detach().double(), expected[n], rtol=0, atol=1e-4)
+        assert all(abs(float(torch.corrcoef(torch.stack((one[n].flatten(), other[n].flatten())))[0, 1])) < 0.9 for one, other in itertools.combinations(seen[::2], 2))
+
+
+def test_the_defaults_that_it_names_are_those_of_adamw_below_it() -> None:
+    made = registry.make("mezo", "optimizer", rule="adamw")
+    assert (made.beta1, made.beta2, made.epsilon) == (made.inner.beta1, made.inner.beta2, made.inner.epsilon)
 
 
 @pytest.mark.parametrize("rule", ["sgd", "adamw", "lion"])
@@ -133,6 +155,17 @@ def test_a_quadratic_goes_down_and_two_runs_are_the_same() -> None:
     # a step of 1 / (numbers + 2) takes one part of that off
     assert float(bowl(tensors)().detach()) < 0.8 * begin
     assert all(torch.equal(tensors[n], other[n]) for n in tensors)
+
+
+def test_another_seed_looks_along_other_directions() -> None:
+    def after(seed: int) -> torch.Tensor:
+        tensors = parameters()
+        optimizer = mezo(tensors)
+        optimizer.rule.seed = seed
+        optimizer.step(bowl(tensors))
+        return torch.cat([p.detach().flatten() for p in tensors.values()])
+
+    assert torch.equal(after(1), after(1)) and not torch.equal(after(1), after(2))
 
 
 def test_sgd_has_no_state_and_a_rule_has_its_own() -> None:

@@ -9,7 +9,7 @@ import torch
 from families import tiny, tokens
 
 from espalier.attach import attention
-from espalier.attach.attachment import attach, attachments
+from espalier.attach.attachment import attach, attachments, trainable_parameters
 
 
 def phi(x: torch.Tensor) -> torch.Tensor:
@@ -83,3 +83,20 @@ def test_large_logits_neither_overflow_nor_underflow() -> None:
     logits.square().mean().backward()
     assert logits.isfinite().all()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_padding_that_sees_nothing_leaves_the_tokens_alone_at_the_start(implementation: str) -> None:
+    """k is zero then: the softmax of a padding row has no denominator, neither of its own nor of the branch."""
+    model, x = copy.deepcopy(tiny("llama")).eval(), tokens()
+    model.set_attn_implementation(implementation)
+    mask = torch.ones_like(x)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        before = model(input_ids=x, attention_mask=mask).logits
+    attach(model, "ntk-attention")
+    after = model(input_ids=x, attention_mask=mask).logits
+    real = mask.bool()
+    torch.testing.assert_close(after[real], before[real], rtol=1e-5, atol=1e-5)
+    after[real].square().sum().backward()
+    assert all(bool(torch.isfinite(p.grad).all()) for p in trainable_parameters(model).values() if p.grad is not None)

@@ -11,7 +11,7 @@ from families import tiny, tokens
 from transformers import DynamicCache
 
 from espalier.attach import attention
-from espalier.attach.attachment import activate, attach, attachments, trainable_parameters
+from espalier.attach.attachment import activate, attach, attachments, scale, trainable_parameters
 from espalier.attach.attention import log_sum_exp
 from espalier.attach.load import load
 from espalier.exchange.save import save
@@ -174,3 +174,42 @@ def test_two_prefixes_are_one_that_is_both() -> None:
             whole = attachments(one)["prefix"].branches[site]
             branch.key.data, branch.value.data = whole.key.data[part], whole.value.data[part]
     torch.testing.assert_close(both(tokens()).logits, one(tokens()).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["prefix", "ntk-attention", "mam"])
+def test_under_autocast_it_does_nearly_what_it_does_without(method: str) -> None:
+    """Queries and keys are rotated in float32 there, values are in bfloat16."""
+    model, x = copy.deepcopy(tiny("llama")).eval(), tokens()
+    attach(model, method)
+    randomize(model)
+    plain = model(x, use_cache=False).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = model(x, use_cache=False).logits.float()
+    narrow.square().mean().backward()
+    assert 0 < float(((narrow - plain).norm() / plain.norm()).detach()) < 0.05
+
+
+def test_the_kernel_is_not_given_what_it_would_read_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It minds neither the stride of the last dimension, nor that dtypes or sizes of heads differ."""
+    q, k, v = (torch.randn(1, 2, 6, 4) for _ in range(3))
+    strided = torch.randn(1, 2, 4, 6).transpose(-1, -2)
+
+    def has(*tensors: torch.Tensor) -> bool:
+        return attention._has_kernel("sdpa", *tensors, True, None, {})
+
+    assert has(q, k, v)
+    assert not any((has(strided, k, v), has(q, strided, v), has(q, k, strided), has(q, k, v.bfloat16()), has(q, k, v[..., :2])))
+
+
+def test_a_prefix_with_a_scale_of_nearly_nothing_is_nearly_not_there_for_those_behind_it() -> None:
+    model, x = copy.deepcopy(tiny("llama")), tokens()
+    for name in "ab":
+        attach(model, "prefix", name=name, length=4)
+    randomize(model, 2.0)
+    found = []
+    for factor in (0.0, 1e-6):
+        scale(model, "a", factor)
+        found.append(model(x).logits)
+    activate(model, ["b"])
+    torch.testing.assert_close(found[0], model(x).logits)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)

@@ -23,7 +23,7 @@ class ALLoRA(Adapter):
     """Train ``W' = W + B A``, each row i of B at ``1 / sqrt(||(B A)_i|| + 1 / eta^2)`` times the learning rate.
 
     B starts at zero, so the factor starts at eta and fades as the row grows. With ``scale="update"`` it multiplies the step
-    that the optimizer took (Adam divides a factor on the gradient out again); with ``"gradient"`` the gradient, after
+    that the optimizer took (Adam divides a factor on the gradient out again); with ``"gradient"`` the gradient, before
     clipping. The norm is of the current row, without gradient: ``||(B A)_i||^2 = B_i (A A^T) B_i^T``. No official code was
     found: this is the paper's equation on B; A learns as in LoRA.
     """

@@ -39,7 +39,7 @@ class EVA(Adapter):
     tokens: int = 16384
     """tokens of the training data that are looked at"""
     whiten: bool = False
-    """divide each row of A by the root of its singular value over the root of the number of tokens"""
+    """divide each row of A by the root of its singular value over the root of ``tokens``"""
     rescale: bool = True
     """alpha / rank for all layers, whatever their rank"""
 

@@ -32,7 +32,7 @@ class IncreLoRA(Adapter):
     product is its score. From ``begin`` on, every ``interval`` steps, the ``matrices`` with the highest scores make their reserves
     active and get new ones, until the average rank is ``rank`` (never more); then reserves are switched off. The loss
     gains ``orthogonality`` times the mean of ``||B^T B - I||_F`` and ``||A A^T - I||_F``, over all active and reserve vectors
-    together. New triplets warm up over ``interval`` steps of their own.
+    together. New triplets warm up over ``interval`` steps of their own, then go by the run's schedule (the authors' decay by their own).
 
     Departures: room for ``most`` triplets is there from the start, so that shapes stand still (unused ones are zero and
     frozen); the sensitivity is ``sum_k |e_k dL/de_k| / sqrt(size)``, which needs no dense gradient, where the official code

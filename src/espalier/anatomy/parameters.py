@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from espalier.anatomy.target import Target
+from espalier.anatomy.target import Target, at_blocks
 from espalier.errors import EspalierError, suggestion
 
 if TYPE_CHECKING:
@@ -200,7 +200,8 @@ def select(targets: Iterable[Target], patterns: Sequence[str], option: str = "--
 
     A pattern is a role (``mlp``, ``attention.q``, ``embedding``, ``norm``, ``attention.q.bias``), one of the
     keywords ``linear`` (attention, mlp and experts), ``bias`` and ``all``, or a glob over parameter names. With a ``?`` behind
-    it a pattern may match nothing, as long as another one matches. ``option`` is what an error calls them.
+    it a pattern may match nothing, as long as another one matches. ``mlp@0-5+11`` is of these blocks alone, numbered from 0.
+    ``option`` is what an error calls them.
 
     Raises:
         EspalierError: when a pattern matches nothing, naming the roles that the model has.
@@ -208,7 +209,8 @@ def select(targets: Iterable[Target], patterns: Sequence[str], option: str = "--
     targets = list(targets)
     chosen: set[str] = set()
     for pattern in patterns:
-        matched = [target.name for target in targets if _matches(target, pattern.removesuffix("?"))]
+        what, is_among = at_blocks(pattern.removesuffix("?"), option)
+        matched = [target.name for target in targets if is_among(target.block) and _matches(target, what)]
         chosen.update(matched)
         if not matched and not (pattern.endswith("?") and (chosen or pattern != patterns[-1])):
             roles = sorted({role for target in targets for role in target.roles})

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from espalier.anatomy.structure import Block, anatomy
+from espalier.anatomy.target import at_blocks
 from espalier.errors import EspalierError, suggestion
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def _module(name: str) -> str:
 
 
 def select_sites(sites: Iterable[Site], patterns: Sequence[str]) -> list[Site]:
-    """The sites that any of the patterns names: a kind (``mlp``), or a glob over names (``blocks.[01].mlp``).
+    """The sites that any of the patterns names: a kind (``mlp``), or a glob over names (``blocks.[01].mlp``); ``mlp@0-5`` in these blocks.
 
     Raises:
         EspalierError: when a pattern matches nothing, or there is none.
@@ -115,7 +116,8 @@ def select_sites(sites: Iterable[Site], patterns: Sequence[str]) -> list[Site]:
     sites = list(sites)
     chosen = set()
     for pattern in patterns:
-        matched = {site.name for site in sites if pattern == site.kind or fnmatch.fnmatchcase(site.name, pattern)}
+        what, is_among = at_blocks(pattern)
+        matched = {site.name for site in sites if is_among(site.block) and (what == site.kind or fnmatch.fnmatchcase(site.name, what))}
         if not matched:
             kinds: list[str] = list(dict.fromkeys(site.kind for site in sites))
             raise EspalierError(f"--targets {pattern!r} matches no site that this method can be at{suggestion(pattern, kinds)} (sites: {', '.join(kinds)})")

@@ -3,7 +3,28 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from espalier.errors import EspalierError
+
+
+def at_blocks(pattern: str, option: str = "--targets") -> tuple[str, Callable[[int | None], bool]]:
+    """What stands before the ``@`` of a pattern, and whether a block is among those behind it: ``mlp@3``, ``mlp@0-5``, ``mlp@0-1+6``.
+
+    Without an ``@`` all are, and what is in no block.
+
+    Raises:
+        EspalierError: when no blocks stand behind it.
+    """
+    what, sign, table = pattern.rpartition("@")
+    if not sign:
+        return table, lambda block: True
+    if not what or not re.fullmatch(r"\d+(-\d+)?(\+\d+(-\d+)?)*", table):
+        raise EspalierError(f"{option} {pattern!r}: a role or a glob stands before the @, and behind it blocks such as 3, 0-5 or 0-1+6")
+    ranges = [(int(first), int(last or first)) for first, _, last in (part.partition("-") for part in table.split("+"))]
+    return what, lambda block: block is not None and any(first <= block <= last for first, last in ranges)
 
 
 @dataclass(frozen=True)

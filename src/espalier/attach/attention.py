@@ -63,7 +63,7 @@ def _with_branches(
     mask, causal, window = _reach(module, query, attention_mask, kwargs)
     weights = None
     # lse is (batch, heads, tokens, 1), and so is out but for its last dimension
-    if not args and mask is None and _has_kernel(implementation, query, key, causal, window, kwargs):
+    if not args and mask is None and _has_kernel(implementation, query, key, value, causal, window, kwargs):
         out, lse = _attention(query, key, value, causal, lengths, scaling)
     else:
         output, weights = attend(module, query, key, value, attention_mask, *args, **kwargs)
@@ -77,9 +77,10 @@ def _with_branches(
         top = torch.maximum(lse, torch.as_tensor(log_scale, device=lse.device)).detach()
         here, there = torch.exp(lse - top), torch.exp(log_scale - top)
         total = here + there * denominator
-        weight = slot.gain * there / total
+        seen = total > 0  # a padding row may see nothing, and a branch may have nothing for it
+        weight = torch.where(seen, slot.gain * there / torch.where(seen, total, 1.0), 0.0)
         out = out * (1 - weight * denominator) + numerator * weight  # in lse's dtype; what is kept is in the model's
-        lse = top + torch.log(total)
+        lse = torch.where(seen, top + torch.log(torch.where(seen, here + slot.gain * there * denominator, 1.0)), lse)
     return out.transpose(1, 2).to(dtype), weights
 
 
@@ -104,12 +105,15 @@ _ROOM = 8
 """Channels beside those of a head, for one number: the kernel's code for bfloat16 wants an even number of them."""
 
 
-def _has_kernel(implementation: str, query: torch.Tensor, key: torch.Tensor, causal: bool, window: int | None, kwargs: dict[str, Any]) -> bool:
+def _has_kernel(
+    implementation: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, window: int | None, kwargs: dict[str, Any]
+) -> bool:
     """Whether the implementation is one behind which the CPU's kernel stands, and but for a mask nothing but causality hides a key."""
+    is_plain = all(t.stride(-1) == 1 and t.dtype == query.dtype and t.shape[-1] == query.shape[-1] for t in (query, key, value))
     square, near = query.shape[2] == key.shape[2], window is not None and window < key.shape[2]
     return (
         implementation in ("sdpa", windows.NAME) and query.device.type == "cpu" and query.dtype.is_floating_point
-        and query.dtype != torch.float16 and (square or not causal) and not near and not kwargs.get("dropout")
+        and query.dtype != torch.float16 and is_plain and (square or not causal) and not near and not kwargs.get("dropout")
         and kwargs.get("softcap") is None and kwargs.get("s_aux") is None
     )  # fmt: skip
 

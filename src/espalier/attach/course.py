@@ -8,7 +8,7 @@ The loop of ``tune`` drives a course; in one's own loop it goes like this::
         course.begin(step, learning_rate, optimizer)
         loss = model(...).loss + course.penalty()
         loss.backward()
-        course.before_step()
+        course.before_step()  # then gradients are clipped, where they are
         optimizer.step()
         course.after_step()
         optimizer.zero_grad()
@@ -18,7 +18,7 @@ The loop of ``tune`` drives a course; in one's own loop it goes like this::
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class Course:
         self._attached = list(attachments(model).values())
         self._driven = [group for attached in self._attached for group in _by_method(attached.parts)]
         self._names = {id(p): name for name, p in trainable_parameters(model).items()}
-        self._masks: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._masks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._still: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._before: list[Any] = []
         self._optimizer: torch.optim.Optimizer | None = None
@@ -98,7 +98,8 @@ class Course:
                         parameter.requires_grad_(still.get(local) is not True)
                         if method.state_policy != "keep" and optimizer is not None and not parameter.requires_grad:
                             _forget(optimizer, parameter)
-                self._masks += [(getattr(part, local), mask) for local, mask in still.items() if isinstance(mask, torch.Tensor)]
+                masked = [(getattr(part, local), mask) for local, mask in still.items() if isinstance(mask, torch.Tensor)]
+                self._masks.update({id(tensor): (tensor, mask) for tensor, mask in masked})
 
     def _measured(self, measure: Callable[[], float]) -> float:
         """A loss in evaluation mode, without gradients, averaged over processes; every module's mode is then as it was."""
@@ -123,9 +124,17 @@ class Course:
 
     @torch.no_grad()
     def before_step(self) -> None:
-        """The gradients are there; the optimizer is next."""
+        """The gradients are there; clipping and the optimizer are next, and see nothing of what stands still."""
         self._before = [method.before_step(parts, self._moment) for method, parts in self._driven]
-        self._still = [(tensor, mask, whole(tensor.detach()).clone()) for tensor, mask in self._masks]
+        self._still = [(tensor, mask, whole(tensor.detach()).clone()) for tensor, mask in self._masks.values()]
+        self.mask_gradients(tensor for tensor, _ in self._masks.values())
+
+    @torch.no_grad()
+    def mask_gradients(self, some: Iterable[torch.Tensor]) -> None:
+        """Zero what gradients of some parameters have of entries that do not move in this step: not part of a norm, nor of momentum."""
+        for tensor, mask in (self._masks[id(parameter)] for parameter in some if id(parameter) in self._masks):
+            if tensor.grad is not None:
+                sharded.local(tensor.grad).masked_fill_(sharded.local(sharded.like(tensor, mask.expand(tensor.shape).contiguous())), 0.0)
 
     def check_without_gradients(self, what: str, is_blind: bool = False) -> None:
         """Refuse a way of training without all gradients at once, where a method needs them; see :class:`Method`.

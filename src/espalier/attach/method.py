@@ -152,8 +152,8 @@ class Method:
     def frozen(self, part: Any, moment: Moment) -> Mapping[str, torch.Tensor | bool]:
         """Tensor name -> which of its entries do not move in this step: a mask that broadcasts, or ``True``.
 
-        What is frozen keeps its bits, whatever momentum and decay the optimizer has; a tensor that is frozen whole
-        gets no gradient. Depends on the moment alone, or on what :meth:`before_forward` drew.
+        What is frozen keeps its bits, whatever momentum and decay the optimizer has, which sees a gradient of zero there, as
+        clipping does; a tensor that is frozen whole gets none. Depends on the moment alone, or on what :meth:`before_forward` drew.
         """
         return {}
 
@@ -186,10 +186,10 @@ class Method:
             raise EspalierError(f"{what} does not go with {self.name}, which {why}; leave it out, or take another method")
 
     def before_step(self, parts: Sequence[Any], moment: Moment) -> Any:
-        """Called when gradients are there (clipped, but see :attr:`reads_gradients`) and the optimizer has not moved anything."""
+        """Called when gradients are there (but see :attr:`reads_gradients`), not yet clipped, and the optimizer has not moved anything."""
 
     def after_step(self, parts: Sequence[Any], moment: Moment, before: Any) -> None:
-        """Called after the optimizer, with the gradients still there, and with what :meth:`before_step` returned."""
+        """Called after the optimizer, with the gradients (clipped) still there, and with what :meth:`before_step` returned."""
 
     def reselect(self, parts: Sequence[Any], moment: Moment) -> Sequence[Renewed]:
         """Called after :meth:`after_step`: a support may change here. Says which places now hold other numbers than before."""

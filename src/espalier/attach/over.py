@@ -34,11 +34,15 @@ class Over(Adapter):
         Raises:
             EspalierError: when there is none of that name, or it is itself over another one.
         """
-        options = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        if self._made is None or self._made[0] != options:
+
+        def options() -> dict[str, Any]:
+            return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+        if self._made is None or self._made[0] != options():
             if issubclass(registry.load(registry.find(self.inner, "adapter")), Over):
                 raise EspalierError(f"inner is {self.inner!r}, which is itself over another method; give that one")
-            self._made = (options, registry.make_below(self, self.inner, "adapter", "inner"))
+            made = registry.make_below(self, self.inner, "adapter", "inner")
+            self._made = (options(), made)
         return self._made[1]
 
 

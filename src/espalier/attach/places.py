@@ -266,7 +266,7 @@ class ModelSlot(BranchSlot):
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._hidden.clear()
-        self._arguments = {name: value for name, value in named_inputs(args, kwargs).items() if name not in ("input_ids", "inputs_embeds")}
+        self._arguments = {name: value for name, value in named_inputs(args, kwargs).items() if name not in ("input_ids", "inputs_embeds", "return_dict")}
 
     def _first(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.active:

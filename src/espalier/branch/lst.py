@@ -161,11 +161,13 @@ def _narrow(config: Any, reduction: int, rungs: list[int]) -> int:
     values = {"hidden_size": width, "num_attention_heads": heads, "head_dim": width // heads, "word_embed_proj_dim": width}
     if groups:
         values["num_key_value_heads"] = math.gcd(heads, max(1, groups // reduction))
+    layers = config.num_hidden_layers
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == layers:  # what each block is
+            setattr(config, name, [value[i] for i in rungs])
     values |= {"num_hidden_layers": len(rungs), "vocab_size": 1}
     for name, value in values.items():
         if hasattr(config, name):
             setattr(config, name, value)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[i] for i in rungs]
     config.pad_token_id = None
     return width

@@ -47,9 +47,10 @@ class Prompt(Branch):
     def start(self, site: Site, model: nn.Module, stream: Stream) -> Tensors:
         n, d, m = self.prompt_length, site.width, self.encoder
         if self.start_from == "vocabulary":
-            table: Any = model.get_input_embeddings().weight  # type: ignore[operator]
-            drawn = stream.integers32(n, device=table.device) % len(table)
-            tensors = {"P": table.detach()[drawn].float()}
+            embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+            drawn = stream.integers32(n, device=embedding.weight.device) % len(embedding.weight)
+            with torch.no_grad():  # by the module itself, which may scale, and without what stands behind it
+                tensors = {"P": embedding.forward(drawn).float()}
         else:
             tensors = {"P": stream.gaussian(n, d)}
         for name, outputs, inputs in zip(_LAYERS, (m, m, d), (d, m, m), strict=True) if m else ():

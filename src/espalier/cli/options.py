@@ -12,7 +12,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -41,7 +41,7 @@ def _unwrapped(annotation: Any) -> tuple[Any, bool]:
     return annotation, False
 
 
-def _option(name: str, annotation: Any, default: Any, help: str) -> click.Parameter:
+def _option(name: str, annotation: Any, default: Any, help: str, also: str | None = None) -> click.Parameter:
     kind, many = _unwrapped(annotation)
     flag = f"--{name.replace('_', '-')}"
     required = default is inspect.Parameter.empty
@@ -54,7 +54,8 @@ def _option(name: str, annotation: Any, default: Any, help: str) -> click.Parame
         kind = str  # so that 0.5,0.3 is two of them
     type_: Any = click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind
     # whether a required value is missing is known only after --config has been read
-    return click.Option([flag, name], type=type_, multiple=many, default=None, help=text + ("  [required]" if required else ""))
+    flags = [flag, also] if also else [flag]
+    return click.Option([*flags, name], type=type_, multiple=many, default=None, help=text + ("  [required]" if required else ""))
 
 
 def _method_options(roles: tuple[str, ...], taken: set[str]) -> list[click.Option]:
@@ -121,6 +122,7 @@ def command(
     positional: tuple[str, ...] = (),
     roles: tuple[str, ...] = (),
     recipe: bool = False,
+    also: Mapping[str, str] | None = None,
 ) -> click.Command:
     """The command of a verb.
 
@@ -129,6 +131,7 @@ def command(
         positional: parameters that are arguments, not options.
         roles: roles of methods whose hyperparameters are options too.
         recipe: whether it takes ``--config recipe.yaml``.
+        also: another spelling of the option of a parameter.
     """
     signature, spelt = inspect.signature(verb, eval_str=True), verb.__name__.replace("_", " ")
     help = argument_help(verb)
@@ -139,7 +142,7 @@ def command(
         if name in positional:
             params.append(click.Argument([name], nargs=-1 if _unwrapped(parameter.annotation)[1] else 1, required=True))
         else:
-            params.append(_option(name, parameter.annotation, parameter.default, help.get(name, "")))
+            params.append(_option(name, parameter.annotation, parameter.default, help.get(name, ""), (also or {}).get(name)))
     own = set(signature.parameters) - {"options"}
     if recipe:
         params.append(click.Option(["--config", "config_file"], help="a YAML file of options; those on the command line win"))

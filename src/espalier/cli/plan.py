@@ -3,4 +3,4 @@
 from espalier.cli import options, show
 from espalier.verbs.plan import plan
 
-command = options.command(plan, show.planned, roles=("adapter", "brancher", "optimizer"), recipe=True)
+command = options.command(plan, show.planned, roles=("adapter", "brancher", "optimizer"), recipe=True, also={"method": "--select"})

@@ -3,4 +3,4 @@
 from espalier.cli import options, show
 from espalier.verbs.tune import tune
 
-command = options.command(tune, show.training, roles=("adapter", "brancher", "optimizer"), recipe=True)
+command = options.command(tune, show.training, roles=("adapter", "brancher", "optimizer"), recipe=True, also={"method": "--select"})

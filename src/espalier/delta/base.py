@@ -23,6 +23,11 @@ class BaseWeight:
     dtype: torch.dtype
     bias: torch.Tensor | None
 
+    @property
+    def trains(self) -> bool:
+        """Whether a gradient may be asked of what it is made of: then its numbers are no constants to an update on it."""
+        return False
+
     def linear(self, x: torch.Tensor) -> torch.Tensor:
         """``x @ W.T`` for x of shape (..., in), plus ``bias`` when there is one."""
         raise NotImplementedError
@@ -53,6 +58,10 @@ class DenseBase(BaseWeight):
     def shape(self) -> torch.Size:  # type: ignore[override]
         return self.dense().shape
 
+    @property
+    def trains(self) -> bool:
+        return self.stored.requires_grad
+
     def dense(self) -> torch.Tensor:
         return self.stored.transpose(-1, -2) if self.transposed else self.stored
 
@@ -72,6 +81,11 @@ class UpdatedBase(BaseWeight):
         self.bias = base.bias
         self.shape = base.shape
         self.dtype = base.dtype
+
+    @property
+    def trains(self) -> bool:
+        numbers = (*self.update.tensors().values(), self.update.gain)
+        return self.base.trains or any(isinstance(t, torch.Tensor) and t.requires_grad for t in numbers)
 
     def dense(self) -> torch.Tensor:
         return self.update.apply(self.base.dense())

@@ -138,8 +138,10 @@ def _dora(part: Part, inner: Update, magnitude: torch.Tensor) -> Update:
 
 
 def adalora(part: Part) -> Updates:
-    """``W + (alpha / rank) B diag(E) A``; what a masked E has put out goes with it."""
+    """``W + (alpha / rank) B diag(E) A``; what a masked E has put out goes with it, and a module of which nothing is left changes nothing."""
     outputs, inputs = part.matrix
+    if not any(map(torch.numel, part.tensors.values())):  # PEFT keeps factors of rank 0
+        return {}
     A = part.take("lora_A", None, inputs)
     B, E = part.take("lora_B", outputs, A.shape[0]), part.take("lora_E", A.shape[0], 1)
     adapter = part.adapter

@@ -17,6 +17,7 @@ class Joined(torch.optim.Optimizer):
 
     def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
         self.parts: list[torch.optim.Optimizer] = []
+        self._owners: dict[int, torch.optim.Optimizer] = {}
         super().__init__([group for part in parts for group in part.param_groups], {})
         for part in parts:
             self.add(part)
@@ -28,6 +29,7 @@ class Joined(torch.optim.Optimizer):
                 self.add(one)
             return
         self.parts.append(part)
+        self._owners.update({id(parameter): part for group in part.param_groups for parameter in group["params"]})
         self.param_groups += [group for group in part.param_groups if all(group is not there for there in self.param_groups)]
         part.state = self.state
 
@@ -39,12 +41,11 @@ class Joined(torch.optim.Optimizer):
             end = begin + len(part.param_groups)
             part.state, part.param_groups = self.state, self.param_groups[begin:end]
             begin = end
-        if any(isinstance(part, Ruled) for part in self.parts):
-            keep_dtypes(self, state_dict)
+        keep_dtypes(self, state_dict)
 
     def hold(self, parameter: torch.nn.Parameter) -> bool:
         """See :meth:`Ruled.hold`."""
-        owner = next(part for part in self.parts if any(parameter is p for group in part.param_groups for p in group["params"]))
+        owner = self._owners[id(parameter)]
         return owner.hold(parameter) if isinstance(owner, Ruled) else False
 
     @property
@@ -59,7 +60,7 @@ class Joined(torch.optim.Optimizer):
 
     def renew(self, parameter: torch.nn.Parameter, *anew: Any) -> None:
         """See :meth:`Ruled.renew`; torch's own optimizers have nothing to be told."""
-        owner = next(part for part in self.parts if any(parameter is p for group in part.param_groups for p in group["params"]))
+        owner = self._owners[id(parameter)]
         if hasattr(owner, "renew"):
             owner.renew(parameter, *anew)
 

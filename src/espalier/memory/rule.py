@@ -45,6 +45,8 @@ class Rule(abc.ABC):
     """State tensors that are like the gradient: name to whether they have negative numbers."""
     state: Precision = "fp32"
     """how the slots are stored; set where the optimizer is made"""
+    seed: int = 0
+    """what is drawn depends on it, and on nothing else of the run; set where the optimizer is made"""
     weight_decay: float = 0.0
     scales_as: ClassVar[Literal["adam", "sgd"] | None] = "adam"
     """Whose rates its own follow as a model gets wider: Adam's, whose steps do not know how long gradients are, SGD's, or neither's."""
@@ -321,7 +323,7 @@ class Ruled(torch.optim.Optimizer):
         precision = stored_state.precision_of(part.size, self.rule.state)
         if precision == "fp32":  # the rule has worked on the state itself
             return
-        stream = Stream(0, f"state {part.prefix}{slot} of {part.name}").at((part.step - 1) * part.here + part.begin)
+        stream = Stream(self.rule.seed, f"state {part.prefix}{slot} of {part.name}").at((part.step - 1) * part.here + part.begin)
         for place, made in zip(self._places(part, slot), stored_state.encode(numbers, precision, signed, stream), strict=True):
             if place is not None and made is not None:
                 place.copy_(made)

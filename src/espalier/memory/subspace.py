@@ -27,8 +27,8 @@ from espalier.memory.rule import BUCKET, Part, Rule, Ruled, Shape, Tensors
 
 Kind = Literal["right", "left", "columns", "rows", "entries", "whole"]
 """Where R is: G P, P^T G, some columns, rows or entries of G, or all of it or nothing."""
-Choice = Literal["svd", "randomized", "random"]
-"""How a projector P is chosen: the leading singular vectors of G, nearly these by a randomized sketch, or at random."""
+Choice = Literal["svd", "randomized", "qr", "random"]
+"""How a projector P is chosen: the leading singular vectors of G, nearly these by a randomized sketch or from the last P, or at random."""
 
 
 def down(kind: Kind, gradient: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
@@ -73,11 +73,12 @@ def reduced_shape(kind: Kind, shape: Shape, size: int) -> Shape:
     return {"right": (rows, size), "columns": (rows, size), "left": (size, columns), "rows": (size, columns), "entries": (size,), "whole": shape}[kind]
 
 
-def leading(matrix: torch.Tensor, rank: int, choice: Choice, stream: Stream) -> torch.Tensor:
+def leading(matrix: torch.Tensor, rank: int, choice: Choice, stream: Stream, last: torch.Tensor | None = None) -> torch.Tensor:
     """An orthonormal basis (columns, r) of the right singular space of a matrix (rows, columns), or a random one.
 
     Signs are such that the largest entry of each vector is positive. The randomized one is that of Halko et al.
-    (arXiv:0909.4061), with 8 vectors more than are kept and two power iterations.
+    (arXiv:0909.4061), with 8 vectors more than are kept and two power iterations. ``qr`` is one step of orthogonal iteration from the
+    ``last`` basis: two products and a QR decomposition; the first is the randomized one.
     """
     columns = matrix.shape[1]
     if choice == "svd":
@@ -88,6 +89,8 @@ def leading(matrix: torch.Tensor, rank: int, choice: Choice, stream: Stream) -> 
             choice = "randomized"
     if choice == "random":
         return torch.linalg.qr(stream.gaussian(columns, rank, device=matrix.device)).Q
+    if choice == "qr" and last is not None:
+        return _signed(torch.linalg.qr(matrix.T @ (matrix @ last)).Q)
     more = min(rank + 8, *matrix.shape)
     sketch = torch.linalg.qr(matrix.T @ stream.gaussian(matrix.shape[0], more, device=matrix.device)).Q
     for _ in range(2):
@@ -140,17 +143,18 @@ class LowDimensional(Rule):
             return False
         return self.kind(shape) not in ("right", "left") or self.size(shape) < min(shape)
 
-    def basis(self, gradient: torch.Tensor, stream: Stream, period: int, place: tuple[int, int]) -> torch.Tensor:
+    def basis(self, gradient: torch.Tensor, stream: Stream, period: int, place: tuple[int, int], last: torch.Tensor | None) -> torch.Tensor:
         """The subspace for the next steps, by the gradient (out, in) of this one.
 
         Args:
             stream: random numbers of this matrix and step.
             period: how often one was chosen before.
             place: which matrix it is, and of how many.
+            last: the one that is left, if there is one.
         """
         kind, size = self.kind(tuple(gradient.shape)), self.size(tuple(gradient.shape))
         if kind in ("right", "left"):
-            return leading(gradient if kind == "right" else gradient.T, size, self.choice, stream)
+            return leading(gradient if kind == "right" else gradient.T, size, self.choice, stream, last)
         total = {"columns": gradient.shape[1], "rows": gradient.shape[0]}.get(kind, gradient.numel())
         return stream.choice(total, size).to(gradient.device)
 
@@ -245,7 +249,7 @@ class OnProjector(LowDimensional):
     scale: float = 0.25
     """of the step in the subspace"""
     choice: Choice = "svd"
-    """P by the singular value decomposition, by a randomized sketch of it, or at random"""
+    """P by the singular value decomposition, by a randomized sketch of it, by a QR step from the last P, or at random"""
     moments: Literal["keep", "reset", "rotate"] = "keep"
     """what becomes of the moments when P changes; rotate: the mean is expressed in the new P"""
     staggered: bool = True
@@ -326,7 +330,7 @@ class Projected(Ruled):
         old = state.get("basis")
         place, drawn = (list(self.offsets).index(name), len(self.offsets)), int(state.get("drawn", 0))
         state["drawn"] = torch.tensor(float(drawn + 1))
-        state["basis"] = rule.basis(gradient, Stream(0, f"subspace of {name}").at(drawn * gradient.numel()), drawn, place)
+        state["basis"] = rule.basis(gradient, Stream(rule.seed, f"subspace of {name}").at(drawn * gradient.numel()), drawn, place, old)
         if old is None:
             return
         rule.forget(state)

@@ -102,7 +102,7 @@ class ZerothOrder(Ruled):
 
     def _direction(self, sample: int, begin: int, pieces: list[Piece]) -> torch.Tensor:
         """Numbers of this step's z, for some pieces: (n,)."""
-        stream = Stream(0, self._name).at((self._number * self.samples + sample) * self._total + begin)
+        stream = Stream(self.rule.seed, self._name).at((self._number * self.samples + sample) * self._total + begin)
         return stream.gaussian(sum(count for *_, count in pieces), device=pieces[0][1].device)
 
     def _shift(self, sample: int, by: float) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from espalier.kernels.sharded import like, local
-from espalier.memory.rule import Rule, Tensors, age_anew, corrections
+from espalier.memory.rule import Rule, Tensors, age_anew, corrections, evaluated, keep_dtypes
 from espalier.registry import optimizer
 
 
@@ -32,10 +32,11 @@ class _Fused(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        loss = evaluated(closure)  # which makes the gradients
         aged = [(group, p, p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None and "age" in self.state[p]]
         for _, parameter, _ in aged:
             parameter.grad = None
-        result = super().step(closure)
+        super().step()
         for group, parameter, gradient in aged:
             parameter.grad, state = gradient, self.state[parameter]
             for key in ("step", "age"):
@@ -43,7 +44,12 @@ class _Fused(torch.optim.AdamW):
             slots = {slot: [local(state[slot])] for slot in self.rule.slots}
             (direction,) = self.rule.directions([local(gradient)], slots, [state["age"]])
             local(parameter).mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
-        return result
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, with the dtypes that were saved: an age is counted in float32."""
+        super().load_state_dict(state_dict)
+        keep_dtypes(self, state_dict)
 
 
 @optimizer("adamw", ids=(), paper="arXiv:1711.05101")

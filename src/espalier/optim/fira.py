@@ -16,8 +16,9 @@ class Fira(OnProjector):
     """``w -= lr (scale P psi + phi S + decay w)``: psi Adam's direction for R = P^T G, S the rest of G, ``phi_i = ||psi_i|| / ||R_i||``.
 
     phi is of each row, or column, along the longer side. The norm of ``phi S`` grows by the factor gamma in a step at most
-    (section 4.3). The official code's rest contains the share ``1 - scale`` of what is in the subspace too, as its projection is
-    scaled: here P P^T is a projection, and S is orthogonal to it.
+    (section 4.3). psi has Adam's bias correction in it; the official code corrects after that limit, which differs in the first tens of
+    steps. Its rest contains the share ``1 - scale`` of what is in the subspace too, as its projection is scaled: here P P^T is
+    a projection, and S is orthogonal to it.
     """
 
     gamma: float = 1.01

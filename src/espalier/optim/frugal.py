@@ -86,12 +86,12 @@ class Frugal(LowDimensional):
         split = sorted((each.pop(name) for name, shape in shapes.items() if self.splits(name, shape)), reverse=True)
         return sum(each.values()) + sum(split[: round(self.density * len(split))])
 
-    def basis(self, gradient: torch.Tensor, stream: Stream, period: int, place: tuple[int, int]) -> torch.Tensor:
+    def basis(self, gradient: torch.Tensor, stream: Stream, period: int, place: tuple[int, int], last: torch.Tensor | None) -> torch.Tensor:
         if self.split != "blocks":
-            return super().basis(gradient, stream, period, place)
+            return super().basis(gradient, stream, period, place, last)
         which, of = place
         active = round(self.density * of)
-        turn = int(Stream(0, "order of the blocks").permutation(of)[which])  # all have their turn before one has it again
+        turn = int(Stream(self.seed, "order of the blocks").permutation(of)[which])  # all have their turn before one has it again
         return torch.zeros(1 if (turn - period * active) % of < active else 0)
 
     def rest(self, rest: torch.Tensor, reduced: torch.Tensor, direction: torch.Tensor, kind: Kind, state: dict[str, Any]) -> torch.Tensor:

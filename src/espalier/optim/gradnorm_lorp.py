@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from espalier.kernels.sharded import put, whole
+from espalier.memory import stored_state
 from espalier.memory.rule import Part, Shape
 from espalier.memory.subspace import OnProjector, Projected
 from espalier.registry import optimizer
@@ -31,7 +32,7 @@ class GradNormLoRP(OnProjector):
     copies = 3
 
     def more_bytes(self, shape: Shape, reduced: int) -> int:
-        return 4 * len(self.slots) * shape[0]
+        return len(self.slots) * stored_state.bytes_of(shape[0], self.state)
 
     def build(self, parameters: Mapping[str, torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
         return _Normalized(self, self._groups(parameters), learning_rate)

@@ -30,7 +30,7 @@ class MeZO(Rule):
     """what the estimates go to: sgd, which has no state, or the optimizer that has it"""
     beta1: float = 0.9
     """decay of the mean, in [0, 1)"""
-    beta2: float = 0.999
+    beta2: float = 0.95
     """decay of the mean square, in [0, 1)"""
     epsilon: float = 1e-8
     """added to the root of the mean square, at least 0"""

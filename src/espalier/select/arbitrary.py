@@ -20,7 +20,7 @@ from espalier.registry import adapter
 class Arbitrary(Adapter):
     """Train an arbitrary set of ``numbers`` numbers: ``W' = W + S_W + (B_W A_W)``, S_W sparse, pairs B A of rank r where they were drawn.
 
-    Pairs are drawn over the matrices, in an order drawn from the seed, as whole pairs, as long as they fit into the share
+    Pairs are drawn over the matrices (not over fused experts), in an order drawn from the seed, as whole pairs, as long as they fit into the share
     ``inserted`` of the budget (a lone B without its A would get no signal); the rest are entries of the base tensors, in
     proportion to their sizes, drawn uniformly in each. All entries are one vector, which belongs to the model; they and the Bs start at
     zero. The released code looks at the first tensor of a pair only, and exceeds its budget by up to a pair: here the count

@@ -19,7 +19,7 @@ class HFT(WholeTensors):
     ``W' = V`` as in ``full``, for the chosen ones; what is in no block (embeddings, head, last norm) trains always. Of a kind's
     n parameters in a block n/2 are drawn; where that is no whole number, one more in a random half of the blocks: 2 of 4
     attention matrices, and of gate, up and down 2 in half of the blocks and 1 in the others (biases are kinds of their own). A round of the paper is a run: tune
-    again, ``--over`` it or on the model with it, with another ``--seed``. Where q, k and v are one tensor they are chosen together.
+    again, ``--over`` it or on the model with it, with another ``--seed``. Where q, k and v, or the experts of a block, are one tensor they are chosen together.
     """
 
     share: float = 0.5

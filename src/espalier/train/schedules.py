@@ -2,8 +2,8 @@
 
 All warm up linearly over the first ``warmup`` steps. Then ``constant``, ``linear`` and ``cosine`` (both to ``floor`` at the
 end), or a trunk that does not know how long the run is and decays linearly to ``floor`` in the last ``decay`` part of it, so
-that a longer run shares it: ``wsd`` (constant; warm-up, stable, decay: MiniCPM, arXiv:2404.06395), ``inverse_sqrt``
-(1 / sqrt of the steps) and ``power`` (the Power scheduler, arXiv:2408.13359: a power of the tokens from a knee on, which
+that a longer run shares it: ``wsd`` (constant; warm-up, stable, decay: MiniCPM, arXiv:2404.06395, whose decay is exponential
+and not linear), ``inverse_sqrt`` (1 / sqrt of the steps) and ``power`` (the Power scheduler, arXiv:2408.13359: a power of the tokens from a knee on, which
 ``train/laws.py`` says).
 """
 

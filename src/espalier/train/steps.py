@@ -130,9 +130,10 @@ class ByGradients:
         loss = accumulate(self.losses, batches, weigh)
         if isinstance(penalty := self.course.penalty(), torch.Tensor) and math.isfinite(loss):
             penalty.backward()
+        refuse(loss, 0.0)
+        self.course.before_step()
         norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), self.clip or math.inf))
         refuse(loss, norm)
-        self.course.before_step()
         self.optimizer.step()
         self.course.after_step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -160,12 +161,16 @@ class DuringBackward(ByGradients):
             self._norms[id(parameter)] = self._norms.get(id(parameter), 0.0) + norm
 
     def _move(self, some: list[nn.Parameter]) -> None:
+        self.course.mask_gradients(some)
         self._measure(some)
         self.optimizer.step()
 
     def _hold(self, parameter: nn.Parameter) -> bool:
         hold = getattr(self.optimizer, "hold", None)
-        if hold is None or not hold(parameter):
+        if hold is None:
+            return False
+        self.course.mask_gradients([parameter])
+        if not hold(parameter):
             return False
         self._measure([parameter])
         return True

@@ -145,7 +145,7 @@ class Job:
         given, self.spelt = registry.share_out(infos, options)
         self.chosen = [self.spelt[part, key] for part, own in given.items() for key in own if (part, key) in self.spelt]
         self.optimizer_method = registry.make(self.a["optimizer"], "optimizer", **given["optimizer"])
-        self.optimizer_method.state = self.a["state"]
+        self.optimizer_method.state, self.optimizer_method.seed = self.a["state"], self.a["seed"]
         self.optimizer_method.check()
         self.method = registry.make(name, registry.ATTACHED, **given["method"])
         self._check_gradients()

@@ -63,18 +63,14 @@ class Diagonal(Update):
         return ((scaled - wide) * self.gain).reshape(weight.shape)
 
     def linear(self, x: torch.Tensor, base: BaseWeight) -> torch.Tensor:
-        rows, columns = self._alone(x)
-        y = base.linear(x if columns is None else x * columns)
-        y = y if rows is None else y * rows
+        rows, columns = self._changes(x)
+        y = _times(base.linear(_times(x, columns)), rows)
         return y if self._is_alone else interpolate(base.linear(x), y, self.gain)
 
     def lookup(self, ids: torch.Tensor, base: BaseWeight) -> torch.Tensor:
         old = new = base.rows(ids)
-        rows, columns = self._alone(old)
-        if rows is not None:
-            new = new * embedding_rows(ids, rows.unsqueeze(-1), old)
-        if columns is not None:
-            new = new * columns
+        rows, columns = self._changes(old)
+        new = _times(_times(new, None if rows is None else embedding_rows(ids, rows.unsqueeze(-1), old)), columns)
         return new if self._is_alone else interpolate(old, new, self.gain)
 
     @property
@@ -82,12 +78,16 @@ class Diagonal(Update):
         """Whether the gain can go into the scales: they stand on one side only, or the gain is one."""
         return self.rows is None or self.columns is None or is_one(self.gain)
 
-    def _alone(self, like: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The scales in the dtype of ``like``, the gain in them where it can be."""
+    def _changes(self, like: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The scales less 1 in the dtype of ``like``, which would round them beside 1; the gain in them where it can be."""
+        gain = self.gain if self._is_alone else 1.0
 
-        def scale(values: torch.Tensor | None) -> torch.Tensor | None:
-            if values is None or is_one(self.gain) or not self._is_alone:
-                return values if values is None else values.to(like.dtype)
-            return (1 + self.gain * (values.to(working_dtype(values)) - 1)).to(like.dtype)
+        def change(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else (gain * (values.to(working_dtype(values)) - 1)).to(like.dtype)
 
-        return scale(self.rows), scale(self.columns)
+        return change(self.rows), change(self.columns)
+
+
+def _times(x: torch.Tensor, change: torch.Tensor | None) -> torch.Tensor:
+    """``x (1 + change)``."""
+    return x if change is None else torch.addcmul(x, x, change)

@@ -86,7 +86,8 @@ class Magnitude(Composite):
         plain = base.linear(x)
         # W + gain (s (W + D) - W) = (1 + gain (s - 1)) W + gain s D
         scale = self._scale(base.dense())
-        plain, rows = plain * (1 + self.gain * (scale - 1)).to(x.dtype), self.gain * scale
+        # what a row changes by is added, and not 1 beside it rounded to 16 bits
+        plain, rows = torch.addcmul(plain, plain, (self.gain * (scale - 1)).to(plain.dtype)), self.gain * scale
         if isinstance(self.inner, LowRank):  # rows of a factor are fewer numbers than a product of all tokens
             return LowRank(self.inner.B * rows.unsqueeze(-1), self.inner.A, self.inner.gain).matmul(x, plain)
         return plain + self.inner.matmul(x) * rows.to(x.dtype)

@@ -14,6 +14,7 @@ from espalier.delta.forms.update import (
     Gain,
     Update,
     as_matrix,
+    as_rows,
     embedding_rows,
     expect,
     gain_like,
@@ -58,11 +59,11 @@ class _Product(torch.autograd.Function):
         x, weight, B, A, mask = ctx.saved_tensors
         gradient = gradient.to(x.dtype)  # which autocast makes narrower
         by_x = gradient @ _dense(weight, B, A, mask, ctx.gain, x.dtype) if ctx.needs_input_grad[0] else None
-        by_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        by_bias = as_rows(gradient).sum(0) if ctx.needs_input_grad[2] else None
         if not (ctx.needs_input_grad[3] or ctx.needs_input_grad[4]):
             return by_x, None, by_bias, None, None, None, None
         wide = working_dtype(B)
-        G = gradient.reshape(-1, gradient.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        G = as_rows(gradient).t() @ as_rows(x)
         G = G.to(wide) * ctx.gain
         if mask is None:
             G = G * weight
@@ -118,7 +119,7 @@ class MaskedLowRank(Update):
         return torch.where(_is_kept(self.mask, *product.shape[-2:]), product, 0.0).reshape(self.shape)
 
     def linear(self, x: torch.Tensor, base: BaseWeight) -> torch.Tensor:
-        if not isinstance(base, DenseBase):
+        if not isinstance(base, DenseBase) or base.trains:
             return super().linear(x, base)
         return _Product.apply(x, base.dense(), base.bias, self.B, self.A, self.mask, self.gain)
 
@@ -163,6 +164,8 @@ class ScaledLowRank(Update):
         return (as_matrix(weight).to(wide) * (self.B.to(wide) @ self.A.to(wide) - 1) * self.gain).reshape(self.shape)
 
     def linear(self, x: torch.Tensor, base: BaseWeight) -> torch.Tensor:
+        if base.trains:
+            return functional.linear(x, self.apply(base.dense()).to(x.dtype), base.bias)
         return _Product.apply(x, base.dense(), base.bias, self.B, self.A, None, self.gain)
 
     def lookup(self, ids: torch.Tensor, base: BaseWeight) -> torch.Tensor:

@@ -15,6 +15,7 @@ from espalier.delta.forms.seeded import described, read_described
 from espalier.delta.forms.update import (
     Gain,
     Update,
+    as_rows,
     embedding_rows,
     expect,
     linear_onto,
@@ -221,10 +222,10 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         x, B, made = (tensor.to(gradient.dtype) for tensor in ctx.saved_tensors)  # which autocast makes narrower
         of_x = gradient @ made if ctx.needs_input_grad[0] else None
-        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] else None
+        of_bias = as_rows(gradient).sum(0) if ctx.needs_input_grad[4] else None
         of_S = None
         if ctx.needs_input_grad[1]:
             wide, narrow = (gradient, x) if ctx.tall else (x, gradient)
-            wide, narrow = wide.flatten(0, -2), narrow.flatten(0, -2)
+            wide, narrow = as_rows(wide), as_rows(narrow)
             of_S = (wide @ B).t() @ narrow if len(wide) < len(B) else B.t() @ (wide.t() @ narrow)
         return of_x, of_S, None, None, of_bias, None

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from espalier.delta.base import BaseWeight, UpdatedBase
+from espalier.delta.base import BaseWeight
 from espalier.delta.forms.low_rank import LowRank
 from espalier.delta.forms.support import AtSupport, entries_of_rows, put
 from espalier.delta.forms.update import (
     Gain,
     Update,
+    as_rows,
     embedding_rows,
     expect,
     expect_distinct,
@@ -42,10 +43,10 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
         x, values = ctx.saved_tensors
         of_x = gradient @ ctx.update.put_on(ctx.base, values).to(gradient.dtype) if ctx.needs_input_grad[0] else None
-        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        of_bias = as_rows(gradient).sum(0) if ctx.needs_input_grad[2] else None
         if not ctx.needs_input_grad[1] and ctx.update.watch is None:
             return of_x, None, of_bias, None, None
-        of_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2).to(gradient.dtype)
+        of_weight = as_rows(gradient).T @ as_rows(x).to(gradient.dtype)
         if ctx.update.watch is not None:
             ctx.update.watch(of_weight)
         return of_x, of_weight.view(-1)[ctx.update.positions].to(values.dtype), of_bias, None, None
@@ -113,7 +114,7 @@ class Sparse(AtSupport):
     def linear(self, x: torch.Tensor, base: BaseWeight) -> torch.Tensor:
         if self._is_thin:
             return super().linear(x, base)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or base.trains:
             return functional.linear(x, self.apply(base.dense()).to(x.dtype), base.bias)  # one product, of W with its entries changed
         wide = torch.float64 if base.dtype == torch.float64 else torch.float32
         return _Product.apply(x, self.values.to(wide) * self.gain, base.bias, self, base)
@@ -164,8 +165,8 @@ class _Columns(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = gradient @ ctx.base.dense().to(gradient.dtype)
             of_x.index_add_(-1, ctx.update.index, (gradient @ values.to(gradient.dtype)) * gain_like(ctx.update.gain, of_x))
-        of_values = (gradient.flatten(0, -2).T @ inner.flatten(0, -2)).to(values.dtype) if ctx.needs_input_grad[1] else None
-        of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        of_values = (as_rows(gradient).T @ as_rows(inner)).to(values.dtype) if ctx.needs_input_grad[1] else None
+        of_bias = as_rows(gradient).sum(0) if ctx.needs_input_grad[2] else None
         return of_x, of_values, of_bias, None, None
 
 
@@ -209,7 +210,7 @@ class Columns(Update):
 
     def linear(self, x: torch.Tensor, base: BaseWeight) -> torch.Tensor:
         trained = isinstance(self.gain, torch.Tensor) and self.gain.requires_grad
-        if torch.compiler.is_compiling() or trained or isinstance(base, UpdatedBase):  # whose updates may train, too
+        if torch.compiler.is_compiling() or trained or base.trains:
             return super().linear(x, base)
         return _Columns.apply(x, self.values, base.bias, self, base)
 

@@ -99,7 +99,7 @@ class Update:
 
     def scaled(self, factor: Gain) -> Update:
         """The same update with ``factor`` times its gain."""
-        other = copy.copy(self)
+        other = self.with_tensors({})
         other.gain = self.gain * factor
         return other
 
@@ -208,6 +208,11 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, ...]:
 def as_matrix(weight: torch.Tensor) -> torch.Tensor:
     """A weight as matrix-like forms see it: see :func:`matrix_shape`."""
     return weight.flatten(1) if weight.ndim > 3 else weight
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """Tokens (..., features) as a matrix (tokens, features)."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def gain_like(gain: Gain, like: torch.Tensor) -> Gain:
