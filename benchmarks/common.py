@@ -250,10 +250,12 @@ def with_row(rows: Sequence[dict[str, Any]], row: dict[str, Any], by: Sequence[s
 
 
 def with_rows(part: dict[str, Any], conditions: dict[str, Any], rows: Sequence[Row], by: Sequence[str]) -> dict[str, Any]:
-    """A part of some results with more rows, among those that were measured under the same conditions on such a machine; whatever else it has stays."""
+    """A part of some results with more rows, among those that were measured under the same conditions; whatever else it has stays.
+
+    Every row says on what processor it was measured: a benchmark of hours may end on another machine than it began on.
+    """
     now = machine()
-    is_same = part.get("conditions") == conditions and all(part["machine"][key] == now[key] for key in ("processor", "cores"))
-    kept = part["rows"] if is_same else []
+    kept = part["rows"] if part.get("conditions") == conditions else []
     for row in rows:
-        kept = with_row(kept, row, by)
+        kept = with_row(kept, {"processor": now["processor"], **row}, by)
     return {**part, "conditions": conditions, "machine": now, "rows": kept}

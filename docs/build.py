@@ -92,7 +92,13 @@ def _table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def _machine(found: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {found[name]}" for name in ("processor", "cores", "torch", "transformers", "peft") if name in found)
+    """What it was measured on: the processor of most rows, and the rows of others."""
+    where: dict[str, list[str]] = {}
+    for row in found.get("rows", []):
+        where.setdefault(row["processor"], []).append(row.get("method") or row["setting"])
+    processors = sorted(where, key=lambda processor: -len(where[processor])) or [found["machine"]["processor"]]
+    text = ", ".join([processors[0], *(f"{name} {found['machine'][name]}" for name in ("cores", "torch", "transformers", "peft") if name in found["machine"])])
+    return text + "".join(f"; {', '.join(dict.fromkeys(where[other]))} on {other}" for other in processors[1:])
 
 
 OF = {"ours": "Espalier", "peft": "PEFT"}
@@ -109,7 +115,7 @@ def _job(job: str, found: dict[str, Any]) -> str:
     rows = sorted((row for row in found["rows"] if "loss" in row), key=lambda row: row["loss"])
     text = f"## {JOBS[job].capitalize()}\n\n"
     text += f"{conditions['steps']} steps of {conditions['batch']} times {conditions['length']} tokens, mean of {len(conditions['seeds'])} seeds. "
-    text += f"{_machine(found['machine'])}. " + (f"Loss before: {rows[0]['base loss']:.3f}.\n\n" if rows else "\n\n")
+    text += f"{_machine(found)}. " + (f"Loss before: {rows[0]['base loss']:.3f}.\n\n" if rows else "\n\n")
     if job == "package" and (RESULTS / "compare.png").exists():
         text += "![loss against bytes, with the Pareto front](../../benchmarks/results/compare.png)\n\n"
     speeds = found.get("speed", {}).get("tokens a second", {})
@@ -137,7 +143,7 @@ def _cost(shape: str, found: dict[str, Any]) -> str:
 
     text = f"## A step on {shape.replace('m', ' M')} parameters\n\n"
     c = found["conditions"]
-    text += f"{c['tokens']} tokens, base in {c['dtype']}, {c['threads']} threads, {c['rounds']} rounds. {_machine(found['machine'])}.\n\n"
+    text += f"{c['tokens']} tokens, base in {c['dtype']}, {c['threads']} threads, {c['rounds']} rounds. {_machine(found)}.\n\n"
     columns = ["setting", "trained", "times the floor", "PEFT's", "PEFT's over ours", "peak MiB", "PEFT's peak MiB"]
     return text + _table(columns, [
         [
@@ -154,7 +160,7 @@ def _selections(found: dict[str, Any]) -> list[str]:
     if rows := [row for row in found.get("memory", {}).get("rows", []) if "peak" in row]:
         c = found["memory"]["conditions"]
         text = f"## Memory of selections\n\nPeaks of training a random Llama of {c['shape'].replace('m', ' M')} parameters in {c['dtype']}, {c['batch']} times {c['length']} tokens "
-        text += f"at once, less what the imports took. {_machine(found['memory']['machine'])}.\n\n"
+        text += f"at once, less what the imports took. {_machine(found['memory'])}.\n\n"
         if (RESULTS / "select.png").exists():
             text += "![loss against memory, and three packages in turn](../../benchmarks/results/select.png)\n\n"
         parts.append(text + _table(["method", "of", "trained", "peak MiB"], [
@@ -179,7 +185,7 @@ def _optimizers(found: dict[str, Any]) -> list[str]:
             continue
         c = found[shape]["conditions"]
         text = f"## Optimizers, {rows[0]['trained'] / 1e6:.1f} M parameters\n\nA Llama over bytes, trained from nothing in {c['dtype']} for {c['steps']} steps of {c['batch']} times {c['length']} bytes, "
-        text += f"mean of {len(c['seeds'])} seeds. {_machine(found[shape]['machine'])}.\n\n"
+        text += f"mean of {len(c['seeds'])} seeds. {_machine(found[shape])}.\n\n"
         if shape == "3m" and (RESULTS / "optim.png").exists():
             text += "![loss against optimizer state and time of a step](../../benchmarks/results/optim.png)\n\n"
         text += _table(["optimizer", "loss (nats a byte)", "state MiB", "predicted MiB", "numbers", "rate"], [
@@ -199,7 +205,7 @@ def _optimizers(found: dict[str, Any]) -> list[str]:
         ]))  # fmt: skip
     if step and parts:
         text = f"## Optimizers: the time of a step\n\nOn 17 M parameters in float32, {step['tokens']:,} tokens, {step['threads']} thread(s), in processor time: how much longer a whole training step takes than "
-        text += f"with fused AdamW, on average, new subspaces averaged in, and the slowest; the first step, which allocates, apart. Of `benchmarks/optimizer_step.py`. {_machine(step['machine'])}.\n\n"
+        text += f"with fused AdamW, on average, new subspaces averaged in, and the slowest; the first step, which allocates, apart. Of `benchmarks/optimizer_step.py`. {_machine({'machine': step['machine']})}.\n\n"
         parts.append(text + _table(["optimizer", "ms a step of it", "slowest", "first", "whole step, mean", "whole step, slowest"], step["rows"]))
     return parts
 
