@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
             "full, micro-batches of 1": {"method": "full", "micro_batch_size": 1},
             "full, adamw in 8 bits": {"method": "full", "state": "8bit"},
             "full, galore": {"method": "full", "optimizer": "galore", "rank": 32},
+            "full, mezo": {"method": "full", "optimizer": "mezo", "clip": 0},
             "lisa, frugal in 8 bits": {"method": "lisa", "optimizer": "frugal", "rank": 64, "state": "8bit"},
         },
         LLAMA: {
@@ -50,6 +51,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
             "full, adamw in 8 bits": {"sequence_length": 128, "method": "full", "state": "8bit"},
             "full, lion in bf16": {"sequence_length": 128, "method": "full", "optimizer": "lion", "state": "bf16"},
             "full, galore": {"sequence_length": 128, "method": "full", "optimizer": "galore", "rank": 64},
+            "full, mezo": {"sequence_length": 128, "method": "full", "optimizer": "mezo", "clip": 0},
             "full, frugal": {"sequence_length": 128, "method": "full", "optimizer": "frugal"},
             "lisa": {"sequence_length": 128, "method": "lisa", "method_every": 1, **TURNS},
             "lisa of attention and mlp": {"sequence_length": 128, "method": "lisa", "every": 1, "targets": "attention,mlp", **TURNS},
@@ -99,16 +101,16 @@ def main() -> None:
                     make_llama(model)
             mebi, row = 2**20, known.get(case, {})
             if arguments.predict:
-                plan = of_espalier("plan", model, (), **options)
+                plan = of_espalier("plan", model, (), **{name: value for name, value in options.items() if name != "clip"})
             else:
                 result = measure(model, folder / f"out{number}", **options)
                 plan = result["plan"]
-                row = {"baseline": round(plan["baseline"] / mebi), "measured": round((result["peak_memory"] - plan["baseline"]) / mebi)}
+                row = {"processor": machine()["processor"], "baseline": round(plan["baseline"] / mebi), "measured": round((result["peak_memory"] - plan["baseline"]) / mebi)}
             phases = {phase: {kind: round(n / mebi, 1) for kind, n in kinds.items() if n} for phase, kinds in plan["phases"].items()}
             row = {"case": case, **row, "predicted": round((plan["predicted_peak"] - plan["baseline"]) / mebi), "phases": phases}
             row["ratio"] = round(row["measured"] / row["predicted"], 3)
             known[case] = row
-            print({key: value for key, value in row.items() if key != "phases"}, row["phases"]["steady state"], file=sys.stderr, flush=True)
+            print({key: value for key, value in row.items() if key not in ("phases", "processor")}, row["phases"]["steady state"], file=sys.stderr, flush=True)
             write_result("budget", {"machine": machine(), "steps": STEPS, "cases": [known[case] for case in CASES if case in known]})
     columns = ("case", "baseline", "predicted", "measured", "ratio")
     print(table([*columns[:1], *(f"{column} MiB" for column in columns[1:4]), columns[4]], [[row[c] for c in columns] for row in known.values()]))

@@ -319,11 +319,13 @@ import sys
 import espalier.adapt.lora, torch
 from espalier.kernels import philox
 stream = philox.Stream(5, "a")
-stream.gaussian(philox.SMALL - 1)
-assert sys.modules.get("numba") is None, "a small draw imported numba"
+stream.gaussian(philox.SMALL)
+assert sys.modules.get("numba") is None, "few numbers imported numba"
+stream.gaussian(philox.MANY - philox.SMALL - 1)
+assert sys.modules.get("numba") is None, "not yet so many numbers imported numba"
 drawn = stream.gaussian(philox.SMALL)
 assert (sys.modules.get("numba") is not None) == (sys.argv[1] == "there"), "numba"
-expected = philox.plain_numbers(stream.key, philox.SMALL - 1, philox.SMALL, philox.GAUSSIAN)
+expected = philox.plain_numbers(stream.key, philox.MANY - 1, philox.SMALL, philox.GAUSSIAN)
 assert torch.equal(drawn, expected)
 """
 

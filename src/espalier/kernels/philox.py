@@ -5,7 +5,7 @@ version, sharding or on what was drawn before. Everything that belongs to a meth
 indices, seeded bases, masks) comes from here, never from a framework's global generator.
 
 What is here is plain torch and runs on any device. Where numba is installed, large draws on the CPU run in
-its compiled twin, ``philox_fast.py``: the same bits, some tens of times faster.
+its compiled twin, ``philox_fast.py``, once a process has drawn many numbers: the same bits, some tens of times faster.
 
 J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011; the known-answer vectors of
 its reference implementation are in the tests.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -32,6 +33,8 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _BLOCK = 1 << 16
 SMALL = 1 << 16
 """Draws of fewer numbers never wait for numba to be imported or to compile."""
+MANY = 1 << 24
+"""Numbers that a process draws before it imports numba, which takes about a second and 100 MiB: plain torch draws them in less."""
 
 Device = torch.device | str
 
@@ -132,6 +135,16 @@ RADEMACHER = Distribution("rademacher")
 GAUSSIAN = Distribution("gaussian")
 
 
+_drawn = 0
+
+
+def _twin(count: int) -> ModuleType | None:
+    """The compiled twin, where this process draws so many numbers that it is worth its import, or has it already."""
+    global _drawn
+    _drawn += count
+    return _compiled_twin() if _drawn >= MANY or "espalier.kernels.philox_fast" in sys.modules else None
+
+
 @functools.cache
 def _compiled_twin() -> ModuleType | None:
     try:
@@ -146,7 +159,7 @@ def numbers(key: tuple[int, int], position: int, count: int, distribution: Distr
 
     They are the same bits on every device, and whether or not numba is there.
     """
-    if count >= SMALL and torch.device(device).type == "cpu" and (twin := _compiled_twin()):
+    if count >= SMALL and torch.device(device).type == "cpu" and (twin := _twin(count)):
         result = torch.empty(count, dtype=distribution.dtype)
         twin.fill(result, key, position, distribution)
         return result

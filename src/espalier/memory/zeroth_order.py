@@ -112,16 +112,18 @@ class ZerothOrder(Ruled):
             torch._foreach_add_([view for view, _ in moved], [z for _, z in moved], alpha=by)
 
     def _move_all(self) -> None:
+        for group in self.param_groups:  # before anything large is drawn: what stays must not lie between what comes and goes
+            for parameter in (p for p in group["params"] if p.requires_grad):
+                self._begun(parameter)["drawn"] = torch.tensor(float(self._number + 1))
         for begin, pieces in self._moving():
-            estimate = sum(self._direction(sample, begin, pieces).mul_(slope / self.samples) for sample, slope in enumerate(self._slopes))
-            assert isinstance(estimate, torch.Tensor)
+            estimate, *others = (self._direction(sample, begin, pieces).mul_(slope / self.samples) for sample, slope in enumerate(self._slopes))
+            for other in others:
+                estimate += other
             by_group: dict[int, list[tuple[torch.Tensor, Part]]] = {}
             for piece, some in zip(pieces, estimate.split([count for *_, count in pieces]), strict=True):
                 number, parameter, start, _ = piece
                 if parameter.requires_grad:
-                    state = self.state[parameter] if start else self._begun(parameter)
-                    state["drawn"] = torch.tensor(float(self._number + 1))
-                    part = Part(self.names[id(parameter)], state, parameter.numel(), parameter.numel(), start, some)
+                    part = Part(self.names[id(parameter)], self.state[parameter], parameter.numel(), parameter.numel(), start, some)
                     by_group.setdefault(number, []).append((_view(piece), part))
             for number, pairs in by_group.items():
                 self._move(pairs, self.param_groups[number])

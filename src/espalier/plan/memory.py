@@ -84,7 +84,7 @@ class Around:
         looking: for looking at the data, before the model is loaded.
         state: of optimizer state, when all of it is there.
         updating: that an optimizer's step holds beside gradients and state; during the backward pass where it ``moves_early``.
-        compiled: of compilers that are imported.
+        compiled: of compilers that are imported, by the first step.
         exported: made to store the result.
     """
 
@@ -121,12 +121,12 @@ def predict(around: Around, traced: Traced, held: Held, working_set: int, on_cpu
         "checkpoint": [{**whole, "optimizer": state}],
         "export": [{**whole, "buffers": around.exported}],
     }
-    libraries = around.baseline + around.compiled + (LIBRARIES if on_cpu else 0)
+    libraries = around.baseline + (LIBRARIES if on_cpu else 0)
     made = {}
     for phase, found in moments.items():
         if found:
             worst = max(found, key=lambda moment: sum(moment.values()))
-            made[phase] = dict.fromkeys(KINDS, 0) | worst | {"libraries": libraries}
+            made[phase] = dict.fromkeys(KINDS, 0) | worst | {"libraries": libraries + (0 if phase in ("data", "load") else around.compiled)}
     return made
 
 

@@ -433,7 +433,7 @@ class Job:
         around = planning.Around(
             baseline, *self._load_bytes(first), starting, looking,
             state=self.optimizer_method.state_bytes(first.moving if self.method.state_policy != "keep" else first.shapes),
-            updating=self.optimizer_method.step_bytes(first.moving), exported=first.exported, moves_early=self.gradients != "all",
+            updating=self.optimizer_method.step_bytes(first.moving), exported=first.exported, moves_early=self.gradients == "few",
             compiled=planning.COMPILED if compiles else 0,
         )  # fmt: skip
         bound = self.budget or (1 << 62 if self.verb == "plan" else round(0.8 * planning.available_memory(self.device)))
