@@ -388,7 +388,7 @@ def test_the_gradient_of_every_expert_is_shown_with_its_number() -> None:
     torch.testing.assert_close(seen[1], x.sum(0).expand(3, 4))
 
 
-@pytest.mark.parametrize("kind", ["sparse", "columns", "masked_low_rank", "scaled_low_rank"])
+@pytest.mark.parametrize("kind", ["sparse", "columns", "masked_low_rank", "scaled_low_rank", "random_bases"])
 @pytest.mark.parametrize("below", ["update", "weight", "nothing"])
 @pytest.mark.parametrize("batch", [(), (3, 4)])
 def test_what_trains_below_a_form_gets_its_gradient_and_tokens_may_be_of_any_shape(kind: str, below: str, batch: tuple[int, ...]) -> None:
@@ -405,6 +405,7 @@ def test_what_trains_below_a_form_gets_its_gradient_and_tokens_may_be_of_any_sha
         "columns": Columns(numbers(outputs, 2), torch.tensor([1, 3]), inputs),
         "masked_low_rank": MaskedLowRank(numbers(outputs, 2), numbers(2, inputs), mask),
         "scaled_low_rank": ScaledLowRank(numbers(outputs, 2), numbers(2, inputs)),
+        "random_bases": RandomBases({"lam": numbers(2, 2), "gamma": numbers(2, inputs), "B": numbers(outputs, 4), "A": numbers(2, inputs)}, {}, (outputs, inputs)),
     }
     update, lower = made[kind], LowRank(B, A)
     trained = {"update": [B, A], "weight": [weight], "nothing": []}[below] + [next(iter(update.tensors().values()))]

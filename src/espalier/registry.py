@@ -20,7 +20,7 @@ import importlib.util
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -336,6 +336,7 @@ def make(name: str, role: str | tuple[str, ...], **hyperparameters: Any) -> Any:
     """
     method, options = options_of(name, role, hyperparameters)
     made = method(**options)
+    made._given = frozenset(options)
     made.check()
     return made
 
@@ -379,19 +380,25 @@ def share_out(
     return given, spelt
 
 
-def make_below(above: Any, name: str, role: str, option: str = "rule") -> Any:
+def make_below(above: Any, name: str, role: str, option: str = "rule", shared: Iterable[str] | None = None) -> Any:
     """A method that another one stands on, which has an option for it.
 
     It has the hyperparameters of that one that both have; where it is not that option's default, only those that were given: what
-    is a good epsilon for one rule is none for another. What comes of it is what both have afterwards, so that records tell it.
+    is a good epsilon for one rule is none for another. What comes of it is what both have afterwards, so that records tell it, and
+    counts as given.
+
+    Args:
+        shared: hyperparameters of ``above`` that are those of the other one too; default: all.
 
     Raises:
         EspalierError: as :func:`make`.
     """
     defaults = {f.name: f.default for f in dataclasses.fields(above)}
-    both = [h.name for h in find(name, role).hyperparameters if h.name in defaults]
+    both = [h.name for h in find(name, role).hyperparameters if h.name in (defaults if shared is None else shared)]
+    given: frozenset[str] = getattr(above, "_given", frozenset())
     is_usual = name == defaults[option]
-    made = make(name, role, **{h: getattr(above, h) for h in both if is_usual or getattr(above, h) != defaults[h]})
+    made = make(name, role, **{h: getattr(above, h) for h in both if is_usual or h in given or getattr(above, h) != defaults[h]})
     for h in both:
         setattr(above, h, getattr(made, h))
+    above._given = given.union(both)
     return made

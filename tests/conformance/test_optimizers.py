@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from espalier import registry
+from espalier.attach.method import Renewed
 from espalier.data.batches import Cursor
 from espalier.errors import EspalierError
 from espalier.kernels.codes import codebook
@@ -775,3 +776,42 @@ def test_galore_is_that_of_galore_torch() -> None:
         one.step()
         two.step()
     assert close({n: p.detach() for n, p in ours.items()}, {n: p.detach() for n, p in given.items()}, 1e-5)
+
+
+@pytest.mark.parametrize(("name", "given"), [
+    ("mezo", {"rule": "adabelief", "beta2": 0.95}), ("galore", {"rule": "adabelief", "epsilon": 1e-6}), ("perpgrad", {"rule": "adabelief", "beta2": 0.99}),
+])  # fmt: skip
+def test_what_was_given_to_the_rule_below_counts_also_where_it_is_the_default_above(name: str, given: dict[str, Any]) -> None:
+    (option, value), made = list(given.items())[1], registry.make(name, "optimizer", **given)
+    assert getattr(registry.make(name, "optimizer"), option) == value, "the default above"
+    assert getattr(registry.make(given["rule"], "optimizer"), option) != value, "not that below"
+    assert getattr(made, option) == getattr(made.inner, option) == value
+    made.check()  # again
+    assert getattr(made.inner, option) == value
+
+
+def test_numbers_that_take_the_place_of_others_begin_under_adafactor_with_the_mean_square_of_those_that_stay() -> None:
+    """With none, their first step would be nearly all of the update, whose root mean square is bounded."""
+    from espalier.attach import course
+
+    moved = {}
+    for is_renewed in (False, True):
+        weight = torch.nn.Parameter(torch.randn(200, generator=torch.Generator().manual_seed(0)))
+        optimizer = registry.make("adafactor", "optimizer").build({"weight": weight}, 1e-2)
+        for step in range(301):
+            if step == 300 and is_renewed:
+                part = types.SimpleNamespace(weight=weight)
+                course._renew(optimizer, Renewed(part, "weight", torch.arange(200) < 20), False)
+            weight.grad = torch.randn(200, generator=torch.Generator().manual_seed(step))
+            before = weight.detach().clone()
+            optimizer.step()
+        moved[is_renewed] = (weight.detach() - before)[20:].norm()
+    assert 0.8 < moved[True] / moved[False] < 1.25
+
+
+def test_adafactor_refuses_sharded_parameters_by_name() -> None:
+    class Sharded(torch.nn.Parameter):
+        def full_tensor(self) -> None: ...
+
+    with pytest.raises(EspalierError, match=r"layer\.weight is sharded"):
+        registry.make("adafactor", "optimizer").build({"layer.weight": Sharded(torch.zeros(2))}, 1e-2)

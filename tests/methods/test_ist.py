@@ -12,8 +12,11 @@ import pytest
 import torch
 from families import tiny, tokens
 
+from espalier import registry
+from espalier.anatomy.parameters import parameters
 from espalier.attach.attachment import attach, attachments, detach, release_base, trainable_parameters
 from espalier.attach.course import Course
+from espalier.budget.fitting import _with_size
 from espalier.errors import EspalierError
 from espalier.kernels.philox import Stream
 from espalier.select.ist import draw
@@ -257,3 +260,21 @@ def test_a_method_that_draws_layers_itself_is_refused() -> None:
     """No layer might be in both draws."""
     with pytest.raises(EspalierError, match="inner is 'lisa', which draws itself what trains in a step"):
         ist(inner="lisa")
+
+
+def test_what_the_inner_method_calls_the_same_and_means_otherwise_is_its_own() -> None:
+    """Steps between comparisons here, steps between choices of entries there."""
+    for inner in ("spiel", "masked"):
+        method = registry.make("ist", "adapter", inner=inner)
+        assert method.every == 10 and method.below.every == registry.make(inner, "adapter").every
+        recorded = {h.name: getattr(method, h.name) for h in registry.find("ist").hyperparameters}
+        again = registry.make("ist", "adapter", **recorded)
+        assert vars(again.below) | {"_given": None} == vars(method.below) | {"_given": None}
+
+
+def test_what_was_given_counts_also_where_it_is_the_default_here() -> None:
+    method = registry.make("ist", "adapter", inner="dora", rank=32)
+    assert method.below.rank == 32 and method.below.alpha == registry.make("dora", "adapter").alpha
+    target = next(t for t in parameters(tiny("llama")) if t.is_matrix)
+    larger = [_with_size(registry.make("ist", "adapter", inner="dora"), rank).count(target) for rank in (31, 32, 33)]
+    assert larger == sorted(set(larger))

@@ -233,3 +233,15 @@ def test_what_each_block_is_comes_along_with_its_rung() -> None:
     )  # fmt: skip
     ladder = Ladder(config, 2, 2)
     assert ladder.rungs == [1, 3] and list(ladder.side.config.no_rope_layers) == [0, 0]
+
+
+def test_lists_of_numbers_of_blocks_and_of_tokens_are_not_of_what_each_block_is() -> None:
+    from transformers import Qwen2MoeConfig
+
+    config = Qwen2MoeConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, mlp_only_layers=[0, 1], eos_token_id=[5, 7],
+    )  # fmt: skip
+    ladder = Ladder(config, 2, 2)
+    assert ladder.rungs == [1] and ladder.side.config.mlp_only_layers == [0] and ladder.side.config.eos_token_id == [5, 7]
+    assert type(ladder.side.layers[0].mlp).__name__ == "Qwen2MoeMLP"

@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from espalier.data.batches import Cursor
 from espalier.errors import EspalierError, NotFiniteError
 from espalier.memory.joined_optimizer import build
 from espalier.memory.zeroth_order import ZerothOrder
+from espalier.optim.mezo import MeZO
 from espalier.train import checkpoint, steps
 from espalier.verbs.tune import tune
 
@@ -316,3 +318,22 @@ def test_what_needs_gradients_is_refused_before_anything_is_loaded(model: Path, 
 def test_a_run_whose_loss_is_not_finite_stops(model: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFiniteError, match="stopped at step"):
         run(model, tmp_path / "out", learning_rate=1e30)
+
+
+def test_however_many_directions_a_step_looks_along_it_holds_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = parameters()
+    optimizer = mezo(tensors, samples=8)
+    drawn: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    draw = ZerothOrder._direction
+
+    def watched(self: ZerothOrder, *where: Any) -> torch.Tensor:
+        nonlocal most
+        found = draw(self, *where)
+        drawn.append(weakref.ref(found))
+        most = max(most, sum(one() is not None for one in drawn))
+        return found
+
+    monkeypatch.setattr(ZerothOrder, "_direction", watched)
+    optimizer.step(bowl(tensors))
+    assert len(drawn) == 8 * 4 and 4 * most <= MeZO.working  # bytes a number, which are planned

@@ -213,3 +213,17 @@ def test_a_prefix_with_a_scale_of_nearly_nothing_is_nearly_not_there_for_those_b
     activate(model, ["b"])
     torch.testing.assert_close(found[0], model(x).logits)
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_branch_with_a_scale_below_nothing_does_not_hide_those_behind_it() -> None:
+    model, x = copy.deepcopy(tiny("llama")), tokens()
+    for name in "ab":
+        attach(model, "prefix", name=name, length=4)
+    randomize(model, 2.0)
+    scale(model, "a", -1.0)
+    both = model(x).logits
+    both.square().mean().backward()
+    grads = [p.grad for n, p in trainable_parameters(model).items() if ":b" in n or ".b." in n]
+    assert grads and all(g is not None and bool(g.isfinite().all()) and bool(g.any()) for g in grads)
+    activate(model, ["a"])
+    assert not (model(x).logits == both).all(-1).any()

@@ -128,17 +128,16 @@ class IncreLoRA(Adapter):
             )
 
     def before_step(self, parts: Sequence[Any], moment: Moment) -> list[dict[str, torch.Tensor]]:
-        for part in parts:
-            if part.e.grad is None:  # another method leaves it out of this step
-                continue
-            sensitivity = whole(part.e * part.e.grad).abs().sum() / math.sqrt(part.target.size)
-            average_in(sensitivity, part.sensitivity, part.uncertainty, self.decay)
         return [{name: whole(getattr(part, name)).clone() for name in ("B", "e", "A")} for part in parts]
 
     def after_step(self, parts: Sequence[Any], moment: Moment, before: list[dict[str, torch.Tensor]]) -> None:
         goal, total = self.rank * len(parts), sum(int(part.active) for part in parts)
         interval = self._interval(len(parts), moment.steps)
-        for part, was in zip(parts, before, strict=True):  # new triplets warm up
+        for part, was in zip(parts, before, strict=True):
+            if part.e.grad is not None:  # where another method does not leave it out of this step
+                sensitivity = (was["e"] * whole(part.e.grad)).abs().sum() / math.sqrt(part.target.size)
+                average_in(sensitivity, part.sensitivity, part.uncertainty, self.decay)
+            # new triplets warm up
             share = ((moment.step + 1 - part.born) / interval).clamp(0, 1)
             for name, axis in (("B", 0), ("e", 0), ("A", 1)):
                 now, factor = whole(getattr(part, name)), share.unsqueeze(-1) if axis else share

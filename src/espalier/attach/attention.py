@@ -80,7 +80,8 @@ def _with_branches(
         seen = total > 0  # a padding row may see nothing, and a branch may have nothing for it
         weight = torch.where(seen, slot.gain * there / torch.where(seen, total, 1.0), 0.0)
         out = out * (1 - weight * denominator) + numerator * weight  # in lse's dtype; what is kept is in the model's
-        lse = torch.where(seen, top + torch.log(torch.where(seen, here + slot.gain * there * denominator, 1.0)), lse)
+        here = here + slot.gain.clamp_min(0) * there * denominator  # what a branch takes away does not count for those behind it
+        lse = torch.where(seen, top + torch.log(torch.where(seen, here, 1.0)), lse)
     return out.transpose(1, 2).to(dtype), weights
 
 

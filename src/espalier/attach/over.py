@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from espalier import registry
 from espalier.attach.method import Adapter
@@ -20,11 +20,12 @@ _FACTS = ("kept", "state_policy", "reads_gradients", "takes", "surveys_ranks", "
 class Over(Adapter):
     """Does what the method that its option ``inner`` names does, but for what a subclass does otherwise (calling ``super()``).
 
-    The inner method has the hyperparameters that both have (see :func:`espalier.registry.make_below`). It is stored as its forms
+    The inner method has those hyperparameters that ``shared`` names (see :func:`espalier.registry.make_below`). It is stored as its forms
     are: who loads the delta need not know of what was over it.
     """
 
     inner: str
+    shared: ClassVar[tuple[str, ...]] = ()
     _made: tuple[dict[str, Any], Adapter] | None = None
 
     @property
@@ -41,7 +42,7 @@ class Over(Adapter):
         if self._made is None or self._made[0] != options():
             if issubclass(registry.load(registry.find(self.inner, "adapter")), Over):
                 raise EspalierError(f"inner is {self.inner!r}, which is itself over another method; give that one")
-            made = registry.make_below(self, self.inner, "adapter", "inner")
+            made = registry.make_below(self, self.inner, "adapter", "inner", self.shared)
             self._made = (options(), made)
         return self._made[1]
 

@@ -24,6 +24,10 @@ from espalier.registry import brancher
 
 _TEMPERATURE = 0.1
 _INNER = ("intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size", "shared_expert_intermediate_size")
+_NUMBERS = ("mlp_only_layers", "cross_attention_layers")
+"""Lists in configs of the numbers of some blocks."""
+_OTHERS = ("architectures", "eos_token_id")
+"""Lists in configs that are not of blocks, however long."""
 
 
 @brancher(
@@ -163,7 +167,9 @@ def _narrow(config: Any, reduction: int, rungs: list[int]) -> int:
         values["num_key_value_heads"] = math.gcd(heads, max(1, groups // reduction))
     layers = config.num_hidden_layers
     for name, value in vars(config).items():
-        if isinstance(value, list) and len(value) == layers:  # what each block is
+        if isinstance(value, list) and name in _NUMBERS:
+            setattr(config, name, [n for n, i in enumerate(rungs) if i in value])
+        elif isinstance(value, list) and len(value) == layers and name not in _OTHERS:  # what each block is
             setattr(config, name, [value[i] for i in rungs])
     values |= {"num_hidden_layers": len(rungs), "vocab_size": 1}
     for name, value in values.items():

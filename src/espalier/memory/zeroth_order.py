@@ -7,6 +7,7 @@ terms in eps^2. z is never stored: it is drawn anew from its seed wherever it is
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -116,9 +117,8 @@ class ZerothOrder(Ruled):
             for parameter in (p for p in group["params"] if p.requires_grad):
                 self._begun(parameter)["drawn"] = torch.tensor(float(self._number + 1))
         for begin, pieces in self._moving():
-            estimate, *others = (self._direction(sample, begin, pieces).mul_(slope / self.samples) for sample, slope in enumerate(self._slopes))
-            for other in others:
-                estimate += other
+            scaled = (self._direction(sample, begin, pieces).mul_(slope / self.samples) for sample, slope in enumerate(self._slopes))
+            estimate = functools.reduce(torch.Tensor.add_, scaled)  # a direction at a time
             by_group: dict[int, list[tuple[torch.Tensor, Part]]] = {}
             for piece, some in zip(pieces, estimate.split([count for *_, count in pieces]), strict=True):
                 number, parameter, start, _ = piece

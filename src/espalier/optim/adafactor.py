@@ -39,10 +39,16 @@ class Adafactor:
                 raise EspalierError(f"{name} is {getattr(self, name)}; it must be more than 0")
 
     def build(self, parameters: Mapping[str, torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-        """The optimizer over named parameters; decay acts on those of two or more dimensions."""
+        """The optimizer over named parameters; decay acts on those of two or more dimensions.
+
+        Raises:
+            EspalierError: where one is sharded, over which torch's does not go.
+        """
+        if sharded := next((name for name, p in parameters.items() if hasattr(p, "full_tensor")), None):
+            raise EspalierError(f"{sharded} is sharded, and torch's adafactor needs whole parameters; give another optimizer")
         matrices, others = ([p for p in parameters.values() if (p.ndim > 1) == wanted] for wanted in (True, False))
         groups = [{"params": some, "weight_decay": decay} for some, decay in ((matrices, self.weight_decay), (others, 0.0)) if some]
-        return torch.optim.Adafactor(groups, lr=learning_rate, beta2_decay=-self.exponent, d=self.threshold)
+        return _Renewing(groups, lr=learning_rate, beta2_decay=-self.exponent, d=self.threshold)
 
     def step_bytes(self, shapes: Mapping[str, Shape]) -> int:
         """Bytes that a step holds beside gradients and state: of two parameters at a time, V, which becomes the update."""
@@ -54,3 +60,15 @@ class Adafactor:
     def state_bytes(self, shapes: Mapping[str, Shape]) -> int:
         """Bytes of state for parameters of these names and shapes."""
         return 4 * sum(math.prod(s[:-2]) * (s[-2] + s[-1]) if len(s) > 1 else math.prod(s) for s in shapes.values())
+
+
+class _Renewing(torch.optim.Adafactor):
+    """Numbers that take the place of others begin with the mean square of those that stay: with none, their first step would be all of the update."""
+
+    def renew(
+        self, parameter: torch.nn.Parameter, places: torch.Tensor, gradients: torch.Tensor | None, squares: torch.Tensor | None, steps: int
+    ) -> None:
+        """See :meth:`espalier.memory.rule.Ruled.renew`. A column and a row of mean squares are of no single number: they stay."""
+        variance = self.state[parameter].get("variance")
+        if variance is not None:
+            variance[places] = variance[~places].mean().nan_to_num() if squares is None else squares[places].to(variance.dtype)

@@ -31,7 +31,7 @@ class IST(Over):
 
     inner: str = "lora"
     """the method whose layers these are"""
-    rank: int = 32
+    rank: int | None = 32
     """rank of the inner method, where it has one"""
     alpha: float = 64.0
     """alpha of the inner method, where it has one"""
@@ -49,6 +49,7 @@ class IST(Over):
     """of the importance, at least 0"""
 
     needs_base = True
+    shared = ("rank", "alpha")
 
     def check(self) -> None:
         for name in ("active", "suppressed"):

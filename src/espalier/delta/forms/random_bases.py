@@ -160,7 +160,7 @@ class RandomBases(Update):
         self._keep(x.dtype)
         # in 16 bits a small update would be lost in the weight's rounding
         exact = isinstance(base, DenseBase) and base.dtype == x.dtype and x.dtype in (torch.float32, torch.float64)
-        if not exact or self._trains_bases() or not self._made_is_cheaper(x, added=True):
+        if not exact or base.trains or self._trains_bases() or not self._made_is_cheaper(x, added=True):
             return self.matmul(x, base.linear(x))
         S, B = self._scaled(x.dtype), self._frozen("B", x.dtype)
         return _Product.apply(x, S, B, base.dense(), base.bias, self._is_tall)  # type: ignore[no-untyped-call]
