@@ -52,6 +52,8 @@ def run(method: str, family: str, targets: str | None, bits: int | None, course:
                 (part + course.penalty() / cuts).backward()
                 loss += part.detach()
             course.before_step()
+            if given.get("clip"):
+                torch.nn.utils.clip_grad_norm_(trainable_parameters(model).values(), given["clip"])
             optimizer.step()
             course.after_step()
             optimizer.zero_grad()

@@ -31,6 +31,7 @@ COURSES: dict[str, tuple[str, str, dict[str, Any], str, dict[str, int]]] = {
     "layers that take turns": ("lisa", "attention", {"layers": 1, "every": 1}, "adamw", {"forgotten": 12}),
     "layers that take turns, in a subspace": ("lisa", "attention", {"layers": 1, "every": 1}, "galore", {"forgotten": 12}),
     "layers by what they are worth": ("ist", "linear", {"rank": 2, "every": 2, "active": 0.5, "trials": 2}, "adamw", {"changed": 14}),
+    "columns that stand still, under clipping": ("lamda", "linear", {"rank": 4, "freeze": 0.5}, "sgd", {}),
     "entries by summed gradients": ("spiel", "mlp", {"every": 3, "collect": 1, "rate": 0.8, "density": 0.1}, "adamw", {"changed": 6, "renewed": 300}),
     "entries by accumulators": ("spiel", "mlp", {"growth": "momentum", "every": 2, "rate": 0.8, "density": 0.1}, "adamw bf16", {"changed": 6, "renewed": 300}),
     "entries by the gradients of a step": ("masked", "mlp", {"score": "gradient", "every": 2, "density": 0.1}, "torch", {"changed": 6, "renewed": 300}),
@@ -44,7 +45,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, floa
     some = [*((*case, None) for case in CASES), *((method, family, None, None) for method, family in BRANCHED), *CODED]
     cases = {f"{method} {family} {bits}": (method, family, targets, bits, None) for method, family, targets, bits in some}
     for what, (method, targets, options, optimizer, _) in COURSES.items():
-        cases[what] = (method, "llama", targets, None, {"options": options, "optimizer": optimizer, "steps": 6, "rate": 0.01, "cuts": 2, "seed": 2})
+        cases[what] = (method, "llama", targets, None, {"options": options, "optimizer": optimizer, "steps": 6, "rate": 0.01, "cuts": 2, "seed": 2, "clip": 0.05 if "clipping" in what else 0.0})
     worker = Path(__file__).with_name("sharding_worker.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
