@@ -269,6 +269,12 @@ def _rules_for_deltas() -> list[str]:
     for kind, what in (("adapt", "an update with tensors of its own"), ("select", "some of the model's own numbers"), ("branch", "a module beside the layers")):
         if of := [row for row in rows if kinds.get(row["method"]) == kind]:
             lines.append(f"- If it has to be {what}: {_said(min(of, key=lambda row: row['loss']), 'method')}.")
+    defaults = {info.name: info.settings.get("learning_rate") for info in registry.methods()}
+    if times := [row["rate"] / float(default) for row in rows if (default := defaults.get(row["method"]))]:
+        lines.append(
+            f"- The learning rate: the best here is {statistics.median(times):.0f} times the default in the median ({min(times):.0f} to {max(times):.0f} times)"
+            "; defaults are those of papers, whose models are far larger. On a small model, try higher ones."
+        )
     lines += ["", "Best for its size, smallest first:", ""]
     lines.append(_table(["method", "loss", "delta", "trained"], [
         [row["method"], f"{row['loss']:.4f} ± {row['deviation']:.4f}", _size(row["bytes"]), f"{row['trained']:,}"] for row in front
