@@ -272,7 +272,7 @@ def _rules_for_deltas() -> list[str]:
     defaults = {info.name: info.settings.get("learning_rate") for info in registry.methods()}
     if times := [row["rate"] / float(default) for row in rows if (default := defaults.get(row["method"]))]:
         lines.append(
-            f"- The learning rate: the best here is {statistics.median(times):.0f} times the default in the median ({min(times):.0f} to {max(times):.0f} times)"
+            f"- The learning rate: the best here is {statistics.median(times):.3g} times the default in the median ({min(times):.2g} to {max(times):.3g} times)"
             "; defaults are those of papers, whose models are far larger. On a small model, try higher ones."
         )
     lines += ["", "Best for its size, smallest first:", ""]

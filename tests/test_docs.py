@@ -56,7 +56,7 @@ def test_which_one_to_use_says_what_was_not_measured(tmp_path: Path) -> None:
 
 
 def test_which_one_to_use_follows_from_the_tables(tmp_path: Path) -> None:
-    common = {"deviation": 0.01, "forgetting": 0.0, "edge": False, "system": "ours", "base loss": 3.0, "trained": 1}
+    common = {"deviation": 0.01, "forgetting": 0.0, "edge": False, "system": "ours", "base loss": 3.0, "trained": 1, "rate": 2e-3}
     rows = [
         {**common, "method": "full", "loss": 2.0, "bytes": 1000 << 20},
         {**common, "method": "lisa", "loss": 2.005, "bytes": 900 << 20},
@@ -73,6 +73,7 @@ def test_which_one_to_use_follows_from_the_tables(tmp_path: Path) -> None:
     assert "A small delta: **lora** (loss 2.0500 ± 0.0100) has 95% of the best one's gain in 1.0 MiB" in page
     assert "The smallest delta on the front: **ia3**" in page and "| vera |" not in page
     assert "perhaps better than shown: lora." in page
+    assert "the best here is 10 times the default in the median (0.5 to 100 times)" in page  # of vera 4e-3, ia3 3e-3, lora 2e-4, full and lisa 2e-5
     assert "within 2 % of the lowest loss: **fira**" in page and "Least state of all: **galore**" in page
 
 
