@@ -365,7 +365,7 @@ def _unmeasured() -> list[str]:
     return [
         *lines,
         "- Models beyond 9 million parameters by loss, and beyond 350 million by time and memory; GPUs; text that is not Python source; several processes.",
-        "- Other options than the defaults, but for the learning rate, which is chosen for each from a small grid; other numbers of steps.",
+        "- Other options than the defaults, but for the learning rate, which is chosen for each from a small grid and on a third of the steps, so for what is fast at first; other numbers of steps.",
         "",
     ]
 
