@@ -201,14 +201,14 @@ def config_of(shape: str) -> Any:
     )  # fmt: skip
 
 
-def options_of(name: str, shape: str, every: int | None) -> dict[str, Any]:
-    """The options of a setting; ``every``: steps between choices of a subspace, where not the default."""
+def options_of(name: str, shape: str, every: int) -> dict[str, Any]:
+    """The options of a setting; ``every``: steps between choices of a subspace."""
     from espalier import registry
 
     setting = SETTINGS[name]
     own = {h.name for h in registry.find(setting.optimizer, "optimizer").hyperparameters}
     more: dict[str, Any] = {} if setting.optimizer in OWN_ADAM else dict(ADAM)
-    more |= {"rank": SHAPES[shape]["hidden"] // 4} | ({"every": every} if every else {})
+    more |= {"rank": SHAPES[shape]["hidden"] // 4, "every": every}
     if setting.method != "full":
         own |= {h.name for h in registry.find(setting.method, registry.ATTACHED).hyperparameters}
     return {key: value for key, value in more.items() if key in own} | dict(setting.options)
@@ -327,8 +327,8 @@ class Lab:
     def run(self, name: str, **more: Any) -> dict[str, Any]:
         """A run of a setting with what else it depends on."""
         setting = SETTINGS[name]
-        # no history is cut short by a new subspace where the state is looked at
-        every = EVERY if more["what"] == "train" else None
+        # no history is cut short by a new subspace where the state is looked at, though matrices take turns
+        every = EVERY if more["what"] == "train" else 1000 * STATE_STEPS
         spec = {
             "optimizer": setting.optimizer, "state": setting.state, "method": setting.method, "options": options_of(name, self.a.shape, every),
             "shape": self.a.shape, **more,
