@@ -668,7 +668,9 @@ def test_forms_that_act_entry_by_entry_take_every_shape(name: str, shape: tuple[
     torch.testing.assert_close(update.apply(weight).double(), equation(weight.double()), rtol=1e-5, atol=1e-5)
     if len(shape) not in (0, 3):
         sliced = update.slice_rows(0, shape[0] // 2)
-        assert sliced is not None and torch.equal(sliced.apply(weight[: shape[0] // 2]), update.apply(weight)[: shape[0] // 2])
+        assert sliced is not None
+        # a product of fewer rows may be summed in another order
+        torch.testing.assert_close(sliced.apply(weight[: shape[0] // 2]), update.apply(weight)[: shape[0] // 2], rtol=2 * torch.finfo(torch.float32).eps, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["diagonal rows", "permute rows"])
