@@ -343,7 +343,7 @@ def test_without_numba_the_plain_twin_draws() -> None:
     run_drawing("not there")
 
 
-def test_numba_is_imported_by_large_draws_only() -> None:
+def test_numba_is_imported_by_many_draws_only() -> None:
     pytest.importorskip("numba")
     run_drawing("there")
 

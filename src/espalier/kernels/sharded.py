@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+
+from espalier.errors import EspalierError
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -60,3 +63,14 @@ def from_each(tensor: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
             gathered += parts
         found = gathered
     return found
+
+
+def refuse(named: Iterable[tuple[str, torch.Tensor]], needs: str) -> None:
+    """Refuse sharded parameters, by name; ``needs`` is who does, and its verb.
+
+    Raises:
+        EspalierError: naming the first one.
+    """
+    for name, tensor in named:
+        if hasattr(tensor, "full_tensor"):
+            raise EspalierError(f"{name} is sharded; {needs} whole parameters, in one process")

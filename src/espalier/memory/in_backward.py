@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import nn
 
-from espalier.errors import EspalierError
+from espalier.kernels import sharded
 
 WAITING = 1 << 20
 """Numbers of gradients that wait for each other, so that many small parameters are moved together."""
@@ -40,9 +40,7 @@ class InBackward:
     """Whether the next backward pass is the last of its step."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], move: Move, hold: Callable[[nn.Parameter], bool] = lambda parameter: False) -> None:
-        for name, parameter in parameters.items():
-            if hasattr(parameter, "full_tensor"):
-                raise EspalierError(f"{name} is sharded; updates during the backward pass need whole parameters, in one process")
+        sharded.refuse(parameters.items(), "updates during the backward pass need")
         self._move, self._hold = move, hold
         self._waiting: list[nn.Parameter] = []
         self._held: dict[nn.Parameter, torch.Tensor | None] = {}

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from espalier.errors import EspalierError
+from espalier.kernels import sharded
 from espalier.kernels.philox import Stream
 from espalier.memory.rule import Part, Rule, Ruled
 
@@ -46,8 +47,7 @@ class ZerothOrder(Ruled):
         self, rule: Rule, groups: Sequence[tuple[Mapping[str, torch.nn.Parameter], float]], learning_rate: float, perturbation: float, samples: int
     ) -> None:
         super().__init__(rule, groups, learning_rate)
-        if sharded := next((self.names[id(p)] for g in self.param_groups for p in g["params"] if hasattr(p, "full_tensor")), None):
-            raise EspalierError(f"{sharded} is sharded; a zeroth-order optimizer needs whole parameters, in one process")
+        sharded.refuse(((self.names[id(p)], p) for g in self.param_groups for p in g["params"]), "a zeroth-order optimizer needs")
         self.perturbation, self.samples = perturbation, samples
         self._pieces = list(self._in_slices())
         self._total = sum(p.numel() for group in self.param_groups for p in group["params"])

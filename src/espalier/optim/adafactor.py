@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from espalier.errors import EspalierError, at_least
+from espalier.kernels import sharded
 from espalier.memory.rule import Shape
 from espalier.registry import optimizer
 
@@ -44,8 +45,7 @@ class Adafactor:
         Raises:
             EspalierError: where one is sharded, over which torch's does not go.
         """
-        if sharded := next((name for name, p in parameters.items() if hasattr(p, "full_tensor")), None):
-            raise EspalierError(f"{sharded} is sharded, and torch's adafactor needs whole parameters; give another optimizer")
+        sharded.refuse(parameters.items(), "torch's adafactor needs")
         matrices, others = ([p for p in parameters.values() if (p.ndim > 1) == wanted] for wanted in (True, False))
         groups = [{"params": some, "weight_decay": decay} for some, decay in ((matrices, self.weight_decay), (others, 0.0)) if some]
         return _Renewing(groups, lr=learning_rate, beta2_decay=-self.exponent, d=self.threshold)
