@@ -28,19 +28,22 @@ def _losses_and_gradient(
     """The cross-entropies (n,) of a chunk, and if ``wanted`` the gradient of each in float32."""
     targets = targets[:, None]
     wide = logits.float()
-    normalizer = wide.logsumexp(-1, keepdim=True)
     right = wide.gather(-1, targets)
     if smoothing:  # the target (1 - e) y + e / V: its cross-entropy takes the mean of the logits, and no further row of them
         right = torch.lerp(right, wide.mean(-1, keepdim=True), smoothing)
-    losses = (normalizer - right).squeeze(-1)
+    # not logsumexp, which makes another tensor of the logits' size, and exponentiates twice where the gradient is wanted
+    largest = wide.amax(-1, keepdim=True)
+    powers = (wide - largest if wide is logits else wide.sub_(largest)).exp_()
+    sums = powers.sum(-1, keepdim=True)
+    losses = (largest + sums.log() - right).squeeze(-1)
     if confidence is not None:
-        confidence += torch.where(kept, (wide.amax(-1) - normalizer.squeeze(-1)).exp(), 0.0).sum(dtype=torch.float64)
+        confidence += torch.where(kept, sums.squeeze(-1).reciprocal(), 0.0).sum(dtype=torch.float64)
     if not wanted:
         return losses, None
-    probabilities = (wide - normalizer if wide is logits else wide.sub_(normalizer)).exp_()
+    probabilities = powers.div_(sums)
     if smoothing:
         probabilities.sub_(smoothing / probabilities.shape[-1])
-    probabilities.scatter_add_(-1, targets, torch.full_like(normalizer, smoothing - 1.0))
+    probabilities.scatter_add_(-1, targets, torch.full_like(sums, smoothing - 1.0))
     return losses, probabilities
 
 

@@ -92,8 +92,10 @@ class BlockAffine(Update):
 
     def _map(self, x: torch.Tensor) -> torch.Tensor:
         """``x + gain * blockdiag(B) x`` over the last dimension."""
-        mapped = torch.einsum("...ns,nrs->...nr", x.unflatten(-1, (-1, self._block)), self.B.to(x.dtype))
-        return x + mapped.flatten(-2) * gain_like(self.gain, x)
+        B = (self.B * gain_like(self.gain, self.B)).to(x.dtype)
+        blocks = x.reshape(-1, *B.shape[:2])
+        mapped = torch.bmm(blocks.transpose(0, 1), B.transpose(-1, -2))  # of views, so that x itself is kept for the way back, and no copy
+        return (blocks + mapped.transpose(0, 1)).view(x.shape)
 
     def linear(self, x: torch.Tensor, base: BaseWeight) -> torch.Tensor:
         if self.side == "input":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -15,6 +16,7 @@ from espalier.delta.forms.update import (
     Update,
     expect,
     gain_like,
+    is_one,
     matrix_shape,
     register_form,
     working_dtype,
@@ -94,16 +96,44 @@ class Kronecker(Update):
 
     def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
         A, B = self._factors(x.dtype)
-        (terms, a1, a2), (b1, b2) = A.shape, B.shape[-2:]
-        hidden = functional.linear(x.unflatten(-1, (a2, b2)) * gain_like(self.gain, x), B.flatten(0, 1))
-        hidden = hidden.unflatten(-1, (terms, b1)).transpose(-3, -2).flatten(-3, -2)  # (..., terms a2, b1)
-        y = (A.transpose(0, 1).reshape(a1, terms * a2) @ hidden).flatten(-2)
+        y = _Product.apply(x, A if is_one(self.gain) else A * gain_like(self.gain, A), B)
         return y if onto is None else onto + y
 
     def lookup(self, ids: torch.Tensor, base: BaseWeight) -> torch.Tensor:
         rows = base.rows(ids)
         A, B = self._factors(rows.dtype)
         return rows + _rows(A, B, ids) * gain_like(self.gain, rows)
+
+
+class _Product(torch.autograd.Function):
+    """``x @ (sum_t kron(A_t, B_t)).T``, of which only the input is kept for the way back: what lies between is as large, and soon made again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, A, B)
+        y = functional.linear(_between(x, A, B), A.transpose(0, 1).flatten(1))  # (n, b1, a1)
+        return y.transpose(-1, -2).reshape(*x.shape[:-1], A.shape[-2] * B.shape[-2])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        x, A, B = ctx.saved_tensors
+        (terms, a1, a2), (b1, b2) = A.shape, B.shape[-2:]
+        gradient = gradients[0].to(x.dtype).reshape(-1, a1, b1).transpose(-1, -2).reshape(-1, a1)  # (n b1, a1)
+        of_A = of_B = None
+        if ctx.needs_input_grad[1]:
+            of_A = (gradient.T @ _between(x, A, B).flatten(0, 1)).unflatten(-1, (terms, a2)).transpose(0, 1)
+        of_between = gradient @ A.transpose(0, 1).flatten(1)
+        of_between = of_between.view(-1, b1, terms, a2).permute(0, 3, 2, 1).reshape(-1, terms * b1)  # (n a2, terms b1)
+        if ctx.needs_input_grad[2]:
+            of_B = (of_between.T @ x.reshape(-1, b2)).unflatten(0, (terms, b1))
+        of_x = (of_between @ B.flatten(0, 1)).view(x.shape) if ctx.needs_input_grad[0] else None
+        return of_x, of_A, of_B
+
+
+def _between(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """Rows of x (..., a2 b2) as matrices, times the B_t: (n, b1, terms a2)."""
+    made = functional.linear(x.reshape(-1, A.shape[-1], B.shape[-1]), B.flatten(0, 1)).unflatten(-1, B.shape[:2])  # (n, a2, terms, b1)
+    return made.permute(0, 3, 2, 1).flatten(-2)
 
 
 def _rows(A: torch.Tensor, B: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
