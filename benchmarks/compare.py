@@ -16,7 +16,8 @@ puts in front of the model, and classification are ours alone, and so is EVA.
 
 Every run is a process of its own. Bytes are those of the file of tensors; peak memory is VmHWM, scoring included. Losses do not depend on
 what else the machine does, but times do: tokens a second are the median of the last steps of one short run of each method, in a pass of its
-own, ``--speed``, which wants an idle machine and takes about 20 minutes (estimated).
+own, ``--speed``, which wants an idle machine and takes about 20 minutes (estimated). Its peaks, of all methods on one machine and without
+scoring, stand in the place of the rows'.
 
 Runs are kept in the ledger under ``--out``, by everything that they depend on (of the code: the method's own file), so that a run that was broken off
 goes on; a row that is in results/compare.json is not measured again either. Parts (``--methods a,b``) add up, also several at once over one ``--out``. The rows go into results/compare.json and the plot of loss against bytes
@@ -316,10 +317,11 @@ class Lab:
         here = (system, info.name, digest(info.file))
         return next((row for row in rows if (row["system"], row["method"], row.get("code")) == here), None)
 
-    def speed(self, info: Any, system: str) -> float | None:
-        """Tokens a second of a short run now; nothing where it does not end well."""
+    def cost(self, info: Any, system: str) -> dict[str, Any] | None:
+        """Tokens a second and peak bytes of a short run now; nothing where it does not end well."""
         spec = {"system": system, "method": info.name, "options": {}, "rate": rate_of(info), "seed": SEEDS[0], "steps": SPEED_STEPS, "measured": ()}
-        return self._process(spec).get("speed")
+        found = self._process(spec)
+        return None if "failed" in found else {"tokens a second": found["speed"], "peak": found["peak"]}
 
 
 def rate_of(info: Any) -> float:
@@ -366,15 +368,15 @@ def publish(lab: Lab, row: dict[str, Any]) -> None:
             plot(drawn, RESULTS / "compare.png")
 
 
-def publish_speed(lab: Lab, name: str, speed: float | None) -> None:
-    """Put one method's tokens a second among those that were measured with as many threads."""
+def publish_cost(lab: Lab, name: str, cost: dict[str, Any] | None) -> None:
+    """Put one method's tokens a second and peak among those that were measured with as many threads on the same processor."""
     a = lab.a
     with alone(a.out / "compare.json"):
         content = read_result("compare")
         job = content.setdefault(a.job, {"rows": []})
-        before = job.get("speed", {})
-        found = before["tokens a second"] if before.get("threads") == a.threads else {}
-        job["speed"] = {"threads": a.threads, "machine": machine(), "tokens a second": {**found, name: speed}}
+        before, here = job.get("speed", {}), {"threads": a.threads, "machine": machine()}
+        found = before["runs"] if {k: before.get(k) for k in here} == here else {}
+        job["speed"] = {**here, "runs": {**found, name: cost}}
         write_result("compare", content)
 
 
@@ -417,7 +419,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
-    parser.add_argument("--speed", action="store_true", help="measure tokens a second and nothing else; on an idle machine")
+    parser.add_argument("--speed", action="store_true", help="measure tokens a second and peaks, and nothing else; on an idle machine")
     parser.add_argument("--quick", action="store_true", help="a few steps at one rate, to see that it runs; nothing is published")
     a = parser.parse_args()
     systems = a.systems.split(",") if a.job != "packages" else ["ours"]
@@ -426,11 +428,11 @@ def main() -> None:
     if a.speed:
         rows = []
         for info, system in work:
-            speed = lab.speed(info, system)
-            rows.append([system, info.name, "none" if speed is None else f"{speed:,.0f}"])
+            cost = lab.cost(info, system)
+            rows.append([system, info.name, *(["none"] * 2 if cost is None else [f"{cost['tokens a second']:,.0f}", f"{cost['peak'] / 2**20:.0f}"])])
             if not a.quick:
-                publish_speed(lab, f"{system} {info.name}", speed)
-        print(table(("system", "method", "tokens a second"), rows))
+                publish_cost(lab, f"{system} {info.name}", cost)
+        print(table(("system", "method", "tokens a second", "peak MiB"), rows))
         return
     made, broken = rows_of(work, lambda one: lab.row(*one), lambda row: None if a.quick else publish(lab, row))
     columns = ("system", "method", "rate", "loss", "deviation", "accuracy", "forgetting", "trained", "bytes", "peak")

@@ -118,14 +118,17 @@ def _job(job: str, found: dict[str, Any]) -> str:
     text += f"{_machine(found)}. " + (f"Loss before: {rows[0]['base loss']:.3f}.\n\n" if rows else "\n\n")
     if job == "package" and (RESULTS / "compare.png").exists():
         text += "![loss against bytes, with the Pareto front](../../benchmarks/results/compare.png)\n\n"
-    speeds = found.get("speed", {}).get("tokens a second", {})
+    costs = found.get("speed", {}).get("runs", {})
+    if costs:
+        text += f"Tokens a second and peaks are of short runs of each method on {found['speed']['machine']['processor']}, {found['speed']['threads']} threads.\n\n"
     columns = ["method", "of", "loss", "accuracy", "forgetting", "trained", "KiB", "peak MiB", "tokens/s", "rate"]
     text += _table(columns, [
         [
             row["method"], OF[row["system"]], f"{row['loss']:.4f} ± {row['deviation']:.4f}",
             "" if row["accuracy"] is None else f"{row['accuracy']:.3f}", "" if row["forgetting"] is None else f"{row['forgetting']:+.4f}",
-            f"{row['trained']:,}", f"{row['bytes'] / 1024:,.1f}", f"{row['peak'] / 2**20:.0f}",
-            f"{speed:,.0f}" if (speed := speeds.get(f"{row['system']} {row['method']}")) else "",
+            f"{row['trained']:,}", f"{row['bytes'] / 1024:,.1f}",
+            f"{((cost := costs.get(' '.join((row['system'], row['method'])))) or row)['peak'] / 2**20:.0f}",
+            f"{cost['tokens a second']:,.0f}" if cost else "",
             f"{row['rate']:.2g}" + (" (edge)" if row["edge"] else ""),
         ]
         for row in rows

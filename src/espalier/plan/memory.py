@@ -13,12 +13,15 @@ from espalier.memory import meter
 from espalier.memory.meter import format_bytes
 from espalier.plan.trace import Held, Traced
 
-SPREAD = 0.33
-"""Bytes that the C allocator loses between blocks of many sizes, per byte of activations and logits, and of the step's working set: what it
-holds when it recomputes its activations, which comes and goes (measured: ``benchmarks/budget.py``)."""
-LIBRARIES = 108 << 20
+SPREAD = 0.31
+"""Bytes that the C allocator loses between blocks of many sizes, per byte of activations and logits (measured: ``benchmarks/budget.py``)."""
+RECOMPUTED = 0.56
+"""Bytes that it loses beside these where activations are recomputed, per byte of them: they come and go once more in every block (measured)."""
+LIBRARIES = 72 << 20
 """Bytes that torch's CPU libraries take at their first use (thread pools, compiled kernels), and what of the heap is never given back
 (measured)."""
+BACKWARD = 62 << 20
+"""Bytes that they take beside these where there is a backward pass (measured)."""
 COMPILED = 128 << 20
 """Bytes that numba and its compiler take, which the coding of optimizer state and large draws of random numbers import (measured: 122 MiB)."""
 MARGIN = 0.12
@@ -100,17 +103,17 @@ class Around:
     compiled: int = 0
 
 
-def predict(around: Around, traced: Traced, held: Held, working_set: int, on_cpu: bool = True) -> Phases:
+def predict(around: Around, traced: Traced, held: Held, recompute: bool, on_cpu: bool = True) -> Phases:
     """What each phase holds at its worst moment, by kind.
 
     Args:
         held: what forward and backward hold.
-        working_set: bytes that the step would hold if it recomputed its activations.
+        recompute: whether the step recomputes its activations.
     """
     whole = {"weights": traced.model, "trained": 4 * traced.trained}
     loading = traced.model + around.replaced
     state = around.state
-    spread = round(SPREAD * (held.activations + held.logits + working_set) if on_cpu else 0.1 * held.total)
+    spread = round((SPREAD + RECOMPUTED * recompute) * (held.activations + held.logits) if on_cpu else 0.1 * held.total)
     step = {"gradients": held.gradients, "activations": held.activations, "logits": held.logits, "buffers": spread + around.moves_early * around.updating}
     update = {**whole, "gradients": traced.gradients, "optimizer": state, "buffers": around.updating}
     moments: dict[str, list[dict[str, int]]] = {
@@ -122,11 +125,12 @@ def predict(around: Around, traced: Traced, held: Held, working_set: int, on_cpu
         "export": [{**whole, "buffers": around.exported}],
     }
     libraries = around.baseline + (LIBRARIES if on_cpu else 0)
+    later = around.compiled + (BACKWARD if on_cpu and traced.gradients else 0)
     made = {}
     for phase, found in moments.items():
         if found:
             worst = max(found, key=lambda moment: sum(moment.values()))
-            made[phase] = dict.fromkeys(KINDS, 0) | worst | {"libraries": libraries + (0 if phase in ("data", "load") else around.compiled)}
+            made[phase] = dict.fromkeys(KINDS, 0) | worst | {"libraries": libraries + (0 if phase in ("data", "load") else later)}
     return made
 
 

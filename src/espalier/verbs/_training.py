@@ -411,13 +411,13 @@ class Job:
             )  # fmt: skip
 
         def price(micro: int, recompute: bool, chunk: int) -> planning.Phases:
-            step, working = traced(micro, recompute, chunk), traced(micro, True, chunk).peak
+            step = traced(micro, recompute, chunk)
             if micro >= a["batch_size"] * a["sequence_length"]:
-                return planning.predict(around, step, step.held, working, self.device.type == "cpu")
+                return planning.predict(around, step, step.held, recompute, self.device.type == "cpu")
             held = step.accumulated
             if self.gradients == "few":
                 held = dataclasses.replace(held, gradients=held.gradients + self.optimizer_method.summed_bytes(step.moving))
-            return planning.predict(around, step, held, working, self.device.type == "cpu")
+            return planning.predict(around, step, held, recompute, self.device.type == "cpu")
 
         chunk = planning.default_chunk(self.config.vocab_size)
         choices = list(planning.candidates(a["batch_size"] * a["sequence_length"], a["sequence_length"], chunk, a))

@@ -111,29 +111,33 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         ctx.save_for_backward(x, A, B)
-        y = functional.linear(_between(x, A, B), A.transpose(0, 1).flatten(1))  # (n, b1, a1)
-        return y.transpose(-1, -2).reshape(*x.shape[:-1], A.shape[-2] * B.shape[-2])
+        between = _between(x, A, B)
+        return torch.bmm(_flat(A).expand(len(between), -1, -1), between).view(*x.shape[:-1], A.shape[-2] * B.shape[-2])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         x, A, B = ctx.saved_tensors
         (terms, a1, a2), (b1, b2) = A.shape, B.shape[-2:]
-        gradient = gradients[0].to(x.dtype).reshape(-1, a1, b1).transpose(-1, -2).reshape(-1, a1)  # (n b1, a1)
+        gradient = gradients[0].to(x.dtype).reshape(-1, a1, b1)
         of_A = of_B = None
         if ctx.needs_input_grad[1]:
-            of_A = (gradient.T @ _between(x, A, B).flatten(0, 1)).unflatten(-1, (terms, a2)).transpose(0, 1)
-        of_between = gradient @ A.transpose(0, 1).flatten(1)
-        of_between = of_between.view(-1, b1, terms, a2).permute(0, 3, 2, 1).reshape(-1, terms * b1)  # (n a2, terms b1)
+            of_A = gradient.transpose(0, 1).flatten(1) @ _between(x, A, B).transpose(-1, -2).flatten(0, 1)  # (a1, a2 terms)
+            of_A = of_A.unflatten(-1, (a2, terms)).permute(2, 0, 1)
+        of_between = torch.bmm(_flat(A).T.expand(len(gradient), -1, -1), gradient).view(-1, terms * b1)  # (n a2, terms b1)
         if ctx.needs_input_grad[2]:
             of_B = (of_between.T @ x.reshape(-1, b2)).unflatten(0, (terms, b1))
         of_x = (of_between @ B.flatten(0, 1)).view(x.shape) if ctx.needs_input_grad[0] else None
         return of_x, of_A, of_B
 
 
+def _flat(A: torch.Tensor) -> torch.Tensor:
+    """The A_t beside each other, (a1, a2 terms)."""
+    return A.permute(1, 2, 0).flatten(1)
+
+
 def _between(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """Rows of x (..., a2 b2) as matrices, times the B_t: (n, b1, terms a2)."""
-    made = functional.linear(x.reshape(-1, A.shape[-1], B.shape[-1]), B.flatten(0, 1)).unflatten(-1, B.shape[:2])  # (n, a2, terms, b1)
-    return made.permute(0, 3, 2, 1).flatten(-2)
+    """Rows of x (..., a2 b2) as matrices, times the B_t: (n, a2 terms, b1)."""
+    return functional.linear(x.reshape(-1, B.shape[-1]), B.flatten(0, 1)).view(-1, A.shape[-1] * B.shape[0], B.shape[-2])
 
 
 def _rows(A: torch.Tensor, B: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
