@@ -5,7 +5,7 @@
 
 Only the methods of the package itself are listed, so that an installed plugin changes no page. Nothing here imports torch:
 the registry reads declarations from source. The page of measurements, ``compare.md``, is of what ``benchmarks/compare.py``,
-``step_cost.py``, ``selections.py``, ``optim.py`` and ``optimizer_step.py`` have put into ``benchmarks/results``; without those there is none. ``docs/choosing.md`` says in a few rules what follows
+``step_cost.py``, ``claims.py``, ``selections.py``, ``optim.py`` and ``optimizer_step.py`` have put into ``benchmarks/results``; without those there is none. ``docs/choosing.md`` says in a few rules what follows
 from them, and what has not been measured.
 """
 
@@ -177,6 +177,15 @@ def _selections(found: dict[str, Any]) -> list[str]:
             [row["method"], *(f"{row[name]:+.4f} ± {row[f'{name} deviation']:.4f}" for name in names)] for row in rows
         ]))  # fmt: skip
     return parts
+
+
+def _claims(found: dict[str, Any]) -> list[str]:
+    """The verdicts of ``benchmarks/claims.py``."""
+    if not found:
+        return []
+    text = f"## What the papers claim, and what shows here\n\nOn the first job above, {found['steps']} steps; the pass lines stood in `benchmarks/claims.py` before it was run. "
+    text += "Better is a mean loss that is lower by more than the larger deviation over three seeds; numbers after \"of\" are those that train. " + _machine({"machine": found["machine"]}) + ".\n\n"
+    return [text + _table(["claim", "pass line", "verdict", "figures"], [[c["says"], c["pass line"], c["verdict"], c["figures"]] for c in found["verdicts"]])]
 
 
 def _optimizers(found: dict[str, Any]) -> list[str]:
@@ -393,11 +402,12 @@ def measurements() -> str:
     """The page of measurements; "" where there are none."""
     parts = [_job(job, found) for job, found in _results("compare").items() if "conditions" in found]
     parts += [_cost(shape, found) for shape, found in _results("step_cost").items()]
+    parts += _claims(_results("claims"))
     parts += _selections(_results("select"))
     parts += _optimizers(_results("optim"))
     if not parts:
         return ""
-    head = "# How the methods compare\n\nThis page is written by `make docs` from the results of `benchmarks/compare.py`, `step_cost.py`, `selections.py`, `optim.py` and `optimizer_step.py`, "
+    head = "# How the methods compare\n\nThis page is written by `make docs` from the results of `benchmarks/compare.py`, `step_cost.py`, `claims.py`, `selections.py`, `optim.py` and `optimizer_step.py`, "
     head += "which say what each column is and run it again; do not edit it.\n\n"
     return head + "\n".join(parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from torch.nn import functional
+from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -206,6 +208,19 @@ def test_the_loss_with_smoothed_labels_and_its_gradients_are_those_of_torch(coun
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_chunked_loss_holds_no_more_than_its_logits_and_their_gradient() -> None:
+    """What operators allocate inside counts too, which fake tensors, by which memory is planned, do not see."""
+    chunk, vocabulary = 64, 20_000
+    hidden, head = torch.randn(3 * chunk, 8).bfloat16().requires_grad_(), torch.randn(vocabulary, 8).bfloat16()
+    with profile(profile_memory=True) as profiled:
+        chunked_cross_entropy(hidden, torch.arange(3 * chunk), lambda h: functional.linear(h, head), [head], 1.0, chunk, label_smoothing=0.1)
+    changes = [event.nbytes() for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = max(itertools.accumulate(changes))
+    each = chunk * vocabulary
+    assert (2 + 4 + 2) * each <= peak <= (2 + 4 + 2.1) * each  # in bfloat16, in float32, and the gradient in bfloat16
+
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
