@@ -212,7 +212,7 @@ def as_matrix(weight: torch.Tensor) -> torch.Tensor:
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """Tokens (..., features) as a matrix (tokens, features)."""
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])  # not -1: there may be no features
 
 
 def gain_like(gain: Gain, like: torch.Tensor) -> Gain:
@@ -252,9 +252,7 @@ def linear_onto(x: torch.Tensor, weight: torch.Tensor, onto: torch.Tensor | None
     """``x @ weight.T`` added to ``onto`` in one pass over it."""
     if onto is None:
         return functional.linear(x, weight)
-    rows = x.shape[:-1].numel()  # not -1: there may be no columns
-    flat = torch.addmm(onto.reshape(rows, onto.shape[-1]), x.reshape(rows, x.shape[-1]), weight.t())
-    return flat.reshape(onto.shape)
+    return torch.addmm(as_rows(onto), as_rows(x), weight.t()).reshape(onto.shape)
 
 
 # checks of what comes from a file
