@@ -95,7 +95,7 @@ class BlockAffine(Update):
         B = (self.B * gain_like(self.gain, self.B)).to(x.dtype)
         blocks = x.reshape(-1, *B.shape[:2])
         mapped = torch.bmm(blocks.transpose(0, 1), B.transpose(-1, -2))  # of views, so that x itself is kept for the way back, and no copy
-        return (blocks + mapped.transpose(0, 1)).view(x.shape)
+        return (blocks + mapped.transpose(0, 1)).reshape(x.shape)
 
     def linear(self, x: torch.Tensor, base: BaseWeight) -> torch.Tensor:
         if self.side == "input":
