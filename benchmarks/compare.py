@@ -16,7 +16,7 @@ puts in front of the model, and classification are ours alone, and so is EVA.
 
 Every run is a process of its own. Bytes are those of the file of tensors; peak memory is VmHWM, scoring included. Losses do not depend on
 what else the machine does, but times do: tokens a second are the median of the last steps of one short run of each method, in a pass of its
-own, ``--speed``, which wants an idle machine and takes about 20 minutes (estimated). Its peaks, of all methods on one machine and without
+own, ``--speed``, which wants an idle machine and takes about 4 minutes. Its peaks, of all methods on one machine and without
 scoring, stand in the place of the rows'.
 
 Runs are kept in the ledger under ``--out``, by everything that they depend on (of the code: the method's own file), so that a run that was broken off

@@ -121,14 +121,17 @@ def _job(job: str, found: dict[str, Any]) -> str:
     costs = found.get("speed", {}).get("runs", {})
     if costs:
         text += f"Tokens a second and peaks are of short runs of each method on {found['speed']['machine']['processor']}, {found['speed']['threads']} threads.\n\n"
+
+    def cost(row: dict[str, Any]) -> dict[str, Any] | None:
+        return costs.get(f"{row['system']} {row['method']}")
+
     columns = ["method", "of", "loss", "accuracy", "forgetting", "trained", "KiB", "peak MiB", "tokens/s", "rate"]
     text += _table(columns, [
         [
             row["method"], OF[row["system"]], f"{row['loss']:.4f} ± {row['deviation']:.4f}",
             "" if row["accuracy"] is None else f"{row['accuracy']:.3f}", "" if row["forgetting"] is None else f"{row['forgetting']:+.4f}",
-            f"{row['trained']:,}", f"{row['bytes'] / 1024:,.1f}",
-            f"{((cost := costs.get(' '.join((row['system'], row['method'])))) or row)['peak'] / 2**20:.0f}",
-            f"{cost['tokens a second']:,.0f}" if cost else "",
+            f"{row['trained']:,}", f"{row['bytes'] / 1024:,.1f}", f"{(cost(row) or row)['peak'] / 2**20:.0f}",
+            f"{timed['tokens a second']:,.0f}" if (timed := cost(row)) else "",
             f"{row['rate']:.2g}" + (" (edge)" if row["edge"] else ""),
         ]
         for row in rows

@@ -222,7 +222,6 @@ def test_the_chunked_loss_holds_no_more_than_its_logits_and_their_gradient() -> 
     assert (2 + 4 + 2) * each <= peak <= (2 + 4 + 2.1) * each  # in bfloat16, in float32, and the gradient in bfloat16
 
 
-
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_confidence_is_the_sum_of_the_largest_probabilities_of_targets(smoothing: float) -> None:
     hidden, weight, bias, targets = problem(40, 30)

@@ -16,7 +16,6 @@ from espalier.delta.forms.update import (
     Update,
     expect,
     gain_like,
-    is_one,
     matrix_shape,
     register_form,
     working_dtype,
@@ -96,7 +95,7 @@ class Kronecker(Update):
 
     def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
         A, B = self._factors(x.dtype)
-        y = _Product.apply(x, A if is_one(self.gain) else A * gain_like(self.gain, A), B)
+        y = _Product.apply(x, A * gain_like(self.gain, A), B)
         return y if onto is None else onto + y
 
     def lookup(self, ids: torch.Tensor, base: BaseWeight) -> torch.Tensor:
