@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from espalier.delta.base import BaseWeight
+from espalier.delta.forms.thin import thin_product
 from espalier.delta.forms.update import (
     Gain,
     Update,
@@ -63,6 +64,10 @@ class LowRank(Update):
         wide = working_dtype(weight)
         return ((self.B.to(wide) * self.gain) @ self.A.to(wide)).reshape(self.shape)
 
+    def linear(self, x: torch.Tensor, base: BaseWeight) -> torch.Tensor:
+        y = thin_product(x, self.B, self.A, self.gain, base)
+        return super().linear(x, base) if y is None else y
+
     def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
         hidden = functional.linear(x, self.A.to(x.dtype)) * gain_like(self.gain, x)
         return linear_onto(hidden, self.B.to(x.dtype), onto)
@@ -88,6 +93,9 @@ class ByFactors(Update):
 
     def materialize(self, weight: torch.Tensor) -> torch.Tensor:
         return self.low_rank().materialize(weight)
+
+    def linear(self, x: torch.Tensor, base: BaseWeight) -> torch.Tensor:
+        return self.low_rank().linear(x, base)
 
     def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
         return self.low_rank().matmul(x, onto)

@@ -12,6 +12,7 @@ from torch.nn import functional
 from espalier.delta.base import BaseWeight
 from espalier.delta.forms.low_rank import LowRank
 from espalier.delta.forms.support import AtSupport, entries_of_rows, put
+from espalier.delta.forms.thin import thin_product
 from espalier.delta.forms.update import (
     Gain,
     Update,
@@ -145,32 +146,6 @@ class Sparse(AtSupport):
         return rows.flatten().index_add(0, place, values).reshape(rows.shape)
 
 
-class _Columns(torch.autograd.Function):
-    """``x @ (W + update).T + bias``: saves the columns' slice of x, and adds their part to x's gradient where it lies."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, update: Columns, base: BaseWeight
-    ) -> torch.Tensor:
-        onto = base.linear(x)  # which autocast makes narrower
-        inner = x.index_select(-1, update.index).to(onto.dtype) * gain_like(update.gain, onto)
-        ctx.save_for_backward(inner, values)
-        ctx.update, ctx.base = update, base
-        return as_rows(onto).addmm_(as_rows(inner), values.to(onto.dtype).T).view(onto.shape)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
-        inner, values = ctx.saved_tensors
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            of_x = gradient @ ctx.base.dense().to(gradient.dtype)
-            index, part = ctx.update.index.long(), (gradient @ values.to(gradient.dtype)) * gain_like(ctx.update.gain, of_x)
-            of_x.index_copy_(-1, index, part.add_(of_x.index_select(-1, index)))  # index_add_ of 16-bit numbers takes five times as long
-        of_values = (as_rows(inner).T @ as_rows(gradient)).T.to(values.dtype) if ctx.needs_input_grad[1] else None
-        of_bias = as_rows(gradient).sum(0) if ctx.needs_input_grad[2] else None
-        return of_x, of_values, of_bias, None, None
-
-
 @register_form
 class Columns(Update):
     """``gain * values`` added to the columns ``index`` of W: values (..., out, k), index (..., k), distinct.
@@ -210,10 +185,8 @@ class Columns(Update):
         return dense.scatter(-1, self.index.long().unsqueeze(-2).expand_as(values), values).reshape(self.shape)
 
     def linear(self, x: torch.Tensor, base: BaseWeight) -> torch.Tensor:
-        trained = isinstance(self.gain, torch.Tensor) and self.gain.requires_grad
-        if torch.compiler.is_compiling() or trained or base.trains:
-            return super().linear(x, base)
-        return _Columns.apply(x, self.values, base.bias, self, base)
+        y = thin_product(x, self.values, self.index, self.gain, base)
+        return super().linear(x, base) if y is None else y
 
     def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
         return linear_onto(x.index_select(-1, self.index) * gain_like(self.gain, x), self.values.to(x.dtype), onto)
