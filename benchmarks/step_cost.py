@@ -285,7 +285,7 @@ def ratio(seconds: dict[str, list[float]], side: str, to: str) -> float:
     return statistics.median(x / y for x, y in zip(seconds[side], seconds[to], strict=True))
 
 
-def summary(label: str, timed: dict[str, Any], peaks: dict[str, int]) -> dict[str, Any]:
+def summary(label: str, timed: dict[str, Any], peaks: dict[str, int | None]) -> dict[str, Any]:
     """A row of the results; a peak of PEFT's or a ratio that there is not is ``None``."""
     seconds, theirs = timed["seconds"], "peft" in timed["seconds"]
     mine, other = peaks.get("ours"), peaks.get("peft")
@@ -297,14 +297,16 @@ def summary(label: str, timed: dict[str, Any], peaks: dict[str, int]) -> dict[st
     }  # fmt: skip
 
 
-def publish(shape: str, conditions: dict[str, Any], floor_peak: int, rows: list[dict[str, Any]], refused: dict[str, str]) -> None:
+def publish(shape: str, conditions: dict[str, Any], floor_peak: int | None, rows: list[dict[str, Any]], refused: dict[str, str]) -> None:
     """Put rows among those of a shape that were measured under the same conditions."""
     whole = read_result("step_cost")
     before = whole.get(shape, {})
     measured = {row["setting"] for row in rows}
     kept = before.get("refused", {}) if before.get("conditions") == conditions else {}
     why = {label: reason for label, reason in kept.items() if label not in measured} | refused
-    whole[shape] = {**with_rows(before, conditions, rows, ("setting",)), "floor peak MiB": floor_peak / 2**20, "refused": why}
+    whole[shape] = {**with_rows(before, conditions, rows, ("setting",)), "refused": why}
+    if floor_peak is not None:
+        whole[shape]["floor peak MiB"] = floor_peak / 2**20
     write_result("step_cost", whole)
 
 
@@ -325,7 +327,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default=default_dtype())
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path("runs/step_cost"))
-    parser.add_argument("--no-memory", action="store_true", help="time alone")
+    parser.add_argument("--no-memory", action="store_true", help="measure times alone, and publish them with the peaks that --out has")
     parser.add_argument("--quick", action="store_true", help="one round of 16 tokens, to see that it runs; nothing is kept or published")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--label", help=argparse.SUPPRESS)
@@ -354,7 +356,11 @@ def main() -> None:
         return json.dumps({"what": what, "label": label, "code": code, **common, **more}, sort_keys=True)
 
     rows, refused = [], {}
-    floor_peak = None if a.no_memory else ledger.get(json.dumps({"what": "floor", **common}, sort_keys=True), lambda: peak(a, "floor"))
+
+    def known_peak(key: str, side: str, label: str = "") -> int | None:
+        return ledger.entries.get(key) if a.no_memory else ledger.get(key, lambda: peak(a, side, label))
+
+    floor_peak = known_peak(json.dumps({"what": "floor", **common}, sort_keys=True), "floor")
     for label, method in settings(names, a.shape).items():
         if isinstance(method, str):
             refused[label] = method
@@ -364,8 +370,7 @@ def main() -> None:
             refused[label] = why
         if "refused" in timed:
             continue
-        sides = [] if a.no_memory else [side for side in ("ours", "peft") if side in timed["seconds"]]
-        peaks = {side: ledger.get(key(side, label), lambda s=side, n=label: peak(a, s, n)) for side in sides}
+        peaks = {side: known_peak(key(side, label), side, label) for side in ("ours", "peft") if side in timed["seconds"]}
         rows.append(summary(label, timed, peaks))
         print(label, {k: shown(v) for k, v in rows[-1].items() if k not in ("setting", "rounds")}, file=sys.stderr, flush=True)
     if rows:
@@ -377,7 +382,7 @@ def main() -> None:
         print(f"median over {len(ours)} settings: {statistics.median(ours):.3f} times the floor")
     for label, why in refused.items():
         print(f"{label}: {why}")
-    if not a.quick and not a.no_memory:
+    if not a.quick:
         publish(a.shape, {**common, "rounds": a.rounds}, floor_peak, rows, refused)
 
 
