@@ -79,6 +79,7 @@ GOLDEN: dict[str, tuple[Callable[[Stream], torch.Tensor], list]] = {
     ),
     "permutation": (lambda s: s.permutation(10), [7, 9, 3, 8, 1, 0, 4, 6, 5, 2]),
     "choice": (lambda s: s.choice(20, 6), [1, 3, 7, 8, 9, 16]),
+    "choice of few": (lambda s: s.choice(10**12, 4), [45681959654, 123945522648, 225971523521, 994542373898]),
 }
 
 
@@ -204,6 +205,15 @@ def test_a_choice_is_distinct_and_sorted(count: int, chosen: int, seed: int) -> 
     found = Stream(seed, "choice").choice(count, chosen).tolist()
     assert found == sorted(set(found)) and len(found) == min(count, chosen)
     assert all(0 <= member < count for member in found)
+
+
+@pytest.mark.parametrize("chosen", [2, 5])
+def test_every_member_is_chosen_equally_often(chosen: int) -> None:
+    """Of 8: two are drawn one after another, five are the first of a permutation."""
+    source = stream()
+    counts = torch.bincount(torch.cat([source.choice(8, chosen) for _ in range(4000)]), minlength=8).double()
+    expected = 4000 * chosen / 8
+    assert float(((counts - expected) ** 2 / expected).sum()) < 7 + 5 * math.sqrt(14)
 
 
 # any place of a stream, any device

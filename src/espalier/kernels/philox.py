@@ -250,8 +250,18 @@ class Stream:
         return torch.argsort(self.integers32(count), stable=True)
 
     def choice(self, count: int, chosen: int) -> torch.Tensor:
-        """``chosen`` distinct members of ``range(count)``, sorted, as int64."""
-        return self.permutation(count)[:chosen].sort().values
+        """``chosen`` distinct members of ``range(count)``, sorted, as int64; all such sets are equally likely.
+
+        Few among many (at most a quarter) are drawn one after another, and again where one was there before, in time and
+        memory of ``chosen``; more are the first of a permutation.
+        """
+        if 4 * chosen > count:
+            return self.permutation(count)[:chosen].sort().values
+        members = torch.empty(0, dtype=torch.int64)
+        while len(members) < chosen:
+            high, low = self.integers32(2 * (chosen - len(members))).view(2, -1)
+            members = torch.cat((members, ((high << 30) + (low >> 2)) % count)).unique()
+        return members
 
 
 class Numberless(Stream):
@@ -259,3 +269,6 @@ class Numberless(Stream):
 
     def numbers(self, count: int, distribution: Distribution, device: Device) -> torch.Tensor:
         return torch.zeros(count, dtype=distribution.dtype, device=device)
+
+    def choice(self, count: int, chosen: int) -> torch.Tensor:
+        return torch.arange(min(chosen, count))
