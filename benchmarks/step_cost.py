@@ -357,10 +357,10 @@ def main() -> None:
 
     rows, refused = [], {}
 
-    def known_peak(key: str, side: str, label: str = "") -> int | None:
+    def peak_of(key: str, side: str, label: str = "") -> int | None:
         return ledger.entries.get(key) if a.no_memory else ledger.get(key, lambda: peak(a, side, label))
 
-    floor_peak = known_peak(json.dumps({"what": "floor", **common}, sort_keys=True), "floor")
+    floor_peak = peak_of(json.dumps({"what": "floor", **common}, sort_keys=True), "floor")
     for label, method in settings(names, a.shape).items():
         if isinstance(method, str):
             refused[label] = method
@@ -370,7 +370,7 @@ def main() -> None:
             refused[label] = why
         if "refused" in timed:
             continue
-        peaks = {side: known_peak(key(side, label), side, label) for side in ("ours", "peft") if side in timed["seconds"]}
+        peaks = {side: peak_of(key(side, label), side, label) for side in ("ours", "peft") if side in timed["seconds"]}
         rows.append(summary(label, timed, peaks))
         print(label, {k: shown(v) for k, v in rows[-1].items() if k not in ("setting", "rounds")}, file=sys.stderr, flush=True)
     if rows:

@@ -65,8 +65,7 @@ class LowRank(Update):
         return ((self.B.to(wide) * self.gain) @ self.A.to(wide)).reshape(self.shape)
 
     def linear(self, x: torch.Tensor, base: BaseWeight) -> torch.Tensor:
-        y = thin_product(x, self.B, self.A, self.gain, base)
-        return super().linear(x, base) if y is None else y
+        return thin_product(x, base, self, self.B, self.A)
 
     def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
         hidden = functional.linear(x, self.A.to(x.dtype)) * gain_like(self.gain, x)

@@ -185,8 +185,7 @@ class Columns(Update):
         return dense.scatter(-1, self.index.long().unsqueeze(-2).expand_as(values), values).reshape(self.shape)
 
     def linear(self, x: torch.Tensor, base: BaseWeight) -> torch.Tensor:
-        y = thin_product(x, self.values, self.index, self.gain, base)
-        return super().linear(x, base) if y is None else y
+        return thin_product(x, base, self, self.values, self.index)
 
     def matmul(self, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
         return linear_onto(x.index_select(-1, self.index) * gain_like(self.gain, x), self.values.to(x.dtype), onto)
